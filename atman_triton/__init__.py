@@ -1,0 +1,1 @@
+"""Perturbation explanations, steering and training with per-key attention factors (AtMan)."""
