@@ -1,0 +1,435 @@
+"""The op: attention whose scores are manipulated by one factor per key.
+
+Validation, backend choice and registration live here; the mathematics lives in ``kernels/``.
+
+Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .kernels.portable import attention_portable
+from .kernels.reference import attention_reference
+
+MODES = ("multiplicative", "min_shift", "min_shift_full", "log_additive")
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+Mode = Literal["multiplicative", "min_shift", "min_shift_full", "log_additive"]
+Backend = Literal["auto", "triton", "torch", "reference"]
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_TRITON_HEAD_DIM = 256
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None = None,
+    *,
+    mode: str = ...,
+    causal: bool = ...,
+    query_offset: int | Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    position_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None = None,
+    *,
+    mode: str = ...,
+    causal: bool = ...,
+    query_offset: int | Tensor | None = ...,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
+    position_bias: Tensor | None = ...,
+    mask: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None = None,
+    *,
+    mode: str = "multiplicative",
+    causal: bool = False,
+    query_offset: int | Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention whose pre-softmax scores are manipulated by one factor per key.
+
+    With ``s = scale · q·k`` (soft-capped where the model does), the manipulated score is, by
+    ``mode``: ``multiplicative`` m·s; ``min_shift`` c + m·(s − c) with c the smallest score that
+    the row can see; ``log_additive`` s + log m. ``position_bias`` and the masks come after it.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``, fp16, bf16, fp32 (fp64 on the ``torch`` and ``reference``
+            backends).
+        key: ``[B|1, Hk, Tk, D]`` in ``query.dtype``; Hk divides Hq. Batch 1 is shared by all
+            rows; ``triton`` reads it in place.
+        value: ``[B|1, Hk, Tk, Dv]`` in ``query.dtype``.
+        key_factor: ``[B, Tk]`` or ``[B, Hq, Tk]`` float32 (float64 with a float64 query),
+            dimensionless; 1 keeps a key, < 1 suppresses it, > 1 amplifies it. ``None`` is plain
+            attention. Values are not checked here (it would wait for the GPU): NaN gives NaN, and
+            in ``log_additive`` so does a negative factor.
+        mode: ``multiplicative``, ``min_shift``, ``log_additive``; ``min_shift_full`` (c over masked
+            keys too, as the authors' released code has it) on the ``reference`` backend only.
+        causal: a query at position p sees keys up to p.
+        query_offset: key index at which query row 0 stands, an int or an integer tensor of one
+            element on ``query``'s device. ``None`` aligns the last query with the last key
+            (bottom-right), 0 the first with the first (upper-left).
+        scale: factor on q·k; ``None`` is ``D ** -0.5``.
+        window: keys at distance ``window`` or more behind the query (on either side of it when not
+            causal) are hidden; tokens.
+        softcap: scores become ``softcap · tanh(score / softcap)`` before the manipulation.
+        sinks: ``[Hq]`` floating logits that take part in the normaliser only.
+        position_bias: ``[B|1, Hq|1, Tq|1, Tk]`` floating (ALiBi, T5), never manipulated.
+        mask: bool, True = visible: ``[B, Tk]`` padding or ``[B|1, Hq|1, Tq, Tk]``.
+        return_lse: also return the log-sum-exp of each row (natural log, sinks included).
+        backend: ``auto`` is ``torch`` on CPU and where ``triton`` cannot serve (float64, head dims
+            over 256, gradients), ``triton`` on a GPU otherwise. Any other name is taken at its
+            word: it serves or raises.
+    Returns: ``[B, Hq, Tq, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[B, Hq, Tq]``
+        float32 (float64 for float64). A row that sees no key gives 0 and -inf (with ``sinks``: the
+        sink).
+    Raises:
+        TypeError: if an argument is not of the type or dtype above.
+        ValueError: if a shape, device or value disagrees with the above, or an explicit backend
+            cannot serve the call.
+    Source: AtMan (arXiv 2301.08110), Eq. 4, for ``multiplicative``; the authors' released code,
+        made causal, for ``min_shift``; their later product for ``log_additive``.
+    """
+    _check(
+        query,
+        key,
+        value,
+        key_factor,
+        mode=mode,
+        query_offset=query_offset,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        mask=mask,
+        backend=backend,
+    )
+    head_dim = query.shape[-1]
+    score_scale = head_dim**-0.5 if scale is None else scale
+    query_offset = key.shape[2] - query.shape[2] if query_offset is None else query_offset
+    tensors = (query, key, value, key_factor, sinks, position_bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    chosen = _choose_backend(query, value, mode, backend, needs_grad)
+
+    if chosen == "triton":
+        padding = mask if mask is not None and mask.dim() == 2 else None
+        block_mask = mask if mask is not None and mask.dim() == 4 else None
+        offset_tensor = query_offset if isinstance(query_offset, Tensor) else None
+        output, lse = _attention_triton(
+            query,
+            key,
+            value,
+            key_factor,
+            sinks,
+            position_bias,
+            padding,
+            block_mask,
+            offset_tensor,
+            0 if isinstance(query_offset, Tensor) else query_offset,
+            mode,
+            causal,
+            score_scale,
+            window,
+            softcap,
+        )
+    elif chosen == "torch":
+        output, lse = attention_portable(
+            query,
+            key,
+            value,
+            key_factor,
+            mode=mode,
+            causal=causal,
+            query_offset=query_offset,
+            scale=score_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            position_bias=position_bias,
+            mask=mask,
+            return_lse=return_lse,
+        )
+    else:
+        output, lse = attention_reference(
+            query,
+            key,
+            value,
+            key_factor,
+            mode=mode,
+            causal=causal,
+            query_offset=query_offset,
+            scale=score_scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            position_bias=position_bias,
+            mask=mask,
+        )
+    if not return_lse:
+        return output
+    assert lse is not None  # every backend computes it when it is asked for
+    return output, lse
+
+
+# --- backend choice -----------------------------------------------------------------------------
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
+    """Why the fused kernel cannot serve this call; ``None`` if it can."""
+    if not _HAS_TRITON:
+        return "needs the triton package, which is not installed (pip install triton)"
+    if query.device.type != "cuda" and not _interpreting():
+        return (
+            f"needs a GPU or the interpreter (TRITON_INTERPRET=1), got tensors on {query.device}; "
+            "use backend='torch'"
+        )
+    if mode == "min_shift_full":
+        return "cannot serve mode='min_shift_full'; use backend='reference'"
+    if query.dtype not in _TRITON_DTYPES:
+        return f"serves fp16, bf16 and fp32, got {query.dtype}; use backend='torch'"
+    largest = max(query.shape[-1], value.shape[-1])
+    if largest > _MAX_TRITON_HEAD_DIM:
+        return f"serves head dims up to {_MAX_TRITON_HEAD_DIM}, got {largest}; use backend='torch'"
+    return None
+
+
+def _choose_backend(
+    query: Tensor, value: Tensor, mode: str, backend: str, needs_grad: bool
+) -> Literal["triton", "torch", "reference"]:
+    """Resolve ``auto``; refuse an explicit backend that cannot serve the call."""
+    if backend == "triton":
+        reason = _why_not_triton(query, value, mode)
+        if reason is not None:
+            raise ValueError(f"backend='triton' {reason}.")
+        return "triton"
+    if backend == "reference":
+        return "reference"
+    if mode == "min_shift_full":
+        if backend == "auto":
+            return "reference"
+        raise ValueError(
+            "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'."
+        )
+    if backend == "torch" or needs_grad or query.device.type != "cuda":
+        return "torch"
+    return "torch" if _why_not_triton(query, value, mode) is not None else "triton"
+
+
+# --- validation ---------------------------------------------------------------------------------
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None,
+    *,
+    mode: str,
+    query_offset: int | Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+) -> None:
+    """Refuse what would otherwise give a wrong answer or an obscure error."""
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}.")
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions [batch, heads, tokens, dim], "
+                f"got shape {list(tensor.shape)}."
+            )
+    batch, query_heads, query_tokens, head_dim = query.shape
+    key_heads, key_tokens = key.shape[1], key.shape[2]
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}.")
+        if tensor.shape[0] not in (1, batch):
+            raise ValueError(f"{name} must have batch {batch} or 1, got {tensor.shape[0]}.")
+    if head_dim < 1 or key.shape[-1] != head_dim:
+        raise ValueError(f"key must have query's head dim {head_dim}, got {key.shape[-1]}.")
+    if value.shape[1:3] != key.shape[1:3]:
+        raise ValueError(
+            f"value must have key's heads and tokens {list(key.shape[1:3])}, "
+            f"got {list(value.shape[1:3])}."
+        )
+    if key_heads < 1 or query_heads % key_heads:
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {query_heads} and {key_heads}."
+        )
+    if key_factor is not None:
+        _check_tensor("key_factor", key_factor, query)
+        # float32 would round the factor of a float64 oracle
+        wanted = (
+            (torch.float32, torch.float64) if query.dtype == torch.float64 else (torch.float32,)
+        )
+        if key_factor.dtype not in wanted:
+            raise TypeError(
+                f"key_factor must be torch.float32, got {key_factor.dtype}; use key_factor.float()."
+            )
+        shapes = ([batch, key_tokens], [batch, query_heads, key_tokens])
+        if list(key_factor.shape) not in shapes:
+            raise ValueError(
+                f"key_factor must have shape {shapes[0]} or {shapes[1]}, "
+                f"got {list(key_factor.shape)}."
+            )
+    if isinstance(query_offset, Tensor):
+        _check_tensor("query_offset", query_offset, query)
+        if query_offset.is_floating_point() or query_offset.numel() != 1:
+            raise ValueError(
+                "query_offset must be an int or an integer tensor of one element, "
+                f"got {query_offset.dtype} of shape {list(query_offset.shape)}."
+            )
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}.")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be greater than 0, got {softcap}.")
+    if sinks is not None:
+        _check_tensor("sinks", sinks, query)
+        if list(sinks.shape) != [query_heads]:
+            raise ValueError(f"sinks must have shape [{query_heads}], got {list(sinks.shape)}.")
+    full = (batch, query_heads, query_tokens, key_tokens)
+    if position_bias is not None:
+        _check_tensor("position_bias", position_bias, query)
+        if not position_bias.is_floating_point():
+            raise TypeError(f"position_bias must have a floating dtype, got {position_bias.dtype}.")
+        _check_broadcast("position_bias", position_bias, full)
+    if mask is not None:
+        _check_tensor("mask", mask, query)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"mask must be torch.bool (True = visible), got {mask.dtype}.")
+        if mask.dim() == 2:
+            if list(mask.shape) != [batch, key_tokens]:
+                raise ValueError(
+                    f"mask must have shape {[batch, key_tokens]} or {list(full)}, "
+                    f"got {list(mask.shape)}."
+                )
+        else:
+            _check_broadcast("mask", mask, full)
+            if list(mask.shape[2:]) != [query_tokens, key_tokens]:
+                raise ValueError(f"mask must have shape {list(full)}, got {list(mask.shape)}.")
+
+
+def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+    if tensor.device != query.device:
+        raise ValueError(f"{name} must be on query's device {query.device}, got {tensor.device}.")
+
+
+def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, int, int, int]) -> None:
+    fits = tensor.dim() == 4 and all(a in (1, b) for a, b in zip(tensor.shape, full, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {list(full)}, got {list(tensor.shape)}.")
+
+
+# --- registration -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("atman_triton::attention_fwd", mutates_args=())
+def _attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    key_padding: Tensor | None,
+    block_mask: Tensor | None,
+    offset_tensor: Tensor | None,
+    query_offset: int,
+    mode: str,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    from .kernels.forward import attention_fwd  # triton is optional, so it is imported here
+
+    return attention_fwd(
+        query,
+        key,
+        value,
+        key_factor,
+        mode=mode,
+        causal=causal,
+        query_offset=query_offset if offset_tensor is None else offset_tensor,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        key_padding=key_padding,
+        block_mask=block_mask,
+    )
+
+
+@_attention_triton.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, query_heads, query_tokens, _head_dim = query.shape
+    output = query.new_empty(batch, query_heads, query_tokens, value.shape[-1])
+    lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
+    return output, lse
+
+
+def _refuse_backward(ctx: object, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "backend='triton' has no backward pass; use backend='auto' or 'torch' for gradients."
+    )
+
+
+_attention_triton.register_autograd(_refuse_backward)
