@@ -1,0 +1,193 @@
+"""Device helpers shared by the attention kernels, each written once.
+
+Legend: BLOCK_M query rows and BLOCK_N keys of one tile. Scores are *raw* (q·k, or softcap applied)
+until :func:`softmax_step`, which works in base 2; see "Units" in README.md.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_program(program, rows, heads, BLOCK_M: tl.constexpr, REVERSED: tl.constexpr):
+    """Batch row, head and first query row of a program; REVERSED starts with the last rows."""
+    blocks = tl.cdiv(rows, BLOCK_M)
+    block = program % blocks
+    if REVERSED:
+        block = blocks - 1 - block
+    batch_head = program // blocks
+    return batch_head // heads, batch_head % heads, block * BLOCK_M
+
+
+@triton.jit
+def key_tiles(
+    first_position,
+    last_position,
+    keys,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tile range ``[low, high)`` that some row sees, and ``[inner_low, inner_high)`` in it.
+
+    Every row of the block sees every key of an inner tile, as far as causality, the window and
+    the number of keys are concerned. Positions are key indices and may lie outside ``[0, keys)``.
+    """
+    low_key = 0
+    high_key = keys
+    inner_low_key = 0
+    inner_high_key = keys
+    if CAUSAL:
+        high_key = tl.minimum(high_key, last_position + 1)
+        inner_high_key = tl.minimum(inner_high_key, first_position + 1)
+    if HAS_WINDOW:
+        low_key = tl.maximum(low_key, first_position - window + 1)
+        inner_low_key = tl.maximum(inner_low_key, last_position - window + 1)
+        if not CAUSAL:
+            high_key = tl.minimum(high_key, last_position + window)
+            inner_high_key = tl.minimum(inner_high_key, first_position + window)
+    low = low_key // BLOCK_N
+    high = tl.maximum(low, tl.cdiv(tl.maximum(high_key, 0), BLOCK_N))
+    inner_low = tl.minimum(tl.maximum(tl.cdiv(inner_low_key, BLOCK_N), low), high)
+    inner_high = tl.minimum(tl.maximum(inner_high_key, 0) // BLOCK_N, high)
+    return low, high, inner_low, tl.maximum(inner_low, inner_high)
+
+
+@triton.jit
+def in_band(positions, offs_n, keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """``[BLOCK_M, BLOCK_N]`` bool: the keys each row sees by causality, window and their number."""
+    seen = offs_n[None, :] < keys
+    if CAUSAL:
+        seen = seen & (offs_n[None, :] <= positions[:, None])
+    if HAS_WINDOW:
+        distance = positions[:, None] - offs_n[None, :]
+        if not CAUSAL:
+            distance = tl.abs(distance)
+        seen = seen & (distance < window)
+    return seen
+
+
+@triton.jit
+def load_columns(
+    matrix_ptr,
+    offs_row,
+    stride,
+    rows,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """``[len(offs_row), WIDTH]``: columns from FIRST of a ``[rows, SIZE]`` matrix, 0 outside it.
+
+    ``stride`` is (row, column).
+    """
+    columns = FIRST + tl.arange(0, WIDTH).to(offs_row.dtype)
+    pointers = matrix_ptr + offs_row[:, None] * stride[0] + columns[None, :] * stride[1]
+    if CHECK_ROWS:
+        if FIRST + WIDTH > SIZE:
+            inside = (offs_row[:, None] < rows) & (columns[None, :] < SIZE)
+            return tl.load(pointers, mask=inside, other=0.0)
+        else:
+            return tl.load(pointers, mask=offs_row[:, None] < rows, other=0.0)
+    else:
+        if FIRST + WIDTH > SIZE:
+            return tl.load(pointers, mask=columns[None, :] < SIZE, other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_columns(
+    matrix_ptr,
+    values,
+    offs_row,
+    stride,
+    rows,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Inverse of :func:`load_columns`: nothing is written outside the matrix."""
+    columns = FIRST + tl.arange(0, WIDTH).to(offs_row.dtype)
+    pointers = matrix_ptr + offs_row[:, None] * stride[0] + columns[None, :] * stride[1]
+    inside = offs_row[:, None] < rows
+    if FIRST + WIDTH > SIZE:
+        inside = inside & (columns[None, :] < SIZE)
+    tl.store(pointers, values.to(matrix_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(a, b, accumulator):
+    """``accumulator + a @ b`` in float32; float32 inputs are multiplied without TF32."""
+    return tl.dot(a, b, acc=accumulator, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """Hyperbolic tangent from exp2, which every target and the interpreter have.
+
+    1 − 2 / (e²ˣ + 1) loses relative accuracy near 0; PRECISE takes Cephes' polynomial there.
+    """
+    magnitude = tl.abs(x)
+    # 2 log2(e) = 2.885...; beyond |x| = 16 float32 cannot tell tanh from 1
+    far = 1.0 - 2.0 / (tl.exp2(tl.minimum(magnitude, 16.0) * 2.8853900817779268) + 1.0)
+    far = tl.where(x < 0, -far, far)
+    if PRECISE:
+        z = tl.minimum(x * x, 1.0)
+        near = -5.70498872745e-3
+        near = near * z + 2.06390887954e-2
+        near = near * z - 5.37397155531e-2
+        near = near * z + 1.33314422036e-1
+        near = near * z - 3.33332819422e-1
+        return tl.where(magnitude < 0.625, near * z * x + x, far)
+    else:
+        return far
+
+
+@triton.jit
+def manipulate(scores, factor, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
+    """The score transform of the three modes; columns that are not VISITed become -inf.
+
+    Args:
+        scores: ``[BLOCK_M, BLOCK_N]`` in any unit; base-2 logits if MODE is ``log_additive``.
+        factor: ``[BLOCK_N]``, one per key.
+        row_min: ``[BLOCK_M]`` minimum of the row's visible scores, final if VISIT is ``deferred``.
+        VISIT: ``every`` column; ``min_shift`` takes the ``ones`` first, the ``deferred`` last.
+    """
+    if VISIT == "ones":
+        return tl.where(factor[None, :] == 1.0, scores, float("-inf"))
+    elif VISIT == "deferred":
+        tl.static_assert(MODE == "min_shift")
+        shifted = row_min[:, None] + factor[None, :] * (scores - row_min[:, None])
+        return tl.where(factor[None, :] != 1.0, shifted, float("-inf"))
+    elif MODE == "multiplicative":
+        return scores * factor[None, :]
+    else:
+        tl.static_assert(MODE == "log_additive")
+        # log2(0) = -inf, without evaluating it
+        log_factor = tl.where(factor > 0, tl.log2(tl.where(factor > 0, factor, 1.0)), float("-inf"))
+        return scores + log_factor[None, :]
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum, unit, SCALED: tl.constexpr):
+    """One online-softmax update: weights, rescaling of the old state, new state.
+
+    ``unit`` turns scores into base-2 logits, inside exp2's multiply-add; SCALED says that they
+    are base-2 logits already. Masked scores are -inf; a row with nothing but -inf keeps weight 0.
+    """
+    new_max = tl.max(scores, 1)
+    if not SCALED:
+        new_max = new_max * unit
+    new_max = tl.maximum(row_max, new_max)
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    if SCALED:
+        weights = tl.exp2(scores - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    else:
+        weights = tl.exp2(scores * unit - shift[:, None])
+    rescale = tl.exp2(row_max - shift)
+    return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
