@@ -421,7 +421,8 @@ def _attention_triton(
 @_attention_triton.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     batch, query_heads, query_tokens, _head_dim = query.shape
-    output = query.new_empty(batch, query_heads, query_tokens, value.shape[-1])
+    # heads beside dims in memory, as the kernel writes it and transformers wants it next
+    output = query.new_empty(batch, query_tokens, query_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
     return output, lse
 
