@@ -1,0 +1,274 @@
+"""The op: errors, backend choice, registration, and what the fused path allocates."""
+
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atman_triton import attention
+from atman_triton.testing import count_launches
+
+MODES = ("multiplicative", "min_shift", "log_additive")
+
+
+def inputs(batch=2, query_heads=4, key_heads=2, query_tokens=6, key_tokens=9, dim=16, dtype=None):
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype or torch.float32)
+
+    query = randn(batch, query_heads, query_tokens, dim)
+    key, value = (randn(batch, key_heads, key_tokens, dim) for _ in range(2))
+    factor = torch.rand(batch, key_tokens, generator=generator)
+    return query, key, value, factor
+
+
+QUERY, KEY, VALUE, FACTOR = inputs()
+
+# name: (arguments replaced, error, its whole text)
+BAD = {
+    "query-dim": (
+        {"query": QUERY[0]},
+        ValueError,
+        "query must have 4 dimensions [batch, heads, tokens, dim], got shape [4, 6, 16].",
+    ),
+    "query-dtype": (
+        {"query": QUERY.int()},
+        TypeError,
+        "query must have a floating dtype, got torch.int32.",
+    ),
+    "query-type": ({"query": [1.0]}, TypeError, "query must be a tensor, got list."),
+    "key-dtype": (
+        {"key": KEY.half()},
+        TypeError,
+        "key must have query's dtype torch.float32, got torch.float16.",
+    ),
+    "key-batch": (
+        {"key": KEY.repeat(2, 1, 1, 1)},
+        ValueError,
+        "key must have batch 2 or 1, got 4.",
+    ),
+    "key-dim": ({"key": KEY[..., :8]}, ValueError, "key must have query's head dim 16, got 8."),
+    "value-tokens": (
+        {"value": VALUE[:, :, 1:]},
+        ValueError,
+        "value must have key's heads and tokens [2, 9], got [2, 8].",
+    ),
+    "heads": (
+        {"query": QUERY[:, :3]},
+        ValueError,
+        "query heads must be a multiple of key heads, got 3 and 2.",
+    ),
+    "factor-shape": (
+        {"key_factor": FACTOR[:, :5]},
+        ValueError,
+        "key_factor must have shape [2, 9] or [2, 4, 9], got [2, 5].",
+    ),
+    "factor-half": (
+        {"key_factor": FACTOR.half()},
+        TypeError,
+        "key_factor must be torch.float32, got torch.float16; use key_factor.float().",
+    ),
+    "factor-double": (
+        {"key_factor": FACTOR.double()},
+        TypeError,
+        "key_factor must be torch.float32, got torch.float64; use key_factor.float().",
+    ),
+    "factor-device": (
+        {"key_factor": FACTOR.to("meta")},
+        ValueError,
+        "key_factor must be on query's device cpu, got meta.",
+    ),
+    "mode": (
+        {"mode": "add"},
+        ValueError,
+        "mode must be one of multiplicative, min_shift, min_shift_full, log_additive, got 'add'.",
+    ),
+    "backend": (
+        {"backend": "cuda"},
+        ValueError,
+        "backend must be one of auto, triton, torch, reference, got 'cuda'.",
+    ),
+    "window": ({"window": 0}, ValueError, "window must be at least 1 token, got 0."),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be greater than 0, got 0.0."),
+    "sinks": ({"sinks": torch.zeros(2)}, ValueError, "sinks must have shape [4], got [2]."),
+    "bias-shape": (
+        {"position_bias": torch.zeros(1, 4, 6, 8)},
+        ValueError,
+        "position_bias must broadcast to [2, 4, 6, 9], got [1, 4, 6, 8].",
+    ),
+    "bias-dtype": (
+        {"position_bias": torch.zeros(1, 4, 6, 9, dtype=torch.int)},
+        TypeError,
+        "position_bias must have a floating dtype, got torch.int32.",
+    ),
+    "mask-dtype": (
+        {"mask": torch.ones(2, 9)},
+        TypeError,
+        "mask must be torch.bool (True = visible), got torch.float32.",
+    ),
+    "mask-padding": (
+        {"mask": torch.ones(2, 6, dtype=torch.bool)},
+        ValueError,
+        "mask must have shape [2, 9] or [2, 4, 6, 9], got [2, 6].",
+    ),
+    "mask-dense": (
+        {"mask": torch.ones(2, 1, 1, 9, dtype=torch.bool)},
+        ValueError,
+        "mask must have shape [2, 4, 6, 9], got [2, 1, 1, 9].",
+    ),
+    "offset": (
+        {"query_offset": torch.tensor(0.5)},
+        ValueError,
+        "query_offset must be an int or an integer tensor of one element, "
+        "got torch.float32 of shape [].",
+    ),
+    "full-torch": (
+        {"mode": "min_shift_full", "backend": "torch"},
+        ValueError,
+        "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'.",
+    ),
+    "full-triton": (
+        {"mode": "min_shift_full", "backend": "triton"},
+        ValueError,
+        "backend='triton' cannot serve mode='min_shift_full'; use backend='reference'.",
+    ),
+    "double-triton": (
+        {
+            "query": QUERY.double(),
+            "key": KEY.double(),
+            "value": VALUE.double(),
+            "backend": "triton",
+        },
+        ValueError,
+        "backend='triton' serves fp16, bf16 and fp32, got torch.float64; use backend='torch'.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name(name):
+    replaced, error, text = BAD[name]
+    arguments = {"query": QUERY, "key": KEY, "value": VALUE, "key_factor": FACTOR} | replaced
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+        attention(**arguments)
+
+
+def test_head_dim_too_large_for_triton():
+    query, key, value, factor = inputs(dim=260)
+    with pytest.raises(ValueError, match="serves head dims up to 256, got 260"):
+        attention(query, key, value, factor, backend="triton")
+
+
+def test_triton_without_gpu_or_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"needs a GPU or the interpreter \(TRITON_INTERPRET=1\)"):
+        attention(*inputs(), backend="triton")
+
+
+def test_auto_on_cpu_launches_no_kernel():
+    with count_launches() as launches:
+        attention(*inputs())
+    assert launches.total == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_backends_agree(mode, causal):
+    reference = attention(*inputs(), mode=mode, causal=causal, backend="reference", return_lse=True)
+    for backend in ("torch", "triton"):
+        with count_launches() as launches:
+            got = attention(*inputs(), mode=mode, causal=causal, backend=backend, return_lse=True)
+        assert launches.total == (backend == "triton")
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_full_mode_is_served_by_the_reference():
+    call = {"mode": "min_shift_full", "causal": True}
+    torch.testing.assert_close(
+        attention(*inputs(), **call), attention(*inputs(), backend="reference", **call)
+    )
+
+
+def test_triton_refuses_a_backward_pass():
+    query, key, value, factor = inputs()
+    query.requires_grad_()
+    output = attention(query, key, value, factor, backend="triton")
+    with pytest.raises(NotImplementedError, match="has no backward pass; use backend='auto'"):
+        output.sum().backward()
+
+
+OPTIONALS = [
+    {},
+    {"causal": True, "window": 4, "softcap": 2.0},
+    {"sinks": torch.zeros(4), "position_bias": torch.zeros(1, 4, 1, 9)},
+    {"mask": torch.arange(9)[None].expand(2, 9) < 8, "query_offset": torch.tensor(0)},
+    {"mask": torch.ones(1, 1, 6, 9, dtype=torch.bool), "causal": True, "query_offset": 2},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", OPTIONALS, ids=[" ".join(o) or "plain" for o in OPTIONALS])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_whole(mode, features, backend):
+    def run(query, key, value, factor):
+        return attention(query, key, value, factor, mode=mode, backend=backend, **features)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs()), run(*inputs()))
+
+
+@pytest.mark.parametrize("features", OPTIONALS, ids=[" ".join(o) or "plain" for o in OPTIONALS])
+def test_opcheck(features):
+    query, key, value, factor = inputs()
+    mask = features.get("mask")
+    offset = features.get("query_offset", 3)
+    arguments = (
+        query,
+        key,
+        value,
+        factor,
+        features.get("sinks"),
+        features.get("position_bias"),
+        mask if mask is not None and mask.dim() == 2 else None,
+        mask if mask is not None and mask.dim() == 4 else None,
+        offset if isinstance(offset, torch.Tensor) else None,
+        offset if isinstance(offset, int) else 0,
+        "min_shift",
+        features.get("causal", False),
+        0.25,
+        features.get("window"),
+        features.get("softcap"),
+    )
+    torch.library.opcheck(torch.ops.atman_triton.attention_fwd.default, arguments)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(
+                    self.elements, tensor.untyped_storage().nbytes() // tensor.element_size()
+                )
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_fused_path_holds_no_score_matrix(mode):
+    tokens, dim = 160, 16
+    query, key, value, factor = inputs(1, 2, 1, tokens, tokens, dim)
+    features = {"mode": mode, "causal": True, "window": 100, "softcap": 3.0}
+    features["mask"] = torch.ones(1, tokens, dtype=torch.bool)
+    with LargestTensor() as largest:
+        attention(query, key, value, factor, backend="triton", return_lse=True, **features)
+    assert query.numel() <= largest.elements < tokens * tokens
+    with LargestTensor() as largest:
+        attention(query, key, value, factor, backend="reference", **features)
+    assert largest.elements >= tokens * tokens  # the same instrument sees the score matrix

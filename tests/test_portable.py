@@ -1,0 +1,173 @@
+"""The portable backend against the float64 oracle, feature by feature and combined."""
+
+import itertools
+
+import pytest
+import torch
+
+from atman_triton.attention import attention
+from atman_triton.kernels import portable
+from atman_triton.kernels.reference import attention_reference
+from atman_triton.testing import assert_close_to_oracle
+
+MODES = ("multiplicative", "min_shift", "log_additive")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+B, HQ, HK = 2, 4, 2
+
+# (Tq, Tk, D, Dv)
+SHAPES = [(1, 1, 16, 16), (1, 37, 16, 16), (33, 33, 40, 40), (150, 150, 16, 24), (20, 41, 24, 16)]
+
+
+def draw_case(seed):
+    """One random combination of every feature; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(options):
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    query_tokens, key_tokens, head_dim, value_dim = choose(SHAPES)
+    batch_kv = choose([1, B])
+    factor = rand(*choose([(B, key_tokens), (B, HQ, key_tokens)])) * 1.5
+    factor[factor < 0.3] = 0.0
+    factor[(factor > 0.6) & (factor < 1.1)] = 1.0
+    tensors = {
+        "query": randn(B, HQ, query_tokens, head_dim),
+        "key": randn(batch_kv, HK, key_tokens, head_dim),
+        "value": randn(batch_kv, HK, key_tokens, value_dim),
+        "key_factor": choose([factor, factor, None]),
+        "sinks": choose([None, None, randn(HQ)]),
+        "position_bias": choose(
+            [None, None, randn(1, HQ, 1, key_tokens), randn(B, 1, query_tokens, key_tokens)]
+        ),
+    }
+    mask = choose(
+        [
+            None,
+            None,
+            torch.arange(key_tokens)[None] >= torch.tensor([[3], [0]]),  # left padding
+            torch.arange(key_tokens)[None] < torch.tensor([[key_tokens], [key_tokens - 2]]),
+            rand(B, 1, query_tokens, key_tokens) > 0.5,
+        ]
+    )
+    features = {
+        "mode": choose(MODES),
+        "causal": choose([False, True]),
+        "query_offset": choose([None, 0, torch.tensor(2)]),
+        "window": choose([None, None, 5]),
+        "softcap": choose([None, None, 1.5]),
+        "scale": choose([None, 0.3]),
+        "mask": mask,
+    }
+    return tensors, features, choose([False, True]), choose(DTYPES)
+
+
+@pytest.mark.parametrize("seed", range(160))
+def test_combinations_meet_the_tolerance_rule(seed):
+    tensors, features, return_lse, dtype = draw_case(seed)
+
+    def cast(to):
+        keep = {"key_factor": torch.float64 if to == torch.float64 else torch.float32}
+        return {
+            name: None if tensor is None else tensor.to(dtype).to(keep.get(name, to))
+            for name, tensor in tensors.items()
+        }
+
+    if tensors["key_factor"] is not None:  # the factor itself is never rounded to half
+        tensors["key_factor"] = tensors["key_factor"].to(dtype).float()
+    exact = attention_reference(**cast(torch.float64), **features)
+    eager = attention_reference(**cast(dtype), **features)
+    actual = attention(**cast(dtype), **features, return_lse=return_lse, backend="torch")
+    if not return_lse:
+        actual = (actual,)
+    for got, plain, truth in zip(actual, eager, exact, strict=False):
+        assert_close_to_oracle(got, plain, truth)
+
+
+def test_the_draw_covers_every_pair_of_features():
+    """The seeds above are only worth something if they combine everything with everything."""
+    seen = set()
+    for seed in range(160):
+        tensors, features, return_lse, dtype = draw_case(seed)
+        factor = tensors["key_factor"]
+        labels = {
+            "mode=" + ("none" if factor is None else features["mode"]),
+            f"causal={features['causal']}",
+            f"dtype={dtype}",
+            f"lse={return_lse}",
+            f"heads={factor is not None and factor.dim() == 3}",
+            f"mask={None if features['mask'] is None else features['mask'].dim()}",
+            *(f"{name}={features[name] is not None}" for name in ("window", "softcap", "scale")),
+            *(f"{name}={tensors[name] is not None}" for name in ("sinks", "position_bias")),
+        }
+        seen |= set(itertools.combinations(sorted(labels), 2))
+    labels = {label for pair in seen for label in pair}
+    missing = {
+        (a, b)
+        for a, b in itertools.combinations(sorted(labels), 2)
+        if a.split("=")[0] != b.split("=")[0] and (a, b) not in seen
+    }
+    assert missing <= {("heads=True", "mode=none")}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["sdpa", "eager"])
+def test_many_small_blocks_change_nothing(monkeypatch, mode, features):
+    query = torch.randn(B, HQ, 70, 16, dtype=torch.float64)
+    key, value = torch.randn(2, B, HK, 90, 16, dtype=torch.float64)
+    factor = torch.rand(B, 90)
+    mask = torch.rand(B, 90) > 0.2
+    call = {"mode": mode, "causal": True, "window": 40, "mask": mask, "backend": "torch"} | features
+    whole = attention(query, key, value, factor, **call)
+    monkeypatch.setattr(portable, "_SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(portable, "_CAUSAL_BLOCK", 7)
+    torch.testing.assert_close(attention(query, key, value, factor, **call), whole)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["sdpa", "eager"])
+def test_gradients_equal_the_oracle(mode, features):
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(B, heads, 9, 8, generator=generator, dtype=torch.float64)
+        for heads in (HQ, HK, HK)
+    ]
+    factor = torch.rand(B, 9, generator=generator, dtype=torch.float64)
+    factor[:, 2], factor[:, 5] = 0.0, 1.0
+    weight = torch.randn(B, HQ, 9, 8, generator=generator, dtype=torch.float64)
+    mask = torch.ones(B, 9, dtype=torch.bool)
+    mask[0, :4] = False  # rows 0 to 3 see nothing
+    gradients = []
+    for backend in ("torch", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (*inputs, factor)]
+        call = {"mode": mode, "causal": True, "mask": mask, "backend": backend} | features
+        (attention(*leaves, **call) * weight).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_removed_key_with_a_huge_score_does_not_overflow():
+    query = torch.full((1, 1, 1, 16), 10.0)
+    key = torch.zeros(1, 1, 3, 16)
+    key[0, 0, 0] = 10.0  # score 400: exp overflows float32
+    value = torch.randn(1, 1, 3, 16)
+    factor = torch.tensor([[0.0, 1.0, 1.0]], requires_grad=True)
+    output = attention(query, key, value, factor, mode="log_additive", backend="torch")
+    torch.testing.assert_close(output[0, 0, 0], value[0, 0, 1:].mean(0))
+
+
+def test_removing_every_key_gives_zero():
+    query, key, value = (torch.randn(1, 1, 4, 16) for _ in range(3))
+    output, lse = attention(
+        query, key, value, torch.zeros(1, 4), mode="log_additive", backend="torch", return_lse=True
+    )
+    assert (output == 0).all()
+    assert (lse == -torch.inf).all()
+    output = attention(query, key, value, torch.zeros(1, 4), mode="log_additive", backend="torch")
+    assert (output == 0).all()

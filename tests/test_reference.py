@@ -1,0 +1,166 @@
+"""The oracle against loops over single numbers, and its gradients against differences."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from atman_triton.kernels.reference import MODES, attention_reference
+
+B, HQ, HK, TQ, TK, D, DV = 2, 4, 2, 5, 7, 3, 2
+
+
+def make_inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key, value = randn(B, HQ, TQ, D), randn(B, HK, TK, D), randn(B, HK, TK, DV)
+    factor = torch.rand(B, TK, generator=generator, dtype=torch.float64) * 1.5
+    factor[0, 2], factor[1, 3], factor[0, 4] = 0.0, 1.0, 1.0
+    return query, key, value, factor
+
+
+def by_hand(query, key, value, factor, *, mode, sees, scale, softcap=None, sinks=None, bias=None):
+    """One number at a time, from DESIGN's definitions; ``sees(b, h, i, j)`` is the mask."""
+    out = torch.zeros(B, HQ, TQ, DV, dtype=torch.float64)
+    lse = torch.full((B, HQ, TQ), -math.inf, dtype=torch.float64)
+    for b, h, i in product(range(B), range(HQ), range(TQ)):
+        group = h // (HQ // HK)
+        raw = []
+        for j in range(TK):
+            s = scale * float(query[b, h, i] @ key[b, group, j])
+            raw.append(s if softcap is None else softcap * math.tanh(s / softcap))
+        visible = [j for j in range(TK) if sees(b, h, i, j)]
+        floor = {"min_shift": visible, "min_shift_full": range(TK)}.get(mode, ())
+        c = min((raw[j] for j in floor), default=0.0)
+        weights = {}
+        for j in visible:
+            m = float(factor[b, j] if factor.dim() == 2 else factor[b, h, j])
+            if mode == "multiplicative":
+                s = m * raw[j]
+            elif mode == "log_additive":
+                s = raw[j] + (math.log(m) if m > 0 else -math.inf)
+            else:
+                s = c + m * (raw[j] - c)
+            s += 0.0 if bias is None else float(bias[b % len(bias), h, i, j])
+            weights[j] = math.exp(s)
+        total = sum(weights.values()) + (0.0 if sinks is None else math.exp(float(sinks[h])))
+        if total > 0:
+            lse[b, h, i] = math.log(total)
+            for j, weight in weights.items():
+                out[b, h, i] += weight / total * value[b, group, j]
+    return out, lse
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "softcap-sinks-bias-mask-heads"])
+def test_equals_the_definition(mode, causal, window, extras):
+    query, key, value, factor = make_inputs()
+    bias = sinks = softcap = mask = None
+    if extras:
+        bias, sinks, softcap = torch.randn(1, HQ, TQ, TK).double(), torch.randn(HQ).double(), 0.8
+        mask = torch.ones(B, TK, dtype=torch.bool)
+        mask[0, :3] = False
+        mask[1, -2:] = False
+        factor = torch.rand(B, HQ, TK, dtype=torch.float64) * 2
+
+    def sees(b, h, i, j):
+        p = i + TK - TQ
+        return (
+            (not causal or j <= p)
+            and (window is None or (p - j if causal else abs(p - j)) < window)
+            and (mask is None or bool(mask[b, j]))
+        )
+
+    features = {"softcap": softcap, "sinks": sinks}
+    expected = by_hand(
+        query, key, value, factor, mode=mode, sees=sees, scale=0.7, bias=bias, **features
+    )
+    actual = attention_reference(
+        query,
+        key,
+        value,
+        factor,
+        mode=mode,
+        causal=causal,
+        window=window,
+        scale=0.7,
+        position_bias=bias,
+        mask=mask,
+        **features,
+    )
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0, 1, torch.tensor(1)], ids=["0", "1", "tensor"])
+def test_query_offset_moves_the_diagonal(offset):
+    query, key, value, factor = make_inputs()
+    mask = torch.arange(TK)[None, :] <= torch.arange(TQ)[:, None] + offset
+    moved = attention_reference(query, key, value, factor, causal=True, query_offset=offset)
+    dense = attention_reference(query, key, value, factor, mask=mask[None, None])
+    torch.testing.assert_close(moved, dense, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_without_a_key_give_zero(mode):
+    query, key, value, factor = make_inputs()
+    mask = torch.ones(B, TK, dtype=torch.bool)
+    mask[0] = False
+    inputs = [t.requires_grad_() for t in (query, key, value, factor)]
+    output, lse = attention_reference(*inputs, mode=mode, mask=mask)
+    assert (output[0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    output.sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in inputs)
+    sinks = torch.randn(HQ).double()
+    _, lse = attention_reference(*inputs, mode=mode, mask=mask, sinks=sinks)
+    torch.testing.assert_close(lse[0], sinks[:, None].expand(HQ, TQ))
+
+
+def test_removing_every_key_by_factor_gives_zero():
+    query, key, value, factor = make_inputs()
+    output, lse = attention_reference(query, key, value, factor * 0, mode="log_additive")
+    assert (output == 0).all()
+    assert (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", [{}, {"softcap": 1.0, "window": 3}], ids=["plain", "capped"])
+def test_gradients(mode, features):
+    query, key, value, factor = make_inputs()
+    if mode == "log_additive":
+        factor = factor + 0.1  # differences cannot be taken across m = 0: see the next test
+    sinks = torch.randn(HQ, dtype=torch.float64)
+    inputs = tuple(t.requires_grad_() for t in (query, key, value, factor, sinks))
+
+    def run(query, key, value, factor, sinks):
+        return attention_reference(
+            query, key, value, factor, mode=mode, causal=True, sinks=sinks, **features
+        )
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+def test_log_additive_gradient_is_finite_where_a_key_is_removed():
+    query, key, value, factor = make_inputs()
+    factor[0, 2] = 0.0
+    factor.requires_grad_()
+    attention_reference(query, key, value, factor, mode="log_additive")[0].sum().backward()
+    step = 1e-6
+    moved = factor.detach().clone()
+    moved[0, 2] = step
+    with torch.no_grad():
+        base = attention_reference(query, key, value, factor, mode="log_additive")[0].sum()
+        ahead = attention_reference(query, key, value, moved, mode="log_additive")[0].sum()
+    torch.testing.assert_close(factor.grad[0, 2], (ahead - base) / step, rtol=1e-4, atol=1e-6)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match=r"mode must be one of multiplicative, .*got 'additive'"):
+        attention_reference(*make_inputs(), mode="additive")
