@@ -1,0 +1,316 @@
+"""Train the demo reader: ``python -m atman_triton.demo.train --out checkpoints/demo``.
+
+Every step reads its own seeded batch of packed rows: a document, then several of its questions with their answers. The
+loss is on the answers, plus a little language modelling. Documents grow longer as the answers become right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .documents import MAX_SENTENCES, MIN_SENTENCES, Document, Question, make_document
+from .model import END_OF_TEXT, make_model, train_tokenizer
+
+_LENGTHS = (3, 5, 8, 12)
+_PASS = 0.85
+_LM_SHARE, _LM_WEIGHT = 0.1, 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run besides its length.
+
+    Attributes:
+        seed: of the weights and of every batch.
+        tokens: tokens per batch, padding included.
+        muon_lr: peak learning rate of the hidden matrices.
+        adam_lr: peak learning rate of embeddings and norms.
+        warmup: steps of linear warm-up.
+        steady: share of the run before the learning rate falls linearly to zero.
+        autocast: compute in bfloat16 where the processor is fast at it.
+    """
+
+    seed: int = 0
+    tokens: int = 6144
+    width: int = 128
+    layers: int = 4
+    vocabulary: int = 2560
+    muon_lr: float = 0.02
+    adam_lr: float = 0.003
+    warmup: int = 100
+    steady: float = 0.5
+    autocast: bool = False
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with its checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    level: int = 0
+    right: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows. ``scored`` are flat positions whose next token is trained on, ``weights`` its loss weights."""
+
+    ids: Tensor  # [B, T]
+    scored: Tensor  # [N]
+    labels: Tensor  # [N]
+    weights: Tensor  # [N]
+    answer: Tensor  # [N], index of the answer that the label is part of, -1 outside answers
+    answers: int
+
+
+def sample_texts(seed: int, documents: int) -> list[str]:
+    """Texts of the shape that the model reads, for the tokenizer."""
+    texts = []
+    for number in range(documents):
+        document = make_document(f"tokenizer-{seed}-{number}")
+        texts.append(
+            document.text + "".join(f" Q: {q.text} A:{q.answer}" for q in document.questions)
+        )
+    return texts
+
+
+def pack(
+    rows: list[tuple[Document, list[Question]]],
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+) -> Batch:
+    """Turn documents with their questions into one padded batch."""
+    pieces = []
+    for document, questions in rows:
+        pieces.append(document.text)
+        for question in questions:
+            pieces.append(f" Q: {question.text} A:")
+            pieces.append(f"{question.answer}{END_OF_TEXT}")
+    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(pieces))
+    eot, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids, scored, labels, weights, answer = [], [], [], [], []
+    answers = 0
+    for _, questions in rows:
+        row = list(next(encoded).ids)
+        spans = []
+        for _ in questions:
+            row += next(encoded).ids
+            start = len(row)
+            row += next(encoded).ids
+            spans.append((start, len(row)))
+        if row[-1] != eot:
+            raise RuntimeError("the tokenizer does not keep the end-of-text token whole.")
+        ids.append(row)
+        marked = [-1] * len(row)
+        for start, stop in spans:
+            marked[start:stop] = [answers] * (stop - start)
+            answers += 1
+        for position in range(1, len(row)):
+            part = marked[position]
+            if part >= 0 or rng.random() < _LM_SHARE:
+                scored.append((len(ids) - 1, position - 1))
+                labels.append(row[position])
+                answer.append(part)
+    width = max(map(len, ids))
+    inside = sum(part >= 0 for part in answer)
+    outside = max(len(answer) - inside, 1)
+    weights = [1 / inside if part >= 0 else _LM_WEIGHT / outside for part in answer]
+    return Batch(
+        ids=torch.tensor([row + [pad] * (width - len(row)) for row in ids]),
+        scored=torch.tensor([row * width + column for row, column in scored]),
+        labels=torch.tensor(labels),
+        weights=torch.tensor(weights),
+        answer=torch.tensor(answer),
+        answers=answers,
+    )
+
+
+def draw_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int, level: int) -> Batch:
+    """The batch of one step, which depends on nothing but the arguments."""
+    rng = random.Random(f"train-{recipe.seed}-{step}")
+    longest = _LENGTHS[level]
+    # A quarter of the batches is full-sized from the start; the last level is mostly full-sized.
+    if rng.random() < (0.75 if longest == MAX_SENTENCES else 0.2):
+        low, high = MIN_SENTENCES, MAX_SENTENCES
+    else:
+        low, high = 2, longest
+    sentences = rng.randint(low, high)
+    asked = rng.randint(min(3, sentences), min(8, sentences))
+    estimate = 11 * sentences + 15 * asked
+    rows = []
+    for _ in range(max(recipe.tokens // estimate, 1)):
+        document = make_document(rng, sentences=sentences)
+        questions = rng.sample(document.questions, min(asked, len(document.questions)))
+        rows.append((document, questions))
+    return pack(rows, tokenizer, rng)
+
+
+def forward(model: LlamaForCausalLM, batch: Batch, autocast: bool) -> tuple[Tensor, Tensor]:
+    """Loss of a batch and, per answer, whether each of its tokens was the most likely one."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        hidden = model.model(batch.ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden.flatten(0, 1)[batch.scored])
+    loss = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+    right = torch.ones(batch.answers + 1)
+    wrong = batch.answer[logits.argmax(-1) != batch.labels]
+    right[wrong] = 0.0  # -1 falls on the spare last entry
+    return (loss * batch.weights).sum(), right[:-1]
+
+
+class Trainer:
+    """A run that can stop and continue from its folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
+        self.model = make_model(tokenizer, width=recipe.width, layers=recipe.layers)
+        matrices, others = [], []
+        for name, parameter in self.model.named_parameters():
+            hidden = parameter.ndim == 2 and "embed_tokens" not in name
+            (matrices if hidden else others).append(parameter)
+        self.optimizers = (
+            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.progress = Progress()
+
+    def step(self, done: float) -> dict[str, Any]:
+        """One update; ``done`` is the finished share of the run and sets the learning rate."""
+        recipe, progress = self.recipe, self.progress
+        fall = min(1.0, (1.0 - done) / (1.0 - recipe.steady))
+        scale = min(1.0, (progress.step + 1) / recipe.warmup) * max(fall, 0.0)
+        peaks = (recipe.muon_lr, recipe.adam_lr)
+        for optimizer, peak in zip(self.optimizers, peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * scale
+        batch = draw_batch(self.tokenizer, recipe, progress.step, progress.level)
+        loss, right = forward(self.model, batch, recipe.autocast)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        accuracy = float(right.mean())
+        progress.right += 0.02 * (accuracy - progress.right)
+        if progress.right > _PASS and progress.level + 1 < len(_LENGTHS):
+            progress.level, progress.right = progress.level + 1, 0.0
+        progress.step += 1
+        progress.tokens += batch.ids.numel()
+        return {"loss": loss.item(), "right": accuracy, "lr_scale": scale}
+
+    def save(self) -> None:
+        """Write the checkpoint, and the model and tokenizer in the form ``from_pretrained`` reads."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "recipe": asdict(self.recipe),
+            "progress": asdict(self.progress),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        part = self.folder / "checkpoint.pt.part"
+        torch.save(state, part)
+        part.replace(self.folder / "checkpoint.pt")
+        self.model.save_pretrained(self.folder / "model")
+        self.tokenizer.save_pretrained(self.folder / "model")
+
+    def load(self) -> None:
+        """Continue from the folder's checkpoint. Raises: ValueError: if it was made with another recipe."""
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state["progress"])
+
+
+@torch.inference_mode()
+def quick_check(trainer: Trainer, documents: int = 48) -> float:
+    """Share of answers on fresh full-sized documents that greedy decoding gets exactly right (teacher-forced test)."""
+    right = []
+    for start in range(0, documents, 16):
+        rng = random.Random(f"check-{start}")
+        rows = [(make_document(rng), []) for _ in range(16)]
+        rows = [(document, [rng.choice(document.questions)]) for document, _ in rows]
+        batch = pack(rows, trainer.tokenizer, rng)
+        right.append(forward(trainer.model, batch, trainer.recipe.autocast)[1])
+    return float(torch.cat(right).mean())
+
+
+def run(
+    trainer: Trainer, *, steps: int | None, minutes: float | None, log_every: int = 50,
+    check_every: int = 500, save_minutes: float = 3.0, console: Console | None = None,
+) -> None:
+    """Train until ``steps`` or ``minutes`` (all sessions counted) are reached, then save."""
+    console = console or Console()
+    trainer.folder.mkdir(parents=True, exist_ok=True)
+    history = trainer.folder / "history.jsonl"
+    progress = trainer.progress
+    began, before = time.perf_counter(), progress.seconds
+    saved = began
+    recent: list[dict[str, Any]] = []
+    while True:
+        done = 0.0
+        if steps is not None:
+            done = max(done, progress.step / steps)
+        if minutes is not None:
+            done = max(done, progress.seconds / 60 / minutes)
+        if done >= 1.0:
+            break
+        recent.append(trainer.step(done))
+        now = time.perf_counter()
+        progress.seconds = before + now - began
+        if progress.step % log_every == 0:
+            row: dict[str, Any] = {
+                key: round(sum(r[key] for r in recent) / len(recent), 4) for key in recent[0]
+            }
+            row |= {key: round(v, 3) for key, v in asdict(progress).items() if key != "right"}
+            if progress.step % check_every == 0:
+                row["check"] = quick_check(trainer)
+            recent.clear()
+            with history.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            console.print(json.dumps(row), soft_wrap=True)
+        if now - saved > save_minutes * 60:
+            trainer.save()
+            saved = time.perf_counter()
+    trainer.save()
+
+
+def main(
+    out: Annotated[Path, typer.Option()] = Path("checkpoints/demo"),
+    steps: Annotated[int | None, typer.Option()] = None,
+    minutes: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option()] = 2,
+    resume: Annotated[bool, typer.Option()] = False,
+    smoke: Annotated[bool, typer.Option()] = False,
+    muon_lr: float = 0.02,
+    adam_lr: float = 0.003,
+    tokens: int = 6144,
+    steady: float = 0.5,
+) -> None:
+    torch.set_num_threads(threads)
+    recipe = Recipe(seed=seed, muon_lr=muon_lr, adam_lr=adam_lr, tokens=tokens, steady=steady)
+    tokenizer = train_tokenizer(sample_texts(seed, 4000), recipe.vocabulary)
+    trainer = Trainer(recipe, out, tokenizer)
+    if resume:
+        trainer.load()
+    run(trainer, steps=steps, minutes=minutes)
+
+
+if __name__ == "__main__":
+    typer.run(main)
