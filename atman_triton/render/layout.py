@@ -1,0 +1,275 @@
+"""What every picture of an explanation needs: text cut into pieces, lines, strengths, numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.cells import get_character_cell_size
+
+if TYPE_CHECKING:
+    from ..explanation import Explanation, Target, Unit
+
+Span = tuple[int, int]
+
+# C0 controls have pictures of their own; the rest would move or hide text without a trace.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code != ord("\n")} | {
+    ord("\t"): ord("⇥"),
+    0x7F: 0x2421,
+    **dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD),
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text under the same spans everywhere.
+
+    Args:
+        start: First character.
+        stop: One past the last character.
+        covers: For each list of spans given to ``cut``, which of its spans lie over this stretch.
+    """
+
+    start: int
+    stop: int
+    covers: tuple[tuple[int, ...], ...]
+
+
+def cut(length: int, *span_lists: Sequence[Span | None]) -> list[Piece]:
+    """Cut ``[0, length)`` wherever a span starts or stops; spans may overlap, be empty or None."""
+    opens: dict[int, list[tuple[int, int]]] = {}
+    closes: dict[int, list[tuple[int, int]]] = {}
+    for which, spans in enumerate(span_lists):
+        for index, span in enumerate(spans):
+            if span is None:
+                continue
+            start, stop = max(span[0], 0), min(span[1], length)
+            if start < stop:
+                opens.setdefault(start, []).append((which, index))
+                closes.setdefault(stop, []).append((which, index))
+    active: list[set[int]] = [set() for _ in span_lists]
+    pieces = []
+    edges = sorted({0, length, *opens, *closes})
+    for start, stop in itertools.pairwise(edges):
+        for which, index in closes.get(start, []):
+            active[which].remove(index)
+        for which, index in opens.get(start, []):
+            active[which].add(index)
+        pieces.append(Piece(start, stop, tuple(tuple(sorted(members)) for members in active)))
+    return pieces
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Printable text in which every unit has a place.
+
+    Args:
+        text: The explanation's text, then the units that have no characters of their own in it.
+        units: The span of each unit.
+        targets: The span of each target, None for those without a place.
+    """
+
+    text: str
+    units: list[Span]
+    targets: list[Span | None]
+
+
+def place(explanation: Explanation) -> Placed:
+    """Give every unit a place, behind the text where it has none in it."""
+    text = printable(explanation.text)
+    spans = [_span(unit) for unit in explanation.units]
+    if None in spans:
+        text += ("\n" if text else "") + "Not in the text:"
+    units: list[Span] = []
+    for unit, span in zip(explanation.units, spans, strict=True):
+        if span is None:
+            start = len(text) + 1
+            text += " " + visible(unit.text)
+            span = (start, len(text))
+        units.append(span)
+    return Placed(text, units, [_span(target) for target in explanation.targets])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of one line under one colour: its text, first character and strength in [-1, 1]."""
+
+    text: str
+    start: int
+    strength: float
+
+
+def heat_lines(explanation: Explanation, values: Iterable[float], width: int) -> list[list[Run]]:
+    """The text in lines of at most ``width`` cells, cut into runs. A line break ends its run."""
+    placed, strength = place(explanation), strengths(values)
+    pieces = cut(len(placed.text), placed.units)
+    level = [strongest(strength, piece.covers[0]) for piece in pieces]
+    rows, first = [], 0
+    for start, stop in lines(placed.text, width):
+        while first < len(pieces) and pieces[first].stop <= start:
+            first += 1
+        row, at = [], first
+        while at < len(pieces) and pieces[at].start < stop:
+            low, high = max(start, pieces[at].start), min(stop, pieces[at].stop)
+            row.append(Run(placed.text[low:high], low, level[at]))
+            at += 1
+        rows.append(row)
+    return rows
+
+
+def strengths(values: Iterable[float]) -> list[float]:
+    """Values scaled to [-1, 1] by the largest magnitude; NaN stays NaN, infinities are ±1."""
+    values = list(values)
+    peak = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return [
+        value if math.isnan(value) else max(-1.0, min(1.0, value / peak)) if peak else _sign(value)
+        for value in values
+    ]
+
+
+def strongest(strength: Sequence[float], units: Iterable[int]) -> float:
+    """The strength of largest magnitude among ``units``; 0 if none was measured."""
+    measured = [strength[unit] for unit in units if not math.isnan(strength[unit])]
+    return max(measured, key=abs, default=0.0)
+
+
+def printable(text: str) -> str:
+    """The text, as long as before, with control and direction characters made visible."""
+    return text.translate(_PICTURES)
+
+
+def visible(text: str) -> str:
+    """The text on one line, with white space at its ends and line breaks made visible."""
+    text = printable(text).replace("\n", "↵")
+    core = text.strip(" ")
+    if not core:
+        return "␣" * len(text) or "∅"
+    lead = len(text) - len(text.lstrip(" "))
+    tail = len(text) - len(text.rstrip(" "))
+    # One leading space is how most tokenizers write "a new word starts here".
+    return ("" if lead == 1 else "␣" * lead) + core + "␣" * tail
+
+
+def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, str, str]:
+    """The unit and up to ``size`` characters of text on either side, each on one line."""
+    piece = explanation.units[unit]
+    if piece.start is None or piece.stop is None or piece.start == piece.stop:
+        return "", visible(piece.text), ""
+    text = printable(explanation.text).replace("\n", " ")
+    low, high = max(0, piece.start - size), min(len(text), piece.stop + size)
+    before, after = text[low : piece.start], text[piece.stop : high]
+    if low:
+        before = "…" + before.lstrip()
+    if high < len(text):
+        after = after.rstrip() + "…"
+    core = text[piece.start : piece.stop]
+    if core.strip():
+        # The space that opens a token belongs to what stands before it.
+        before += core[: len(core) - len(core.lstrip())]
+        after = core[len(core.rstrip()) :] + after
+        return before, core.strip(), after
+    return before, visible(piece.text), after
+
+
+def lines(text: str, width: int) -> list[Span]:
+    """Break printable text into lines of at most ``width`` cells, after spaces if it can."""
+    spans: list[Span] = []
+    start = used = 0
+    break_at = -1
+    for index, character in enumerate(text):
+        if character == "\n":
+            spans.append((start, index + 1))
+            start, used, break_at = index + 1, 0, -1
+            continue
+        size = get_character_cell_size(character)
+        # A space may hang over the edge: it is not seen there.
+        if used + size > width and character != " " and index > start:
+            stop = break_at if break_at > start else index
+            spans.append((start, stop))
+            start, break_at = stop, -1
+            used = sum(map(get_character_cell_size, text[start:index]))
+        used += size
+        if character == " " or size == 2:
+            break_at = index + 1
+    if start < len(text) or not spans:
+        spans.append((start, len(text)))
+    return spans
+
+
+def elide(marked: Sequence[bool], limit: int) -> list[int | None]:
+    """Which lines to show of more than ``limit``: the first, the last and those around marks.
+
+    Returns: line numbers in order; None stands for a stretch that is left out.
+    """
+    total = len(marked)
+    if total <= limit:
+        return list(range(total))
+    keep = {0, 1, *range(total - 4, total)}
+    for index, mark in enumerate(marked):
+        if mark:
+            keep |= {index - 1, index, index + 1}
+    shown: list[int | None] = []
+    for index in sorted(keep & set(range(total))):
+        if shown and shown[-1] is not None and index > shown[-1] + 1:
+            shown.append(None)
+        shown.append(index)
+    return shown
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Digits after the point that show the largest value with three significant digits."""
+    peak = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return max(0, min(8, 2 - math.floor(math.log10(peak)))) if peak else 2
+
+
+def signed(value: float, digits: int) -> str:
+    """``+1.23``, with a true minus sign; NaN is a dash."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def settings(explanation: Explanation) -> str:
+    """The settings in one line: what was run, and how the numbers are to be read."""
+    known = explanation.provenance
+    words = [
+        *(str(known[name]) for name in ("model",) if known.get(name)),
+        *(f"{name} {known[name]}" for name in ("preset", "mode", "factor") if name in known),
+        *(
+            f"{name} {_indices(known[name])}"
+            for name in ("layers", "heads")
+            if known.get(name) is not None
+        ),
+        _count(len(explanation.units), "unit"),
+        _count(len(explanation.targets), "target token")
+        + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
+    ]
+    if isinstance(known.get("runs"), int):
+        words.append(_count(known["runs"], "run"))
+    if isinstance(known.get("seconds"), int | float):
+        words.append(f"{known['seconds']:.3g} s")
+    return printable(" · ".join(words)).replace("\n", " ")
+
+
+def _span(piece: Unit | Target) -> Span | None:
+    if piece.start is None or piece.stop is None or piece.start == piece.stop:
+        return None
+    return piece.start, piece.stop
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _indices(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _sign(value: float) -> float:
+    return math.copysign(1.0, value) if value else 0.0

@@ -1,0 +1,201 @@
+"""The explanation in a terminal: the text as a heat map, the answer, the strongest units."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from . import layout
+from .palette import Colour, hexadecimal, mix
+
+if TYPE_CHECKING:
+    from ..explanation import Explanation
+
+# Middle tones stand out equally from a dark and a light terminal; black on them reads well.
+GREY: Colour = (150, 150, 150)
+SUPPORT: Colour = (255, 142, 20)
+OPPOSE: Colour = (92, 164, 255)
+SUPPORT_INK: Colour = (184, 98, 0)
+OPPOSE_INK: Colour = (36, 116, 224)
+
+FAINT = Style(dim=True)
+WEAK = 0.08  # of the strongest: below it a unit is left uncoloured
+NOTABLE = 0.35  # of the strongest: what is bracketed without colour and never elided
+MAX_LINES = 60
+MIN_WIDTH = 20
+BAR = 14
+LEFT_OUT = 8
+SUPPORT_MARK = "⟦⟧"
+OPPOSE_MARK = "⟪⟫"
+
+
+def show(
+    explanation: Explanation,
+    top_k: int | None = None,
+    width: int | None = None,
+    target: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the explanation.
+
+    Args:
+        explanation: What to show.
+        top_k: How many units the list names; None for 10.
+        width: Columns to use; None for the terminal's.
+        target: Show this target token's scores instead of ``relevance``.
+        console: Where to print; None for standard output.
+    Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.
+    """
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
+    if width is not None and width < MIN_WIDTH:
+        raise ValueError(f"width must be at least {MIN_WIDTH}, got {width}.")
+    values = explanation.values(target).tolist()
+    console = console or Console(highlight=False, markup=False, emoji=False)
+    width = max(width or console.width, MIN_WIDTH)
+    coloured = not console.no_color and console.color_system in ("256", "truecolor")
+    console.print(_heading(explanation, target), width=width, overflow="fold")
+    console.print()
+    # These lines are laid out: rich must neither wrap again nor crop what it believes too wide.
+    for line in _heat_map(explanation, values, width, coloured):
+        console.print(line, soft_wrap=True)
+    console.print()
+    for line in _list(explanation, values, top_k or 10, width, target):
+        console.print(line, soft_wrap=True)
+    console.print()
+    for line in _notes(explanation, coloured):
+        console.print(line, width=width, overflow="fold")
+
+
+def _heading(explanation: Explanation, target: int | None) -> Text:
+    heading = Text()
+    rows = [("Answer", explanation.answer, float(explanation.base_logprobs.sum()))]
+    if target is not None:
+        chosen = explanation.targets[target]
+        rows.append(
+            (f"Target token {target}", chosen.text, float(explanation.base_logprobs[target]))
+        )
+    for index, (label, text, logprob) in enumerate(rows):
+        heading.append("\n" * (index > 0) + f"{label}: ", FAINT)
+        heading.append(layout.visible(text), "bold")
+        heading.append(f"   p = {math.exp(logprob):.3g}", FAINT)
+    return heading
+
+
+def _heat_map(
+    explanation: Explanation, values: list[float], width: int, coloured: bool
+) -> list[Text]:
+    """The text in lines, coloured by strength; without colour strong units stand in brackets."""
+    rows = layout.heat_lines(explanation, values, width if coloured else width - 6)
+    notable = [any(abs(run.strength) >= NOTABLE for run in row) for row in rows]
+    draw = _coloured_line if coloured else _plain_line
+    return [
+        Text("⋯", FAINT) if index is None else draw(rows[index], explanation.prompt_stop)
+        for index in layout.elide(notable, MAX_LINES)
+    ]
+
+
+def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
+    line, before = Text(), Style()
+    for run in row:
+        text, style = run.text, _style(run.strength)
+        if text.endswith("\n"):
+            text = text[:-1] + ("↵" if style else "")
+        if not before and text.strip():
+            # The space that opens a token would make a coloured word look shifted.
+            line.append(text[: len(text) - len(text.lstrip(" "))])
+            text = text.lstrip(" ")
+        before = style
+        line.append(text, style + Style(bold=True) if run.start >= prompt_stop else style)
+    return line
+
+
+def _plain_line(row: list[layout.Run], prompt_stop: int) -> Text:
+    line = Text()
+    for bracket, runs in itertools.groupby(row, key=lambda run: _bracket(run.strength)):
+        text = "".join(run.text for run in runs).rstrip("\n")
+        core = text.strip(" ")
+        if bracket and core:
+            lead = len(text) - len(text.lstrip(" "))
+            text = text[:lead] + bracket[0] + core + bracket[1] + text[lead + len(core) :]
+        line.append(text)
+    return line
+
+
+def _bracket(strength: float) -> str:
+    if abs(strength) < NOTABLE:
+        return ""
+    return SUPPORT_MARK if strength > 0 else OPPOSE_MARK
+
+
+def _style(strength: float) -> Style:
+    supports = strength > 0
+    if abs(strength) < WEAK:
+        return Style()
+    if abs(strength) < NOTABLE:
+        return Style(underline=True, color=hexadecimal(SUPPORT_INK if supports else OPPOSE_INK))
+    colour = mix(GREY, SUPPORT if supports else OPPOSE, abs(strength) ** 0.5)
+    return Style(color="#000000", bgcolor=hexadecimal(colour))
+
+
+def _list(
+    explanation: Explanation, values: list[float], top_k: int, width: int, target: int | None
+) -> list[Text]:
+    """The strongest supporters, then the strongest opponents that stand out."""
+    ranking = explanation.ranking(target)
+    strength, digits = layout.strengths(values), layout.decimals(values)
+    chosen = [unit for unit in ranking[:top_k] if values[unit] > 0]
+    against = [unit for unit in ranking[::-1][: max(1, top_k // 3)] if strength[unit] <= -NOTABLE]
+    name = "relevance" if target is None else "score"
+    rows = [Text(f"{'rank':>4}  {name + ', nats':<{BAR + 10}}  unit in its context", FAINT)]
+    rank = {unit: place for place, unit in enumerate(ranking, start=1)}
+    for unit in chosen + against[::-1]:
+        value, number = strength[unit], layout.signed(values[unit], digits)
+        bar = "█" * max(1, round(abs(value) * BAR)) if value else ""
+        row = Text(f"{rank[unit]:>4}  ")
+        row.append(f"{bar:<{BAR}}", hexadecimal(SUPPORT if value > 0 else OPPOSE))
+        row.append(f" {number:>9}  ")
+        room = max(0, width - cell_len(row.plain))
+        before, text, after = layout.context(explanation, unit, max(4, room // 3))
+        row.append(before, FAINT)
+        row.append(text, "bold")
+        row.append(after, FAINT)
+        row.truncate(width, overflow="ellipsis")
+        rows.append(row)
+    if not chosen and not against:
+        rows.append(Text("      no unit supports the answer", FAINT))
+    return rows
+
+
+def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
+    """What the marks mean, what was left out, the settings."""
+    key = Text()
+    if coloured:
+        key.append("supports", _style(1.0))
+        key.append(" ")
+        key.append("opposes", _style(-1.0))
+        key.append(" the answer", FAINT)
+    else:
+        opening, closing = SUPPORT_MARK
+        against, end = OPPOSE_MARK
+        key.append(f"{opening}supports{closing} {against}opposes{end} the answer", FAINT)
+    if any(math.isnan(value) for value in explanation.relevance.tolist()):
+        key.append(" · units at or after a target were not measured for it", FAINT)
+    notes = [key]
+    if explanation.left_out:
+        words = [
+            f"{layout.visible(piece.text)} ({layout.printable(piece.reason)})"
+            for piece in explanation.left_out[:LEFT_OUT]
+        ]
+        more = len(explanation.left_out) - LEFT_OUT
+        notes.append(
+            Text("Left out: " + ", ".join(words) + (f" and {more} more" * (more > 0)), FAINT)
+        )
+    notes.append(Text(layout.settings(explanation), FAINT))
+    return notes
