@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SCORES_PER_BLOCK = 1 << 23
-_CAUSAL_BLOCK = 128  # rows: small enough that a causal block skips most of the keys it cannot see
+_CAUSAL_BLOCK = 64  # rows: small enough that a causal block skips most of the keys it cannot see
 
 
 @dataclass(frozen=True)
