@@ -7,7 +7,6 @@ loss is on the answers, plus a little language modelling. Documents grow longer 
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from dataclasses import asdict, dataclass
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
-from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +34,8 @@ class Recipe:
 
     Attributes:
         seed: of the weights and of every batch.
-        tokens: tokens per batch, padding included.
+        tokens: tokens per batch and worker, padding included.
+        workers: processes of one thread each that share every step; part of the recipe, as each draws its own batch.
         muon_lr: peak learning rate of the hidden matrices.
         adam_lr: peak learning rate of embeddings and norms.
         warmup: steps of linear warm-up.
@@ -44,7 +44,8 @@ class Recipe:
     """
 
     seed: int = 0
-    tokens: int = 6144
+    tokens: int = 3072
+    workers: int = 2
     width: int = 128
     layers: int = 4
     vocabulary: int = 2560
@@ -52,7 +53,7 @@ class Recipe:
     adam_lr: float = 0.003
     warmup: int = 100
     steady: float = 0.5
-    autocast: bool = False
+    autocast: bool = True
 
 
 @dataclass
@@ -140,8 +141,10 @@ def pack(
     )
 
 
-def draw_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int, level: int) -> Batch:
-    """The batch of one step, which depends on nothing but the arguments."""
+def draw_batch(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int, level: int, rank: int = 0
+) -> Batch:
+    """The batch of one step and worker, which depends on nothing but the arguments."""
     rng = random.Random(f"train-{recipe.seed}-{step}")
     longest = _LENGTHS[level]
     # A quarter of the batches is full-sized from the start; the last level is mostly full-sized.
@@ -151,7 +154,8 @@ def draw_batch(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, step: int, le
         low, high = 2, longest
     sentences = rng.randint(low, high)
     asked = rng.randint(min(3, sentences), min(8, sentences))
-    estimate = 11 * sentences + 15 * asked
+    rng = random.Random(f"train-{recipe.seed}-{step}-{rank}")
+    estimate = 13 * sentences + 18 * asked
     rows = []
     for _ in range(max(recipe.tokens // estimate, 1)):
         document = make_document(rng, sentences=sentences)
@@ -175,7 +179,10 @@ def forward(model: LlamaForCausalLM, batch: Batch, autocast: bool) -> tuple[Tens
 class Trainer:
     """A run that can stop and continue from its folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerFast, rank: int = 0
+    ) -> None:
+        self.rank = rank
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
         self.model = make_model(tokenizer, width=recipe.width, layers=recipe.layers)
@@ -198,20 +205,35 @@ class Trainer:
         for optimizer, peak in zip(self.optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        batch = draw_batch(self.tokenizer, recipe, progress.step, progress.level)
+        batch = draw_batch(self.tokenizer, recipe, progress.step, progress.level, self.rank)
         loss, right = forward(self.model, batch, recipe.autocast)
         loss.backward()
+        numbers = torch.stack([loss.detach(), right.mean(), torch.tensor(float(batch.ids.numel()))])
+        if recipe.workers > 1:
+            numbers = self._share(numbers)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        accuracy = float(right.mean())
+        mean_loss, accuracy, tokens = numbers.tolist()
         progress.right += 0.02 * (accuracy - progress.right)
         if progress.right > _PASS and progress.level + 1 < len(_LENGTHS):
             progress.level, progress.right = progress.level + 1, 0.0
         progress.step += 1
-        progress.tokens += batch.ids.numel()
-        return {"loss": loss.item(), "right": accuracy, "lr_scale": scale}
+        progress.tokens += round(tokens * recipe.workers)
+        return {"loss": mean_loss, "right": accuracy, "lr_scale": scale}
+
+    def _share(self, numbers: Tensor) -> Tensor:
+        """Average the gradients and ``numbers`` over the workers."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
+        dist.all_reduce(flat)
+        flat /= self.recipe.workers
+        start = numbers.numel()
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+        return flat[: numbers.numel()]
 
     def save(self) -> None:
         """Write the checkpoint, and the model and tokenizer in the form ``from_pretrained`` reads."""
@@ -251,29 +273,27 @@ def quick_check(trainer: Trainer, documents: int = 48) -> float:
 
 
 def run(
-    trainer: Trainer, *, steps: int | None, minutes: float | None, log_every: int = 50,
-    check_every: int = 500, save_minutes: float = 3.0, console: Console | None = None,
+    trainer: Trainer,
+    *,
+    steps: int | None,
+    minutes: float | None,
+    log_every: int = 50,
+    check_every: int = 500,
+    save_minutes: float = 3.0,
 ) -> None:
     """Train until ``steps`` or ``minutes`` (all sessions counted) are reached, then save."""
-    console = console or Console()
-    trainer.folder.mkdir(parents=True, exist_ok=True)
+    progress, chief = trainer.progress, trainer.rank == 0
     history = trainer.folder / "history.jsonl"
-    progress = trainer.progress
+    trainer.folder.mkdir(parents=True, exist_ok=True)
     began, before = time.perf_counter(), progress.seconds
     saved = began
     recent: list[dict[str, Any]] = []
-    while True:
-        done = 0.0
-        if steps is not None:
-            done = max(done, progress.step / steps)
-        if minutes is not None:
-            done = max(done, progress.seconds / 60 / minutes)
-        if done >= 1.0:
-            break
+    done = _share_done(trainer, steps, minutes)
+    while done < 1.0:
         recent.append(trainer.step(done))
         now = time.perf_counter()
         progress.seconds = before + now - began
-        if progress.step % log_every == 0:
+        if chief and progress.step % log_every == 0:
             row: dict[str, Any] = {
                 key: round(sum(r[key] for r in recent) / len(recent), 4) for key in recent[0]
             }
@@ -283,11 +303,43 @@ def run(
             recent.clear()
             with history.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            console.print(json.dumps(row), soft_wrap=True)
-        if now - saved > save_minutes * 60:
+            print(json.dumps(row), flush=True)
+        if chief and now - saved > save_minutes * 60:
             trainer.save()
             saved = time.perf_counter()
-    trainer.save()
+        if progress.step % 10 == 0 or steps is not None:
+            done = _share_done(trainer, steps, minutes)
+    if chief:
+        trainer.save()
+
+
+def _share_done(trainer: Trainer, steps: int | None, minutes: float | None) -> float:
+    """Finished share of the run, the same for every worker."""
+    progress = trainer.progress
+    done = progress.step / steps if steps is not None else 0.0
+    if minutes is not None:
+        done = max(done, progress.seconds / 60 / minutes)
+    if trainer.recipe.workers > 1 and minutes is not None:
+        shared = torch.tensor(done, dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        done = shared.item()
+    return done
+
+
+def _work(
+    rank: int, recipe: Recipe, out: Path, steps: int | None, minutes: float | None, resume: bool
+) -> None:
+    torch.set_num_threads(1)
+    if recipe.workers > 1:
+        rendezvous = f"file://{(out / 'rendezvous').resolve()}"
+        dist.init_process_group("gloo", rendezvous, rank=rank, world_size=recipe.workers)
+    tokenizer = train_tokenizer(sample_texts(recipe.seed, 4000), recipe.vocabulary)
+    trainer = Trainer(recipe, out, tokenizer, rank)
+    if resume:
+        trainer.load()
+    run(trainer, steps=steps, minutes=minutes)
+    if recipe.workers > 1:
+        dist.destroy_process_group()
 
 
 def main(
@@ -295,21 +347,23 @@ def main(
     steps: Annotated[int | None, typer.Option()] = None,
     minutes: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int, typer.Option()] = 0,
-    threads: Annotated[int, typer.Option()] = 2,
+    workers: Annotated[int, typer.Option()] = 2,
     resume: Annotated[bool, typer.Option()] = False,
-    smoke: Annotated[bool, typer.Option()] = False,
     muon_lr: float = 0.02,
     adam_lr: float = 0.003,
-    tokens: int = 6144,
+    tokens: int = 3072,
     steady: float = 0.5,
 ) -> None:
-    torch.set_num_threads(threads)
-    recipe = Recipe(seed=seed, muon_lr=muon_lr, adam_lr=adam_lr, tokens=tokens, steady=steady)
-    tokenizer = train_tokenizer(sample_texts(seed, 4000), recipe.vocabulary)
-    trainer = Trainer(recipe, out, tokenizer)
-    if resume:
-        trainer.load()
-    run(trainer, steps=steps, minutes=minutes)
+    recipe = Recipe(
+        seed=seed, workers=workers, muon_lr=muon_lr, adam_lr=adam_lr, tokens=tokens, steady=steady
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "rendezvous").unlink(missing_ok=True)
+    if workers > 1:
+        arguments = (recipe, out, steps, minutes, resume)
+        torch.multiprocessing.spawn(_work, arguments, workers)
+    else:
+        _work(0, recipe, out, steps, minutes, resume)
 
 
 if __name__ == "__main__":
