@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -162,10 +163,11 @@ def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, s
     text = printable(explanation.text).replace("\n", " ")
     low, high = max(0, piece.start - size), min(len(text), piece.stop + size)
     before, after = text[low : piece.start], text[piece.stop : high]
+    # Cut at whole words.
     if low:
-        before = "…" + before.lstrip()
+        before = "…" + re.sub(r"^\S*\s+(?=\S)", "", before)
     if high < len(text):
-        after = after.rstrip() + "…"
+        after = re.sub(r"(\S)\s+\S*$", r"\1", after) + "…"
     core = text[piece.start : piece.stop]
     if core.strip():
         # The space that opens a token belongs to what stands before it.
