@@ -1,0 +1,404 @@
+"""Prompts and targets as token ids, each token with its place in the text.
+
+Legend: a span is ``(start, stop)`` in characters of ``Tokens.text``, ``stop`` exclusive. Tokens
+that hold parts of one character share its span.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .chat import Span, find_contents, render_chat
+
+SPECIAL = "special token"
+TEMPLATE = "chat template"
+
+# What a continuation is cut from when the tokenizer treats the start of a text specially.
+_ANCHORS = ("\n", ".", "a", "0")
+# A character is at most four bytes, so at most four tokens.
+_LONGEST_CHARACTER = 4
+_SPACES = "Ġ▁ "  # a space as byte-level and as sentencepiece tokens write it
+# How Unicode's names of characters begin in scripts written without spaces.
+_UNSPACED_SCRIPTS = (
+    *("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH", "HALFWIDTH KATAKANA"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"),
+)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and where each one stands in the text.
+
+    Args:
+        ids: Vocabulary indices.
+        text: The text they make.
+        spans: Each token's characters of ``text``; None where it has no place there.
+        names: Each token as text, also where it has no place in ``text``.
+        reasons: Why a token is left out of an explanation; None for the user's own content.
+    """
+
+    ids: list[int]
+    text: str
+    spans: list[Span | None]
+    names: list[str]
+    reasons: list[str | None]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
+    """Tokenise a prompt as the model's tokenizer does by default.
+
+    A str gets the tokenizer's own special tokens in front, such as BOS; one that it would add
+    behind the text is dropped, because the target continues the prompt. Chat messages go through
+    the tokenizer's template with the opening of the answer behind them. Ids are taken as they are.
+
+    Args:
+        prompt: str | chat messages (``[{"role": ..., "content": ...}, ...]``) | token ids, a
+            sequence or tensor | an encoding such as ``tokenizer(text)`` returns.
+        tokenizer: A transformers tokenizer; None is enough for ids.
+        vocabulary: How many token ids the model knows.
+    Raises:
+        TypeError: if the prompt is none of these.
+        ValueError: if it is empty, holds an id the model does not know, or needs a tokenizer or a
+            chat template that is not there.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise ValueError("prompt must not be empty.")
+        _require_tokenizer(tokenizer, "a str prompt")
+        tokens = _encode_text(prompt, tokenizer, special_tokens=True)
+        _check_vocabulary("prompt", tokens.ids, vocabulary)
+        return tokens
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        _require_tokenizer(tokenizer, "chat messages")
+        tokens = _encode_chat(prompt, tokenizer)
+        _check_vocabulary("prompt", tokens.ids, vocabulary)
+        return tokens
+    if isinstance(prompt, Mapping):
+        ids = _ids_of_encoding(prompt)
+    else:
+        ids = _checked_ids("prompt", prompt)
+    _check_vocabulary("prompt", ids, vocabulary)
+    return tokens_of_ids(ids, tokenizer)
+
+
+def encode_target(
+    target: Any, prompt: Tokens, tokenizer: Any, vocabulary: int, separator: str
+) -> Tokens:
+    """Tokenise a target apart from its prompt, as a continuation of it.
+
+    No special tokens are added. Spans count from the target's first character.
+
+    Args:
+        target: str | token ids.
+        prompt: What it continues.
+        tokenizer: A transformers tokenizer; None is enough for ids.
+        vocabulary: How many token ids the model knows.
+        separator: Text put in front of a str target; ids are taken as they are.
+    Raises:
+        TypeError: if the target is neither.
+        ValueError: if it is empty, holds an id the model does not know, or cannot be tokenised
+            apart from the prompt.
+    """
+    if not isinstance(target, str):
+        ids = _checked_ids("target", target)
+        _check_vocabulary("target", ids, vocabulary)
+        return tokens_of_ids(ids, tokenizer, after=prompt)
+    if not target:
+        raise ValueError("target must not be empty.")
+    _require_tokenizer(tokenizer, "a str target")
+    text = separator + target
+    ids, spans = _continuation(text, prompt, tokenizer)
+    _check_vocabulary("target", ids, vocabulary)
+    return _describe(text, ids, spans, tokenizer)
+
+
+def border(prompt: Any, target: Any) -> str:
+    """What ``explain`` puts between a str prompt and a str target when it is not told: " " or "".
+
+    One space where two words would run together: ``"Q: ... A:"`` and ``"23"``. Nothing where
+    either side has whitespace already, after an opening bracket or quote, before closing
+    punctuation, and next to a script written without spaces. Nothing after chat messages or ids.
+    """
+    if not (isinstance(prompt, str) and isinstance(target, str) and prompt and target):
+        return ""
+    left, right = prompt[-1], target[0]
+    opened = unicodedata.category(left) in ("Ps", "Pi")
+    opened |= left in "\"'`" and (len(prompt) == 1 or prompt[-2].isspace())
+    closed = unicodedata.category(right) in ("Pe", "Pf") or right in ",.;:!?"
+    if left.isspace() or right.isspace() or opened or closed:
+        return ""
+    unspaced = any(unicodedata.name(c, "").startswith(_UNSPACED_SCRIPTS) for c in (left, right))
+    return "" if unspaced else " "
+
+
+def tokens_of_ids(ids: list[int], tokenizer: Any, after: Tokens | None = None) -> Tokens:
+    """Describe ids that came without their text; without a tokenizer the text is the ids.
+
+    Args:
+        ids: Vocabulary indices.
+        tokenizer: A transformers tokenizer, or None.
+        after: Tokens in front of them, which some tokenizers need to decode them rightly.
+    """
+    if tokenizer is None:
+        pieces = [str(token_id) for token_id in ids]
+        text = (" " if after is not None else "") + " ".join(pieces)
+        spans: list[Span | None] = []
+        stop = -1 if after is None else 0
+        for piece in pieces:
+            spans.append((stop + 1, stop + 1 + len(piece)))
+            stop += 1 + len(piece)
+        return Tokens(ids, text, spans, pieces, [None] * len(ids))
+    text, spans = _decoded_spans(ids, tokenizer, [] if after is None else after.ids)
+    return _describe(text, ids, spans, tokenizer)
+
+
+# --- text → ids ---------------------------------------------------------------------------------
+
+
+def _require_tokenizer(tokenizer: Any, what: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"{what} needs a tokenizer, got None; pass one or give token ids.")
+
+
+def _encode_text(text: str, tokenizer: Any, *, special_tokens: bool) -> Tokens:
+    """Ids, spans and reasons of a whole text; the tokenizer's closing special tokens dropped."""
+    ids, spans, added = _encode(text, tokenizer, special_tokens=special_tokens)
+    while ids and added[-1]:
+        ids, spans, added = ids[:-1], spans[:-1], added[:-1]
+    if all(added):
+        raise ValueError(f"prompt must not be empty: the tokenizer makes no token of {text!r}.")
+    if not getattr(tokenizer, "is_fast", False):
+        text, spans = _decoded_spans(ids, tokenizer, [], hidden=added)
+    tokens = _describe(text, ids, spans, tokenizer)
+    reasons = [SPECIAL if mark else why for mark, why in zip(added, tokens.reasons, strict=True)]
+    return Tokens(ids, text, tokens.spans, tokens.names, reasons)
+
+
+def _encode(
+    text: str, tokenizer: Any, *, special_tokens: bool
+) -> tuple[list[int], list[Span | None], list[bool]]:
+    """Ids, spans and which ids the tokenizer added by itself; no spans from a slow tokenizer."""
+    fast = getattr(tokenizer, "is_fast", False)
+    encoding = tokenizer(
+        text,
+        add_special_tokens=special_tokens,
+        return_special_tokens_mask=True,
+        return_offsets_mapping=fast,
+        truncation=False,
+        verbose=False,
+    )
+    ids = list(encoding["input_ids"])
+    added = [special_tokens and bool(mark) for mark in encoding["special_tokens_mask"]]
+    if not fast:
+        return ids, [None] * len(ids), added
+    spans: list[Span | None] = [
+        None if mark else (start, stop)
+        for (start, stop), mark in zip(encoding["offset_mapping"], added, strict=True)
+    ]
+    return ids, _filled(text, spans, tokenizer.convert_ids_to_tokens(ids)), added
+
+
+def _filled(text: str, spans: list[Span | None], tokens: list[str]) -> list[Span | None]:
+    """Give whitespace that the tokenizer trims from its spans back to the token that holds it."""
+    filled: list[Any] = list(spans)
+    previous = 0  # where the text read so far ends
+    last: int | None = None
+    for index, span in [*enumerate(spans), (len(spans), (len(text), len(text)))]:
+        if span is None:
+            continue
+        start, stop = span
+        gap = text[previous:start]
+        if gap.isspace() and last is not None:  # spaces at the end of the token before
+            trimmed = len(tokens[last]) - len(tokens[last].rstrip(_SPACES))
+            blank = trimmed == len(tokens[last]) and filled[last][0] < filled[last][1]
+            if trimmed and not blank:
+                previous = min(start, previous + trimmed)
+                filled[last] = (filled[last][0], previous)
+        if index < len(spans):
+            filled[index] = (previous if gap.isspace() else start, stop)
+        previous, last = max(previous, stop), index
+    return filled
+
+
+def _continuation(text: str, prompt: Tokens, tokenizer: Any) -> tuple[list[int], list[Span | None]]:
+    """Ids and spans of ``text`` behind the prompt: the first reading that decodes to just that.
+
+    Read on its own first. Tokenizers that put a space in front of every text would then give the
+    target one more, so next it is read behind an anchor that is cut off again.
+    """
+    before = _decode(tokenizer, prompt.ids)
+    whole, _, _ = _encode(prompt.text + text, tokenizer, special_tokens=False)
+    opening = [token for token, span in zip(prompt.ids, prompt.spans, strict=True) if span is None]
+    # What the prompt and the target decode to together, also where decoding loses something.
+    wanted = (before + text, _decode(tokenizer, opening + whole))
+    for ids, spans in _readings(text, tokenizer):
+        if ids and _decode(tokenizer, prompt.ids + ids) in wanted:
+            if not getattr(tokenizer, "is_fast", False):
+                _, spans = _decoded_spans(ids, tokenizer, prompt.ids)
+            return ids, spans
+    raise ValueError(
+        f"target {text!r} cannot be tokenised apart from the prompt by "
+        f"{type(tokenizer).__name__}; pass its token ids."
+    )
+
+
+def _readings(text: str, tokenizer: Any) -> Iterator[tuple[list[int], list[Span | None]]]:
+    ids, spans, _ = _encode(text, tokenizer, special_tokens=False)
+    yield ids, spans
+    for anchor in _ANCHORS:
+        start, _, _ = _encode(anchor, tokenizer, special_tokens=False)
+        ids, spans, _ = _encode(anchor + text, tokenizer, special_tokens=False)
+        if ids[: len(start)] == start:
+            shifted: list[Span | None] = [
+                None if span is None else (max(0, span[0] - len(anchor)), span[1] - len(anchor))
+                for span in spans[len(start) :]
+            ]
+            yield ids[len(start) :], shifted
+
+
+def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Tokens:
+    """Tokenise messages through the tokenizer's template; only their contents can be units."""
+    rendered, contents = render_chat(messages, tokenizer)
+    tokens = _encode_text(rendered, tokenizer, special_tokens=False)
+    if tokens.text != rendered:  # a slow tokenizer, whose text is what its tokens decode to
+        contents = find_contents([rendered[start:stop] for start, stop in contents], tokens.text)
+    reasons = list(tokens.reasons)
+    for index, span in enumerate(tokens.spans):
+        own = span is not None and any(
+            span[0] < stop and start < span[1] for start, stop in contents
+        )
+        if not own and reasons[index] is None:
+            reasons[index] = TEMPLATE
+    return Tokens(tokens.ids, tokens.text, tokens.spans, tokens.names, reasons)
+
+
+# --- ids → text ---------------------------------------------------------------------------------
+
+
+def _checked_ids(name: str, value: Any) -> list[int]:
+    """``value`` as a list of token ids.
+
+    Raises:
+        TypeError: if it holds anything but integers.
+        ValueError: if it is empty or has more than one row.
+    """
+    if hasattr(value, "tolist"):  # tensors and arrays
+        value = value.tolist()
+    elif isinstance(value, (list, tuple, range)):
+        value = list(value)
+    else:
+        raise TypeError(
+            f"{name} must be a str, chat messages or token ids, got {type(value).__name__}."
+            if name == "prompt"
+            else f"{name} must be a str or token ids, got {type(value).__name__}."
+        )
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]
+    if not isinstance(value, list) or any(isinstance(item, list) for item in value):
+        raise ValueError(f"{name} must be one row of token ids; explain one prompt at a time.")
+    if not value:
+        raise ValueError(f"{name} must not be empty.")
+    for item in value:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise TypeError(f"{name} must hold integer token ids, got {item!r}.")
+    return value
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], vocabulary: int) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < vocabulary:
+            raise ValueError(
+                f"{name} holds token id {token_id}, but the model knows ids 0 to "
+                f"{vocabulary - 1}; is this the model's tokenizer?"
+            )
+
+
+def _ids_of_encoding(encoding: Mapping[str, Any]) -> list[int]:
+    """The one row of ids in what a tokenizer returns, without its padding."""
+    if "input_ids" not in encoding:
+        raise ValueError(f"prompt must hold input_ids, got {sorted(encoding)}.")
+    known = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
+    unknown = sorted(set(encoding) - known - {"offset_mapping", "length", "position_ids"})
+    if unknown:
+        raise ValueError(f"prompt must be text alone, but it holds {', '.join(unknown)}.")
+    ids = _checked_ids("prompt", encoding["input_ids"])
+    mask = encoding.get("attention_mask")
+    if mask is None:
+        return ids
+    visible = torch.as_tensor(mask).flatten().tolist()
+    kept = [token for token, seen in zip(ids, visible, strict=True) if seen]
+    if not kept:
+        raise ValueError("prompt must not be empty: its attention_mask hides every token.")
+    return kept
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+
+def _decoded_spans(
+    ids: list[int],
+    tokenizer: Any,
+    before: list[int],
+    hidden: Sequence[bool] | None = None,
+) -> tuple[str, list[Span | None]]:
+    """The text of ids, decoded token by token, with each token's span in it.
+
+    A token that ends inside a character waits for the next ones; they share the character.
+    """
+    text = ""
+    spans: list[Span | None] = []
+    context, finished, waiting = before, [], []
+    for index, token_id in enumerate(ids):
+        if hidden is not None and hidden[index]:
+            spans.append(None)
+            continue
+        waiting.append(token_id)
+        known = len(_decode(tokenizer, context))
+        piece = _decode(tokenizer, context + waiting)[known:]
+        unfinished = not piece or piece.endswith("\ufffd")
+        if unfinished and len(waiting) < _LONGEST_CHARACTER and index + 1 < len(ids):
+            continue
+        for count in range(len(waiting)):
+            read = _decode(tokenizer, context + waiting[:count])[known:].rstrip("\ufffd")
+            spans.append((len(text) + min(len(read), len(piece)), len(text) + len(piece)))
+        text += piece
+        # Whole characters only: half of one would spoil what follows it.
+        context, finished, waiting = finished + waiting, waiting, []
+    return text, spans
+
+
+def _describe(text: str, ids: list[int], spans: list[Span | None], tokenizer: Any) -> Tokens:
+    """Name every token and mark the special ones."""
+    special = _special_ids(tokenizer)
+    names = []
+    for token_id, span in zip(ids, spans, strict=True):
+        shown = "" if span is None else text[span[0] : span[1]]
+        # An id beyond the tokenizer's own vocabulary decodes to nothing.
+        names.append(shown or _decode(tokenizer, [token_id]) or f"<{token_id}>")
+    reasons: list[str | None] = [SPECIAL if token_id in special else None for token_id in ids]
+    return Tokens(ids, text, spans, names, reasons)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Ids of control tokens. The unknown token stands for the user's own text, so it is none."""
+    special = set(tokenizer.all_special_ids)
+    special |= {
+        token_id
+        for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if token.special
+    }
+    roles = ("bos", "eos", "pad", "sep", "cls", "mask")
+    others = {getattr(tokenizer, f"{role}_token_id", None) for role in roles}
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return special if unknown in others else special - {unknown}
