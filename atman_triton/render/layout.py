@@ -234,7 +234,8 @@ def signed(value: float, digits: int) -> str:
         return "–"
     if math.isinf(value):
         return "+∞" if value > 0 else "−∞"
-    return f"{value:+.{digits}f}".replace("-", "−")
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
 
 
 def settings(explanation: Explanation) -> str:

@@ -55,8 +55,8 @@
     units.map((unit) => strength(v, unit)).reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a), 0);
   const signed = (value, digits) => {
     if (value === null) return "not measured";
-    const sign = value < 0 ? "−" : "+";
-    return sign + (Math.abs(value) >= data.infinity ? "∞" : Math.abs(value).toFixed(digits));
+    const text = Math.abs(value) >= data.infinity ? "∞" : Math.abs(value).toFixed(digits);
+    return (Number(text) === 0 ? "" : value < 0 ? "−" : "+") + text;
   };
   const percent = (logprob) => {
     const p = 100 * Math.exp(logprob);

@@ -1,0 +1,335 @@
+"""The explanation as a matplotlib figure: heat map, strongest units, targets against units."""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, fontManager
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+from rich.cells import cell_len, get_character_cell_size
+
+from . import layout
+from .palette import LIGHT, Colour, hexadecimal, mix
+
+if TYPE_CHECKING:
+    from ..explanation import Explanation
+
+COLUMNS = 92  # characters in a line of the heat map
+CELL = 7.0  # points; a whole number of pixels at 144 dpi, to which glyph widths are rounded
+MARGIN = 0.35  # inches
+WIDTH = COLUMNS * CELL / 72 + 2 * MARGIN
+MAX_LINES = 44
+TOP = 14  # bars
+MATRIX_TARGETS = 16
+MATRIX_UNITS = 48
+LABEL = 22  # cells of a bar's label
+ADVANCE = 0.602  # width of a character of the font, in font sizes
+LINE = 1.55  # distance of lines, in font sizes
+WEAK = 0.02
+NOTABLE = 0.35
+WHITE: Colour = (255, 255, 255)
+MISSING = "▯"
+
+# matplotlib brings the first two; the others are what systems have for the rest of the world.
+FONTS = (
+    "DejaVu Sans Mono",
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Source Han Sans",
+    "WenQuanYi Zen Hei",
+    "Hiragino Sans",
+    "PingFang SC",
+    "Apple SD Gothic Neo",
+    "Yu Gothic",
+    "Microsoft YaHei",
+    "Malgun Gothic",
+    "Noto Sans Devanagari",
+    "Noto Sans Thai",
+    "Nirmala UI",
+    "Arial Unicode MS",
+    "Noto Emoji",
+    "Segoe UI Symbol",
+)
+
+
+def plot(
+    explanation: Explanation,
+    path: str | os.PathLike[str] | None = None,
+    target: int | None = None,
+) -> Figure:
+    """Draw the explanation.
+
+    Args:
+        explanation: What to draw.
+        path: Also write the figure there; the file's ending says the format.
+        target: Draw this target token's scores instead of ``relevance``.
+    Raises: ValueError: if there is no such target, or the ending names no format.
+    """
+    values = explanation.values(target).tolist()
+    rows = layout.heat_lines(explanation, values, COLUMNS)
+    notable = [any(abs(run.strength) >= NOTABLE for run in row) for row in rows]
+    chosen = layout.elide(notable, MAX_LINES)
+    bars = _bars(explanation, values, target)
+    with_matrix = (
+        1 < len(explanation.targets) <= MATRIX_TARGETS and len(explanation.units) <= MATRIX_UNITS
+    )
+    family = _families(explanation)
+
+    size = CELL / ADVANCE
+    heat = len(chosen) * size * LINE / 72
+    chart = max(1.6, 0.25 * len(bars) + 0.5)
+    matrix = 0.26 * len(explanation.targets) if with_matrix else 0.0
+    head, foot = 0.8, 0.45
+    # A matrix has its title above and its labels below.
+    height = head + heat + 0.5 + chart + (matrix + 1.4 if with_matrix else 0.0) + foot
+    figure = Figure(figsize=(WIDTH, height), facecolor="white", dpi=144)
+
+    def box(left: float, top: float, width: float, tall: float) -> Axes:
+        return figure.add_axes(
+            (left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height)
+        )
+
+    _title(figure, explanation, target, height, family)
+    text = box(MARGIN, head, WIDTH - 2 * MARGIN, heat)
+    _draw_text(text, rows, chosen, explanation.prompt_stop, size, family)
+    top = head + heat + 0.5
+    _draw_bars(box(2.6, top, WIDTH - 2.6 - MARGIN, chart), explanation, values, bars, family)
+    if with_matrix:
+        area = box(1.4, top + chart + 0.4, WIDTH - 1.4 - MARGIN, matrix)
+        _draw_matrix(area, explanation, family)
+    figure.text(
+        MARGIN / WIDTH,
+        0.16 / height,
+        _known(layout.settings(explanation)),
+        color=_ink("faint"),
+        fontsize=7.5,
+        family=family,
+        parse_math=False,
+    )
+    if path is not None:
+        figure.savefig(Path(path))
+    return figure
+
+
+def _title(
+    figure: Figure,
+    explanation: Explanation,
+    target: int | None,
+    height: float,
+    family: list[str],
+) -> None:
+    text, logprob = explanation.answer, float(explanation.base_logprobs.sum())
+    words = "What supports the answer"
+    if target is not None:
+        text, logprob = explanation.targets[target].text, float(explanation.base_logprobs[target])
+        words = f"What supports target token {target}"
+    left, top = MARGIN / WIDTH, 1 - 0.22 / height
+    figure.text(
+        left, top, words, color=_ink("faint"), fontsize=9, va="top", family=family, parse_math=False
+    )
+    figure.text(
+        left,
+        1 - 0.42 / height,
+        f"{_short(layout.visible(text), 70)}   (p = {math.exp(logprob):.3g})",
+        color=_ink("ink"),
+        fontsize=12,
+        weight="bold",
+        va="top",
+        family=family,
+        parse_math=False,
+    )
+
+
+def _draw_text(
+    axes: Axes,
+    rows: list[list[layout.Run]],
+    chosen: list[int | None],
+    prompt_stop: int,
+    size: float,
+    family: list[str],
+) -> None:
+    """The text on a grid of character cells, a coloured box behind every unit."""
+    axes.set_xlim(0, COLUMNS)
+    axes.set_ylim(len(chosen), 0)
+    axes.set_axis_off()
+    for line, index in enumerate(chosen):
+        runs = [layout.Run("⋯", 0, 0.0)] if index is None else rows[index]
+        column = 0
+        for run in runs:
+            text = run.text.removesuffix("\n")
+            if run.text.endswith("\n") and abs(run.strength) >= WEAK:
+                text += "↵"
+            cells = cell_len(text)
+            lead = len(text) - len(text.lstrip(" ")) if text.strip() else 0
+            if abs(run.strength) >= WEAK:
+                axes.add_patch(
+                    Rectangle(
+                        (column + lead, line + 0.08),
+                        cells - lead,
+                        0.84,
+                        facecolor=_shade(run.strength),
+                        linewidth=0,
+                    )
+                )
+            weight = "bold" if index is not None and run.start >= prompt_stop else "normal"
+            for at, part in _chunks(text):
+                wide = cell_len(part) == 2 * len(part)
+                axes.text(
+                    column + at + wide,
+                    line + 0.5,
+                    _known(part),
+                    fontsize=size,
+                    ha="center" if wide else "left",
+                    va="center_baseline",
+                    color=_ink("ink"),
+                    weight=weight,
+                    family=family,
+                    parse_math=False,
+                )
+            column += cells
+
+
+def _chunks(text: str) -> list[tuple[int, str]]:
+    """Words, and wide characters one by one (their glyphs do not fill two cells), with columns."""
+    chunks, column, joined = [], 0, False
+    for character in text:
+        size = get_character_cell_size(character)
+        if character == " ":
+            joined = False
+        elif joined and size < 2:
+            chunks[-1] = (chunks[-1][0], chunks[-1][1] + character)
+        else:
+            chunks.append((column, character))
+            joined = size < 2
+        column += size
+    return chunks
+
+
+def _bars(explanation: Explanation, values: list[float], target: int | None) -> list[int]:
+    """The units to draw as bars: the strongest by magnitude, the highest first."""
+    ranking = explanation.ranking(target)
+    strong = sorted(ranking, key=lambda unit: -abs(values[unit]))[:TOP]
+    return sorted(strong, key=ranking.index)
+
+
+def _draw_bars(
+    axes: Axes,
+    explanation: Explanation,
+    values: list[float],
+    bars: list[int],
+    family: list[str],
+) -> None:
+    strength, digits = layout.strengths(values), layout.decimals(values)
+    colours = [_shade(math.copysign(1.0, strength[unit])) for unit in bars]
+    axes.barh(range(len(bars)), [strength[unit] for unit in bars], color=colours, height=0.7)
+    labels = [_short(layout.visible(explanation.units[unit].text), LABEL) for unit in bars]
+    axes.set_yticks(range(len(bars)), labels, family=family, fontsize=9, parse_math=False)
+    axes.set_ylim(max(len(bars), 1) - 0.4, -0.6)
+    for place, unit in enumerate(bars):
+        positive = strength[unit] >= 0
+        axes.annotate(
+            layout.signed(values[unit], digits),
+            (strength[unit], place),
+            xytext=(4 if positive else -4, 0),
+            textcoords="offset points",
+            ha="left" if positive else "right",
+            va="center",
+            fontsize=8,
+            color=_ink("ink"),
+        )
+    low = min((strength[unit] for unit in bars), default=0.0)
+    axes.set_xlim(-0.16 + min(low, 0.0) * 1.02, 1.16)
+    axes.axvline(0, color=_ink("faint"), linewidth=0.8)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("strongest units, nats", fontsize=9, color=_ink("faint"), loc="left")
+
+
+def _draw_matrix(axes: Axes, explanation: Explanation, family: list[str]) -> None:
+    scores = explanation.scores
+    finite = scores[scores.isfinite()]
+    peak = float(finite.abs().max()) if len(finite) else 0.0
+    colours = [hexadecimal(c) for c in (LIGHT.oppose, WHITE, LIGHT.support)]
+    colormap = LinearSegmentedColormap.from_list("atman", colours)
+    colormap = colormap.with_extremes(bad=hexadecimal(LIGHT.line))
+    axes.imshow(
+        scores.nan_to_num(math.nan, 1e30, -1e30).numpy(),
+        cmap=colormap,
+        norm=TwoSlopeNorm(0.0, -(peak or 1.0), peak or 1.0),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    units = [_short(layout.visible(unit.text), 14) for unit in explanation.units]
+    targets = [_short(layout.visible(target.text), 14) for target in explanation.targets]
+    axes.set_xticks(
+        range(len(units)), units, rotation=90, family=family, fontsize=7, parse_math=False
+    )
+    axes.set_yticks(range(len(targets)), targets, family=family, fontsize=8, parse_math=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_color(_ink("line"))
+    axes.set_title(
+        "target token × unit (grey: not measured)", fontsize=9, color=_ink("faint"), loc="left"
+    )
+
+
+def _shade(strength: float) -> str:
+    return hexadecimal(mix(WHITE, LIGHT.support if strength > 0 else LIGHT.oppose, abs(strength)))
+
+
+def _ink(name: str) -> str:
+    return hexadecimal(getattr(LIGHT, name))
+
+
+def _short(text: str, cells: int) -> str:
+    """At most so many cells of text, all of it in fonts that are there."""
+    text = _known(text)
+    if cell_len(text) <= cells:
+        return text
+    kept, used = "", 1
+    for character in text:
+        used += get_character_cell_size(character)
+        if used > cells:
+            break
+        kept += character
+    return kept + "…"
+
+
+def _families(explanation: Explanation) -> list[str]:
+    """The fonts that the explanation needs, in the order in which to look for a glyph."""
+    texts = [explanation.text, *(unit.text for unit in explanation.units)]
+    needed = {_font(character) for character in set().union(*map(layout.printable, texts))}
+    return [name for name in FONTS if name in needed or name == FONTS[0]]
+
+
+def _known(text: str) -> str:
+    """The text with a box for every character that no font has, of which matplotlib would warn."""
+    return "".join(
+        character if character in " \n" or _font(character) else MISSING
+        for character in layout.printable(text)
+        if get_character_cell_size(character) or _font(character)
+    )
+
+
+@lru_cache(maxsize=65536)
+def _font(character: str) -> str | None:
+    """The first font that has a glyph for the character."""
+    return next((name for name in FONTS if ord(character) in _glyphs(name)), None)
+
+
+@lru_cache(maxsize=len(FONTS))
+def _glyphs(name: str) -> frozenset[int]:
+    """The characters that an installed font has, none where it is not installed."""
+    if not any(font.name == name for font in fontManager.ttflist):
+        return frozenset()
+    path = fontManager.findfont(FontProperties(family=[name]))
+    return frozenset(FT2Font(path).get_charmap())
