@@ -1,5 +1,7 @@
 """Prompts and targets as ids with exact places in the text, for every kind of tokenizer."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -254,7 +256,7 @@ def test_chat_contents_are_marked_off_from_the_template():
     special = {n for n, why in zip(words.names, words.reasons, strict=True) if why == SPECIAL}
     assert special == {"<|im_start|>", "<|im_end|>"}
     assert TEMPLATE in words.reasons
-    rendered = chat().apply_chat_template(MESSAGES, add_generation_prompt=True)
+    rendered: Any = chat().apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert words.ids == rendered["input_ids"]
 
 

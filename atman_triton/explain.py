@@ -1,0 +1,315 @@
+"""``Explainer``: a model, a prompt and an answer in, an ``Explanation`` out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+from .attention import BACKENDS, MODES
+from .engine import (
+    Run,
+    Settings,
+    check_causal,
+    context_window,
+    run_perturbations,
+    undisturbed,
+    vocabulary_size,
+)
+from .explanation import Explanation, LeftOut
+from .progress import token_progress
+from .tokens import Tokens, border, encode_prompt, encode_target, tokens_of_ids
+from .units import Layout, lay_out
+
+END_OF_TEXT = "end of text, generated and not explained"
+
+Granularity = Literal["token"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together, under one name."""
+
+    mode: str
+    factor: float
+
+
+PRESETS = {
+    "default": Preset(mode="min_shift", factor=0.1),
+    "paper": Preset(mode="multiplicative", factor=0.1),
+}
+
+
+class Explainer:
+    """Explains what in a prompt made a model give an answer, by suppressing one unit at a time.
+
+    The model itself is left as it is: its attention, its training mode and its weights are the
+    same after an explanation as before, also after an error or Ctrl-C.
+
+    Args:
+        model: A transformers causal language model, on any device, in any dtype.
+        tokenizer: Its tokenizer; None if prompts and targets are token ids.
+        preset: ``default`` (``min_shift``, factor 0.1) or ``paper`` (``multiplicative``, 0.1).
+        factor: What a suppressed token's attention scores are manipulated with, in ``[0, 1)``; the
+            paper's suppression factor is 1 - factor. None is the preset's.
+        mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
+            (see ``atman_triton.attention``). None is the preset's.
+        layers: Suppress in these layers only; None is all.
+        heads: Suppress in these query heads only; None is all.
+        batch_size: Perturbations per forward pass. ``"auto"`` takes what memory holds and halves
+            it when that was too much.
+        progress: Show a progress bar on stderr, if that is a terminal.
+        backend: ``auto``, ``triton``, ``torch`` or ``reference`` (see ``atman_triton.attention``).
+    Raises:
+        TypeError: if ``model`` is no causal language model.
+        ValueError: if a setting is unknown or out of range.
+    Source: AtMan, Eq. 2 to 4.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        preset: str = "default",
+        factor: float | None = None,
+        mode: str | None = None,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        progress: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        check_causal(model)
+        _check_one_of("preset", preset, tuple(PRESETS))
+        chosen = PRESETS[preset]
+        mode = chosen.mode if mode is None else mode
+        _check_one_of("mode", mode, MODES)
+        _check_one_of("backend", backend, BACKENDS)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.preset = preset
+        self.progress = progress
+        self.settings = Settings(
+            factor=_checked_factor(chosen.factor if factor is None else factor),
+            mode=mode,
+            layers=None if layers is None else tuple(layers),
+            heads=None if heads is None else tuple(heads),
+            backend=backend,
+            batch_size=_checked_batch_size(batch_size),
+        )
+
+    def explain(
+        self,
+        prompt: Any,
+        target: Any = None,
+        granularity: Granularity = "token",
+        *,
+        explain_only: Sequence[int] | None = None,
+        reduction: Reduction = "mean",
+        separator: str | None = None,
+        max_new_tokens: int = 32,
+        **generation_kwargs: Any,
+    ) -> Explanation:
+        """Which units of the prompt (and of the target so far) supported each target token.
+
+        The target is tokenised apart from the prompt, without special tokens, and goes behind it:
+        the prompt's token ids never depend on the target. Special tokens and what a chat template
+        writes around the messages are no units; ``left_out`` lists them.
+
+        Args:
+            prompt: str | chat messages (``[{"role": ..., "content": ...}, ...]``) | token ids
+                | an encoding such as ``tokenizer(text)`` returns.
+            target: The answer to explain: str | token ids. None lets the model generate one
+                (greedily unless told otherwise) and explains it without its end-of-text token.
+            granularity: What one unit is: ``token``.
+            explain_only: Indices of the units to explain, counted as an explanation without this
+                argument counts them; None is all.
+            reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
+            separator: What is put between a str prompt and a str target. None is one space where
+                two words would otherwise run together (``"A:"`` and ``"23"``) and nothing
+                elsewhere: next to whitespace, after an opening bracket or quote, before closing
+                punctuation, in scripts written without spaces, after chat messages or token ids.
+                ``""`` takes the target literally. What was used is in ``provenance``.
+            max_new_tokens: The most tokens to generate.
+            **generation_kwargs: Passed on to ``model.generate``.
+        Raises:
+            TypeError: if an argument is not of the type above.
+            ValueError: if prompt or target is empty or does not fit into the context window, or a
+                name or index is unknown.
+            UnsupportedModelError: if the model's attention cannot be manipulated.
+            torch.OutOfMemoryError: if not even one perturbation fits in memory.
+        Source: AtMan, Eq. 2 and 3.
+        """
+        _check_one_of("granularity", granularity, get_args(Granularity))
+        _check_one_of("reduction", reduction, get_args(Reduction))
+        if target is not None and generation_kwargs:
+            unknown = ", ".join(generation_kwargs)
+            raise TypeError(f"{unknown} would go to model.generate, but a target is given.")
+        vocabulary = vocabulary_size(self.model)
+        words = encode_prompt(prompt, self.tokenizer, vocabulary)
+        facts: dict[str, Any] = {"target": "given"}
+        end: list[LeftOut] = []
+        with undisturbed(self.model):
+            if target is None:
+                self._check_length(len(words), max_new_tokens, "max_new_tokens")
+                generation = {"max_new_tokens": max_new_tokens} | generation_kwargs
+                answer, end = self._generate(words, generation)
+                facts = {"target": "generated"}
+                facts["generation"] = {name: _plain(value) for name, value in generation.items()}
+            else:
+                if separator is None:
+                    separator = border(prompt, target)
+                answer = encode_target(target, words, self.tokenizer, vocabulary, separator)
+                if isinstance(target, str):
+                    facts["separator"] = separator
+                self._check_length(len(words), len(answer), "the target's")
+            layout = lay_out(words, answer, explain_only)
+            tokens = (len(layout.units) + 1) * len(layout.input_ids)
+            with token_progress("Explaining", tokens, self.progress) as advance:
+                run = run_perturbations(
+                    self.model,
+                    layout.input_ids,
+                    layout.target_ids,
+                    [unit.tokens for unit in layout.units],
+                    self.settings,
+                    advance,
+                )
+        return Explanation(
+            text=layout.text,
+            prompt_stop=layout.prompt_stop,
+            units=layout.units,
+            targets=layout.targets,
+            base_logprobs=run.base_logprobs,
+            suppressed_logprobs=_masked(run.suppressed_logprobs, layout),
+            reduction=reduction,
+            left_out=layout.left_out + end,
+            provenance=self._provenance(run, granularity) | facts,
+        )
+
+    def _generate(self, prompt: Tokens, arguments: dict[str, Any]) -> tuple[Tokens, list[LeftOut]]:
+        """The model's own continuation, and what of it is not explained."""
+        ids = torch.tensor(prompt.ids, device=self.model.device)[None]
+        config = self.model.generation_config
+        ends = _end_tokens(self.tokenizer, config, arguments)
+        defaults: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        if config.pad_token_id is None and ends:
+            defaults["pad_token_id"] = min(ends)  # there is nothing to pad; spares a warning
+        output = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **(defaults | arguments)
+        )
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        if len(sequences) != 1:
+            raise ValueError(
+                f"one completion is explained at a time, got {len(sequences)}; "
+                "leave num_return_sequences at 1."
+            )
+        completion = sequences[0, len(prompt) :].tolist()
+        kept = len(completion)
+        while kept and completion[kept - 1] in ends:
+            kept -= 1
+        if not kept:
+            raise ValueError("the model's completion is empty: it ended at once; give a target.")
+        answer = tokens_of_ids(completion[:kept], self.tokenizer, after=prompt)
+        if kept == len(completion):
+            return answer, []
+        rest = tokens_of_ids(completion[kept:], self.tokenizer, after=prompt)
+        # Generated, but never read again: it has no position in the model input.
+        return answer, [LeftOut("".join(rest.names), (), END_OF_TEXT)]
+
+    def _check_length(self, prompt_tokens: int, target_tokens: int, whose: str) -> None:
+        limit = context_window(self.model)
+        needed = prompt_tokens + target_tokens - 1  # the last target token is never read
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"prompt and target must fit into the context window of {limit} tokens, got "
+                f"{prompt_tokens} and {whose} {target_tokens}: {needed - limit} too many; shorten "
+                "one of them."
+            )
+
+    def _provenance(self, run: Run, granularity: str) -> dict[str, Any]:
+        """How the numbers came about, as JSON values."""
+        model, settings = self.model, self.settings
+        parameter = next(model.parameters())
+        versions = {"atman_triton": __version__, "python": platform.python_version()}
+        for package in ("torch", "transformers", "triton"):
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return {
+            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            "model_class": type(model).__name__,
+            "preset": self.preset,
+            "mode": settings.mode,
+            "factor": settings.factor,
+            "layers": settings.layers,
+            "heads": settings.heads,
+            "backend": settings.backend,
+            "granularity": granularity,
+            "runs": sum(run.batch_sizes),
+            "batch_sizes": run.batch_sizes,
+            "logits": run.logits,
+            "seconds": run.seconds,
+            "device": str(parameter.device),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "versions": versions,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _masked(suppressed: Tensor, layout: Layout) -> Tensor:
+    """NaN where a unit stands at or after its target: ``[T, U]``."""
+    last = torch.tensor([max(unit.tokens) for unit in layout.units])
+    positions = torch.tensor([target.token for target in layout.targets])
+    return suppressed.masked_fill(last[None] >= positions[:, None], torch.nan)
+
+
+def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[int]:
+    """Ids that end a completion."""
+    given = arguments.get("eos_token_id", config.eos_token_id)
+    several = given if isinstance(given, (list, tuple)) else [given]
+    known = [*several, getattr(tokenizer, "eos_token_id", None)]
+    return {int(token_id) for token_id in known if token_id is not None}
+
+
+def _check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _checked_factor(factor: Any) -> float:
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise TypeError(f"factor must be a number, got {factor!r}.")
+    if not math.isfinite(factor) or not 0 <= factor < 1:
+        raise ValueError(
+            f"factor must lie in [0, 1), got {factor}: 1 suppresses nothing, and a score's sign "
+            "means something only where a unit is suppressed."
+        )
+    return float(factor)
+
+
+def _checked_batch_size(batch_size: Any) -> int | Literal["auto"]:
+    if batch_size == "auto":
+        return "auto"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be 'auto' or an int, got {batch_size!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    return batch_size
+
+
+def _plain(value: Any) -> Any:
+    """A generation argument as a JSON value."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
