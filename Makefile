@@ -50,7 +50,7 @@ $(VENV)/tools-ready: $(VENV)/package-ready
 
 explain: $(VENV)/package-ready ## Explain an answer about a shipped contract: heat map here, explanation.html on disk.
 	@echo "==> Explaining the shipped contract: which of its words made the model answer as it did?"
-	@$(BIN)/atman explain --html explanation.html
+	@$(BIN)/atman explain --html explanation.html </dev/null
 	@echo "==> Open explanation.html in a browser for the interactive view"
 
 lint: $(VENV)/tools-ready ## Check style, formatting and types.
