@@ -17,6 +17,7 @@ _SHORT_QUERY = 16  # rows: decoding, or a few target tokens
 class TileConfig:
     """How the work of one program is cut.
 
+    ``edge_stages`` is the pipeline depth of the masked tiles (diagonal, window, last keys).
     ``skip_plain_tiles`` branches around the manipulation in tiles whose factors are all 1.
     """
 
@@ -24,6 +25,7 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    edge_stages: int = 1
     skip_plain_tiles: bool = False
 
 

@@ -52,6 +52,7 @@ class Variant:
     wide: bool  # offsets within a tile exceed 32 bits
     block_m: int
     block_n: int
+    edge_stages: int
     head_dim: int
     d0: int
     d1: int
@@ -294,7 +295,7 @@ def _attention_fwd_kernel(
         )  # fmt: skip
     # the edge tiles on the left, then those on the right
     left = inner_low - low
-    for edge in range(0, left + high - inner_high):
+    for edge in tl.range(0, left + high - inner_high, num_stages=SPEC.edge_stages):
         tile = tl.where(edge < left, low + edge, inner_high + edge - left)
         acc0, acc1, row_max, row_sum, row_min = _visit_tile(
             acc0, acc1, row_max, row_sum, row_min, tile, queries, positions,
@@ -303,7 +304,7 @@ def _attention_fwd_kernel(
     if FIRST_VISIT == "ones":
         # a row that sees no key has no minimum; any finite number serves
         row_min = tl.where(row_min == float("inf"), 0.0, row_min)
-        for index in range(tl.load(before_ptr + low), tl.load(before_ptr + high)):
+        for index in tl.range(tl.load(before_ptr + low), tl.load(before_ptr + high), num_stages=1):
             tile = tl.load(flagged_ptr + index)
             acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                 acc0, acc1, row_max, row_sum, row_min, tile, queries, positions,
@@ -420,6 +421,7 @@ def attention_fwd(
         wide=longest * 256 >= 1 << 31,
         block_m=config.block_m,
         block_n=config.block_n,
+        edge_stages=config.edge_stages,
         head_dim=head_dim,
         d0=d0,
         d1=d1,

@@ -1,0 +1,336 @@
+"""What the compiler says about the forward kernel: registers, spills, shared memory.
+
+Needs no GPU, but a process without TRITON_INTERPRET::
+
+    python -m bench.compile_report --preset table --csv bench/results/compile.csv
+
+Every line is one compiled variant at the tiles that ``kernels/configs.py`` gives it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+MODES = ("plain", "multiplicative", "min_shift", "log_additive")
+FEATURES = ("causal", "window", "softcap", "bias", "padding", "mask", "sinks")
+# bytes that one program can be launched with
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX_INSTRUCTION = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async|mma\.sync",
+    "sm_100": r"tcgen05\.mma|mma\.sync",
+    "gfx942": r"v_mfma",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant to compile; tiles are the configured ones unless given."""
+
+    architecture: str
+    head_dim: int
+    dtype: str = "bfloat16"
+    mode: str = "multiplicative"
+    value_dim: int | None = None
+    queries: int = 4096
+    features: tuple[str, ...] = ("causal",)
+    tiles: tuple[int, ...] | None = None  # in the order of TileConfig's fields
+    skip_plain: bool | None = None
+
+
+@dataclass
+class Report:
+    """What was compiled and what came of it; ``spills`` are bytes of stack, or AMD VGPRs."""
+
+    triton: str
+    architecture: str
+    head_dim: int
+    value_dim: int
+    dtype: str
+    mode: str
+    features: str
+    queries: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    edge_stages: int
+    skip_plain: bool
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+    matrix_kind: str
+    problems: list[str] = field(default_factory=list)
+
+
+def signature(spec: Any, dtype: str) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Types, constants and attributes that the launcher's arguments would specialise to.
+
+    Tensors are 16-byte aligned with a last stride of 1, as models pass them.
+    """
+    from atman_triton.kernels.forward import _attention_fwd_kernel
+
+    short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
+    aligned = [["tt.divisibility", 16]]
+    pointers = {
+        "out_ptr": short,
+        "lse_ptr": "*fp32",
+        "query_ptr": short,
+        "key_ptr": short,
+        "value_ptr": short,
+        "factor_ptr": "*fp32" if spec.has_key_factor else None,
+        "before_ptr": "*i32" if spec.has_key_factor else None,
+        "flagged_ptr": "*i32" if spec.has_key_factor else None,
+        "bias_ptr": short if spec.has_bias else None,
+        "padding_ptr": "*u8" if spec.has_padding else None,
+        "mask_ptr": "*u8" if spec.has_mask else None,
+        "sinks_ptr": short if spec.has_sinks else None,
+        "query_offset": "*i64" if spec.offset_in_memory else "i32",
+    }
+    scalars = dict.fromkeys(("rows", "keys", "heads", "group", "window"), "i32")
+    scalars |= {"unit": "fp32", "inner_scale": "fp32"}
+    strides = {
+        "stride_out": 4,
+        "stride_query": 4,
+        "stride_key": 4,
+        "stride_value": 4,
+        "stride_factor": 3,
+        "stride_tiles": 2,
+        "stride_bias": 4,
+        "stride_padding": 2,
+        "stride_mask": 4,
+    }
+    types: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, name in enumerate(_attention_fwd_kernel.arg_names):
+        if name == "SPEC":
+            types[name] = "constexpr"
+            constants[(index,)] = spec
+        elif name in strides:
+            inner = strides[name] - 1
+            types[name] = ("i32",) * inner + ("constexpr",)
+            constants[(index, inner)] = 1
+            for i in range(inner):
+                attributes[(index, i)] = aligned
+        elif name in scalars:
+            types[name] = scalars[name]
+        elif pointers[name] is None:
+            types[name] = "constexpr"
+            constants[(index,)] = None
+        else:
+            types[name] = pointers[name]
+            if pointers[name].startswith("*"):
+                attributes[(index,)] = aligned
+    return types, constants, attributes
+
+
+def compile_case(case: Case) -> Report:
+    """Compile one variant and read its figures; what breaks a rule goes to ``problems``."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from atman_triton.kernels.configs import TileConfig, forward_config, split_head_dim
+    from atman_triton.kernels.forward import Variant, _attention_fwd_kernel
+
+    value_dim = case.value_dim or case.head_dim
+    dtype = getattr(torch, case.dtype)
+    config = forward_config(
+        case.architecture, case.head_dim, value_dim, dtype, case.mode, case.queries
+    )
+    if case.tiles is not None:
+        config = TileConfig(*case.tiles)
+    if case.skip_plain is not None:
+        config = replace(config, skip_plain_tiles=case.skip_plain)
+    has = {name: name in case.features for name in FEATURES}
+    d0, d1 = split_head_dim(case.head_dim)
+    v0, v1 = split_head_dim(value_dim)
+    spec = Variant(
+        mode=case.mode,
+        causal=has["causal"],
+        has_window=has["window"],
+        has_key_factor=case.mode != "plain",
+        has_softcap=has["softcap"],
+        has_bias=has["bias"],
+        bias_per_key=False,
+        has_padding=has["padding"],
+        has_mask=has["mask"],
+        has_sinks=has["sinks"],
+        offset_in_memory=False,
+        skip_plain=config.skip_plain_tiles,
+        scaled=has["bias"] or case.mode == "log_additive",
+        wide=False,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        edge_stages=config.edge_stages,
+        head_dim=case.head_dim,
+        d0=d0,
+        d1=d1,
+        value_dim=value_dim,
+        v0=v0,
+        v1=v1,
+    )
+    types, constants, attributes = signature(spec, case.dtype)
+    if case.architecture.startswith("sm_"):
+        target = GPUTarget("cuda", int(case.architecture[3:]), 32)
+    else:
+        target = GPUTarget("hip", case.architecture, 64)
+    compiled = triton.compile(
+        ASTSource(_attention_fwd_kernel, types, constants, attributes),
+        target=target,
+        options={
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    registers, spills = _resource_usage(compiled.asm)
+    text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+    matrix = re.findall(MATRIX_INSTRUCTION[case.architecture], text)
+    report = Report(
+        triton=triton.__version__,
+        architecture=case.architecture,
+        head_dim=case.head_dim,
+        value_dim=value_dim,
+        dtype=case.dtype,
+        mode=case.mode,
+        features="+".join(case.features) or "full",
+        queries=case.queries,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        edge_stages=config.edge_stages,
+        skip_plain=config.skip_plain_tiles,
+        registers=registers,
+        spills=spills,
+        shared=compiled.metadata.shared,
+        matrix_instructions=len(matrix),
+        matrix_kind="/".join(sorted(set(matrix))),
+    )
+    if spills:
+        report.problems.append(f"spills {spills}")
+    if report.shared > SHARED_LIMIT[case.architecture]:
+        report.problems.append(f"shared memory above {SHARED_LIMIT[case.architecture]}")
+    if not matrix and case.dtype != "float32":
+        report.problems.append("no matrix instructions")
+    return report
+
+
+def _resource_usage(asm: dict[str, Any]) -> tuple[int, int]:
+    """Registers per thread and spills, as the assembler counted them."""
+    if "amdgcn" in asm:
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
+        return int(found["vgpr_count"]), int(found["vgpr_spill_count"])
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        command = [_cuobjdump(), "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"_attention_fwd_kernel:\s*REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers and stack: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _cuobjdump() -> str:
+    """The CUDA tool on the path, else the one that triton brings."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    found = shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+    if found is None:
+        raise FileNotFoundError("cuobjdump is neither on the path nor in triton's own folder.")
+    return found
+
+
+def _compile_or_explain(case: Case) -> Report | str:
+    try:
+        return compile_case(case)
+    except Exception as error:  # noqa: BLE001 - one failed variant must not hide the others
+        return f"{case}: {type(error).__name__}: {error}"
+
+
+def run(cases: list[Case], workers: int) -> tuple[list[Report], list[str]]:
+    """Compile all cases in ``workers`` processes; reports, and a line per case that failed."""
+    reports, failures = [], []
+    with ProcessPoolExecutor(workers) as pool:
+        for result in pool.map(_compile_or_explain, cases):
+            (failures if isinstance(result, str) else reports).append(result)
+            print(_line(result), file=sys.stderr, flush=True)
+    return reports, failures
+
+
+def _line(result: Report | str) -> str:
+    if isinstance(result, str):
+        return result
+    r = result
+    dims = str(r.head_dim) if r.head_dim == r.value_dim else f"{r.head_dim}/{r.value_dim}"
+    tiles = f"{r.block_m}x{r.block_n}x{r.num_warps}w{r.num_stages}s{r.edge_stages}" + "+skip" * r.skip_plain
+    return (
+        f"{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} {r.features:28} q{r.queries:<5} "
+        f"{tiles:16} regs {r.registers:3} spills {r.spills:3} shared {r.shared:6} "
+        f"{r.matrix_kind} {r.matrix_instructions} {', '.join(r.problems)}"
+    )
+
+
+def table() -> list[Case]:
+    """The published table: every architecture, head dim and mode in bf16, and what is hardest."""
+    hardest = ("causal", "window", "softcap", "bias", "sinks")
+    cases = []
+    for architecture in ARCHITECTURES:
+        for head_dim in (64, 128, 256):
+            cases += [Case(architecture, head_dim, mode=mode) for mode in MODES]
+            cases.append(Case(architecture, head_dim, mode="min_shift", features=hardest))
+            cases.append(Case(architecture, head_dim, "float16", mode="min_shift"))
+        cases.append(Case(architecture, 192, value_dim=128, mode="min_shift"))
+        cases.append(Case(architecture, 128, mode="min_shift", queries=1))
+        cases.append(Case(architecture, 128, "float32", mode="min_shift"))
+    return cases
+
+
+def main() -> None:
+    """Command line; exits 1 if a variant fails to compile or breaks a rule."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", help="JSON list of cases, '-' reads it from standard input")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--csv", type=Path, help="write the reports here")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("unset TRITON_INTERPRET: the interpreter compiles nothing.")
+    cases = table()
+    if options.cases:
+        text = sys.stdin.read() if options.cases == "-" else options.cases
+        cases = [Case(**item) for item in json.loads(text)]
+    reports, failures = run(cases, options.workers)
+    rows = [asdict(report) | {"problems": "; ".join(report.problems)} for report in reports]
+    if options.json:
+        print(json.dumps({"reports": rows, "failures": failures}))
+    if options.csv:
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    sys.exit(1 if failures or any(report.problems for report in reports) else 0)
+
+
+if __name__ == "__main__":
+    main()
