@@ -44,17 +44,16 @@ def test_eager_baseline_is_the_oracle(mode: str) -> None:
     key, value = torch.randn(2, 2, 2, 9, 16, generator=generator, dtype=torch.float64)
     factor = torch.rand(2, 9, generator=generator, dtype=torch.float64) + 0.1
     visible = torch.ones(9, 9, dtype=torch.bool).tril()
-    parts = (query, key, value)
-    oracle = attention_reference(*parts, factor, mode=mode, causal=True)[0]
+    oracle = attention_reference(query, key, value, factor, mode=mode, causal=True)[0]
     matrix = modifier_matrix(factor, 9)
-    out = attention_eager(*parts, matrix, mode=mode, visible=visible)
-    plain = attention_eager(*parts, None, mode=mode, visible=visible)
+    out = attention_eager(query, key, value, matrix, mode=mode, visible=visible)
+    plain = attention_eager(query, key, value, None, mode=mode, visible=visible)
     torch.testing.assert_close(out, oracle, rtol=0, atol=1e-12)
     assert (plain - oracle).abs().max() > 1e-3
-    single = [part.float() for part in (*parts, matrix)]
+    query, key, value = query.float(), key.float(), value.float()
     assert_close_to_oracle(
-        attention_eager(*single, mode=mode, visible=visible),
-        attention_reference(*single[:3], factor.float(), mode=mode, causal=True)[0],
+        attention_eager(query, key, value, matrix, mode=mode, visible=visible),
+        attention_reference(query, key, value, factor.float(), mode=mode, causal=True)[0],
         oracle,
     )
 
