@@ -1,0 +1,28 @@
+"""A small reader of contracts, CVs and product sheets: generator, training, and the shipped model."""
+
+from .documents import Document, Question, StatedFact, make_document, prompt
+from .model import MODEL_FOLDER, load_demo_model
+
+__all__ = [
+    "MODEL_FOLDER",
+    "Document",
+    "Question",
+    "StatedFact",
+    "demo_document",
+    "demo_prompt",
+    "load_demo_model",
+    "make_document",
+    "prompt",
+]
+
+_DEMO_QUESTION = "What is the pay per hour?"
+
+
+def demo_document() -> Document:
+    """The employment contract that ``make explain`` explains."""
+    return make_document("demo", "contract")
+
+
+def demo_prompt() -> str:
+    """The contract of :func:`demo_document` with the question "What is the pay per hour?"."""
+    return prompt(demo_document(), _DEMO_QUESTION)

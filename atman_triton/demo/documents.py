@@ -139,6 +139,19 @@ def prompt(document: Document | str, question: Question | str) -> str:
     return f"{text} Q: {asked} A:"
 
 
+def unfinished_statement(rng: random.Random, document: Document, question: Question) -> Question:
+    """The same fact asked for by a statement that stops before its value: an easier question, for training."""
+    facts = data.FACTS[document.kind][question.value_type]
+    fact = next(fact for fact in facts if fact.name == question.fact)
+    stated = next(stated for stated in document.facts if stated.sentence == question.evidence)
+    if rng.random() < 0.5:
+        text = document.sentences[question.evidence].split(stated.value)[0]
+    else:
+        text = rng.choice(_expand(rng.choice(fact.statements))).split("{}")[0]
+    answer = f" {stated.value}" if question.form == "country" else question.answer
+    return question._replace(text=f"{text.rstrip()}?", answer=answer, form="plain")
+
+
 class _Value(NamedTuple):
     """A value: how the text writes it, and the answer for each form it can be asked in."""
 

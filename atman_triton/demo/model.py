@@ -63,4 +63,26 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, width: int = 128, layers: 
         pad_token_id=tokenizer.pad_token_id,
         dtype=torch.float32,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        # Embeddings as large as what the layers add, or the residual stream loses which token it stands on.
+        model.model.embed_tokens.weight.normal_(std=0.5)
+        model.model.norm.weight.fill_(0.2)
+        for layer in model.model.layers:
+            for matrix in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj, layer.mlp.gate_proj, layer.mlp.up_proj):
+                matrix.weight.normal_(std=width**-0.5)
+    return model
+
+
+def load_demo_model(
+    folder: str | Path = MODEL_FOLDER,
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Load the shipped reader.
+
+    Args:
+        folder: where to load from, in the form that ``from_pretrained`` reads.
+    Returns: the model, float32 on the CPU in evaluation mode, and its tokenizer.
+    """
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    return model.eval(), tokenizer

@@ -20,12 +20,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .documents import MAX_SENTENCES, MIN_SENTENCES, Document, Question, make_document
+from .documents import (
+    MAX_SENTENCES,
+    MIN_SENTENCES,
+    Document,
+    Question,
+    make_document,
+    unfinished_statement,
+)
+from .facts import FACTS
 from .model import END_OF_TEXT, make_model, train_tokenizer
 
 _LENGTHS = (3, 5, 8, 12)
 _PASS = 0.85
+# Share of questions put as an unfinished statement: they teach to match words first, and then their synonyms.
+_UNFINISHED = (0.5, 0.3, 0.2, 0.1)
 _LM_SHARE, _LM_WEIGHT = 0.1, 0.1
+# A linear head behind this layer names the fact at every value and every question, in training only.
+_TAG_LAYER, _TAG_WEIGHT = 2, 0.3
+_TAGS = {
+    (kind, fact.name): index
+    for index, (kind, fact) in enumerate(
+        (kind, fact) for kind, types in FACTS.items() for group in types.values() for fact in group
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -49,8 +67,9 @@ class Recipe:
     width: int = 128
     layers: int = 4
     vocabulary: int = 2560
-    muon_lr: float = 0.02
-    adam_lr: float = 0.003
+    muon_lr: float = 0.01
+    adam_lr: float = 0.005
+    weight_decay: float = 0.1
     warmup: int = 100
     steady: float = 0.5
     autocast: bool = True
@@ -77,6 +96,8 @@ class Batch:
     weights: Tensor  # [N]
     answer: Tensor  # [N], index of the answer that the label is part of, -1 outside answers
     answers: int
+    tagged: Tensor  # [M], flat positions of value tokens in documents, and those that predict an answer token
+    tags: Tensor  # [M], index of the fact that each of them is about
 
 
 def sample_texts(seed: int, documents: int) -> list[str]:
@@ -102,18 +123,29 @@ def pack(
         for question in questions:
             pieces.append(f" Q: {question.text} A:")
             pieces.append(f"{question.answer}{END_OF_TEXT}")
-    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(pieces))
+    encoded = iter(tokenizer.backend_tokenizer.encode_batch(pieces))
     eot, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids, scored, labels, weights, answer = [], [], [], [], []
+    tagged: list[tuple[int, int]] = []
+    tags: list[int] = []
     answers = 0
-    for _, questions in rows:
-        row = list(next(encoded).ids)
+    for document, questions in rows:
+        read = next(encoded)
+        row = list(read.ids)
+        for stated in document.facts:
+            start = document.spans[stated.sentence][0]
+            start += document.sentences[stated.sentence].index(stated.value)
+            first, last = read.char_to_token(start), read.char_to_token(start + len(stated.value) - 1)
+            tagged += [(len(ids), position) for position in range(first, last + 1)]
+            tags += [_TAGS[document.kind, stated.name]] * (last + 1 - first)
         spans = []
-        for _ in questions:
+        for question in questions:
             row += next(encoded).ids
             start = len(row)
             row += next(encoded).ids
             spans.append((start, len(row)))
+            tagged += [(len(ids), position) for position in range(start - 1, len(row) - 1)]
+            tags += [_TAGS[document.kind, question.fact]] * (len(row) - start)
         if row[-1] != eot:
             raise RuntimeError("the tokenizer does not keep the end-of-text token whole.")
         ids.append(row)
@@ -138,6 +170,8 @@ def pack(
         weights=torch.tensor(weights),
         answer=torch.tensor(answer),
         answers=answers,
+        tagged=torch.tensor([row * width + column for row, column in tagged]),
+        tags=torch.tensor(tags),
     )
 
 
@@ -148,7 +182,7 @@ def draw_batch(
     rng = random.Random(f"train-{recipe.seed}-{step}")
     longest = _LENGTHS[level]
     # A quarter of the batches is full-sized from the start; the last level is mostly full-sized.
-    if rng.random() < (0.75 if longest == MAX_SENTENCES else 0.2):
+    if rng.random() < (0.75 if longest == MAX_SENTENCES else 0.05):
         low, high = MIN_SENTENCES, MAX_SENTENCES
     else:
         low, high = 2, longest
@@ -160,20 +194,31 @@ def draw_batch(
     for _ in range(max(recipe.tokens // estimate, 1)):
         document = make_document(rng, sentences=sentences)
         questions = rng.sample(document.questions, min(asked, len(document.questions)))
+        for index, question in enumerate(questions):
+            if rng.random() < _UNFINISHED[level]:
+                questions[index] = unfinished_statement(rng, document, question)
         rows.append((document, questions))
     return pack(rows, tokenizer, rng)
 
 
-def forward(model: LlamaForCausalLM, batch: Batch, autocast: bool) -> tuple[Tensor, Tensor]:
-    """Loss of a batch and, per answer, whether each of its tokens was the most likely one."""
+def forward(
+    model: LlamaForCausalLM, batch: Batch, autocast: bool, tag_head: torch.nn.Module | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a batch; per answer, whether each of its tokens was the most likely one; share of facts named right."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        hidden = model.model(batch.ids, use_cache=False).last_hidden_state
-        logits = model.lm_head(hidden.flatten(0, 1)[batch.scored])
-    loss = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+        output = model.model(batch.ids, use_cache=False, output_hidden_states=tag_head is not None)
+        logits = model.lm_head(output.last_hidden_state.flatten(0, 1)[batch.scored])
+        loss = (F.cross_entropy(logits.float(), batch.labels, reduction="none") * batch.weights).sum()
+        named = torch.tensor(0.0)
+        if tag_head is not None:
+            hidden = output.hidden_states[_TAG_LAYER].flatten(0, 1)[batch.tagged]
+            tags = tag_head(F.rms_norm(hidden, hidden.shape[-1:]))
+            loss = loss + _TAG_WEIGHT * F.cross_entropy(tags.float(), batch.tags)
+            named = (tags.argmax(-1) == batch.tags).float().mean()
     right = torch.ones(batch.answers + 1)
     wrong = batch.answer[logits.argmax(-1) != batch.labels]
     right[wrong] = 0.0  # -1 falls on the spare last entry
-    return (loss * batch.weights).sum(), right[:-1]
+    return loss, right[:-1], named
 
 
 class Trainer:
@@ -186,14 +231,16 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
         self.model = make_model(tokenizer, width=recipe.width, layers=recipe.layers)
-        matrices, others = [], []
+        self.tag_head = torch.nn.Linear(recipe.width, len(_TAGS))
+        matrices, others = [], list(self.tag_head.parameters())
         for name, parameter in self.model.named_parameters():
             hidden = parameter.ndim == 2 and "embed_tokens" not in name
             (matrices if hidden else others).append(parameter)
         self.optimizers = (
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=0.01),
+            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
             torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
         )
+        self.parameters = [*self.model.parameters(), *self.tag_head.parameters()]
         self.progress = Progress()
 
     def step(self, done: float) -> dict[str, Any]:
@@ -206,26 +253,28 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
         batch = draw_batch(self.tokenizer, recipe, progress.step, progress.level, self.rank)
-        loss, right = forward(self.model, batch, recipe.autocast)
+        loss, right, named = forward(self.model, batch, recipe.autocast, self.tag_head)
         loss.backward()
-        numbers = torch.stack([loss.detach(), right.mean(), torch.tensor(float(batch.ids.numel()))])
+        numbers = torch.stack(
+            [loss.detach(), right.mean(), torch.tensor(float(batch.ids.numel())), named]
+        )
         if recipe.workers > 1:
             numbers = self._share(numbers)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        mean_loss, accuracy, tokens = numbers.tolist()
+        mean_loss, accuracy, tokens, mean_named = numbers.tolist()
         progress.right += 0.02 * (accuracy - progress.right)
         if progress.right > _PASS and progress.level + 1 < len(_LENGTHS):
             progress.level, progress.right = progress.level + 1, 0.0
         progress.step += 1
         progress.tokens += round(tokens * recipe.workers)
-        return {"loss": mean_loss, "right": accuracy, "lr_scale": scale}
+        return {"loss": mean_loss, "right": accuracy, "named": mean_named, "lr_scale": scale}
 
     def _share(self, numbers: Tensor) -> Tensor:
         """Average the gradients and ``numbers`` over the workers."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
         dist.all_reduce(flat)
         flat /= self.recipe.workers
@@ -242,6 +291,7 @@ class Trainer:
             "recipe": asdict(self.recipe),
             "progress": asdict(self.progress),
             "model": self.model.state_dict(),
+            "tag_head": self.tag_head.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         part = self.folder / "checkpoint.pt.part"
@@ -254,6 +304,7 @@ class Trainer:
         """Continue from the folder's checkpoint. Raises: ValueError: if it was made with another recipe."""
         state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.tag_head.load_state_dict(state["tag_head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.progress = Progress(**state["progress"])
@@ -349,13 +400,14 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     workers: Annotated[int, typer.Option()] = 2,
     resume: Annotated[bool, typer.Option()] = False,
-    muon_lr: float = 0.02,
-    adam_lr: float = 0.003,
+    muon_lr: float = 0.01,
+    adam_lr: float = 0.005,
+    weight_decay: float = 0.1,
     tokens: int = 3072,
     steady: float = 0.5,
 ) -> None:
     recipe = Recipe(
-        seed=seed, workers=workers, muon_lr=muon_lr, adam_lr=adam_lr, tokens=tokens, steady=steady
+        seed=seed, weight_decay=weight_decay, workers=workers, muon_lr=muon_lr, adam_lr=adam_lr, tokens=tokens, steady=steady
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "rendezvous").unlink(missing_ok=True)
