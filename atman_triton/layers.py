@@ -1,0 +1,260 @@
+"""What an attention layer does under the implementation "atman": masks, factors, the op.
+
+Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.masking_utils import eager_mask
+
+from . import adapters
+from .attention import attention
+from .masks import AttentionMask, dense_visibility, make_mask
+
+
+class Manipulation:
+    """Factors on their way through one text stack, in one thread."""
+
+    def __init__(
+        self, mode: str, backend: str, factors: tuple[Tensor, ...], slots: tuple[int, ...]
+    ) -> None:
+        self.mode = mode
+        self.backend = backend
+        self.factors = factors  # distinct ones, float32 [B, T] or [B, Hq, T]
+        self.slots = slots  # index into `factors` by layer, -1 = leave alone
+        self.reached: dict[int, bool] | None = None  # layers of the latest forward pass
+        self.traced = False  # marks go to `mark_while_tracing`
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that the manipulation names."""
+        return [layer for layer, slot in enumerate(self.slots) if slot >= 0]
+
+
+class _ThreadState(threading.local):
+    """State of one thread.
+
+    Set in ``__init__``, not as class attributes: only so does dynamo guard on the thread's values.
+    """
+
+    def __init__(self) -> None:
+        self.stacks = ""  # names the manipulated stacks, see `_watch`
+        self.by_config: dict[int, Manipulation] = {}
+
+
+THREAD = _ThreadState()
+KEYWORD = "key_factor"
+"""The keyword argument of attention layers that holds a manipulation."""
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    key_factor: Manipulation | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' interface wants it: ``[B, Hq|Hk, T, D]`` to ``[B, Tq, Hq, D]``.
+
+    Raises:
+        ValueError: for dropout, attention weights, a paged cache, and a mask that does not say
+            which keys are visible.
+    """
+    _watch()
+    if dropout:
+        raise ValueError(
+            f"attention dropout is not supported by 'atman', got {dropout}; call model.eval() or "
+            "set the config's attention_dropout (attn_pdrop) to 0."
+        )
+    if kwargs.get("output_attentions"):
+        refuse_weights()
+    if kwargs.get("cache") is not None:
+        raise ValueError("a paged cache is not supported by 'atman'; use a dynamic or static one.")
+    mask = attention_mask
+    if not isinstance(mask, AttentionMask):
+        mask, bias = _mask_from_model(module, query, key, mask, is_causal, sliding_window)
+        if bias is not None:
+            position_bias = bias if position_bias is None else position_bias + bias
+    if mask.key_tokens != key.shape[2]:
+        raise ValueError(
+            f"the mask of {type(module).__name__} is for {mask.key_tokens} keys, "
+            f"but it attends to {key.shape[2]}."
+        )
+    manipulation = key_factor if key_factor is not None else mask.manipulation
+    factor, mode, backend = None, "multiplicative", "auto"
+    if manipulation is not None and not _is_cross_attention(module):
+        mode, backend = manipulation.mode, manipulation.backend
+        factor = _factor_of_layer(manipulation, module)
+    if factor is not None:
+        factor = present_columns(factor, mask.key_offset, key.shape[2])
+        factor = _rows(factor, query.shape[0]).to(query.device)
+        if mode == "min_shift_full" and query.shape[2] != key.shape[2]:
+            raise ValueError(
+                "mode='min_shift_full' looks at future keys, so it cannot use a cache; "
+                "pass use_cache=False or choose mode='min_shift'."
+            )
+    output = attention(
+        query,
+        key,
+        value,
+        factor,
+        mode=mode,
+        causal=mask.causal,
+        query_offset=mask.query_offset,
+        scale=scaling,
+        window=mask.window,
+        softcap=softcap,
+        sinks=s_aux,
+        position_bias=position_bias,
+        mask=mask.dense if mask.dense is not None else mask.padding,
+        backend=backend,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def mask_function(**kwargs: Any) -> AttentionMask | Tensor:
+    """The registered mask function: an :class:`AttentionMask` for what transformers asks for."""
+    config = kwargs.get("config")
+    model_type = getattr(config, "model_type", None)
+    if model_type not in adapters.CARRIES_IN_MASK:
+        return make_mask(**kwargs)
+    manipulation = THREAD.by_config.get(id(config))
+    if manipulation is None and model_type in adapters.KEEPS_OWN_LAYERS:
+        return eager_mask(**kwargs)
+    return make_mask(**kwargs)._replace(manipulation=manipulation)
+
+
+def _watch() -> bool:
+    """Make dynamo guard on which stacks this thread manipulates.
+
+    It does not guard on hooks, so a graph compiled before a manipulation would go on without it.
+    """
+    return THREAD.stacks == ""
+
+
+def _mask_from_model(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool | None,
+    sliding_window: int | None,
+) -> tuple[AttentionMask, Tensor | None]:
+    """What a 4-D tensor, or no mask at all, says; with the bias that a float mask adds."""
+    query_tokens, key_tokens = query.shape[2], key.shape[2]
+    if mask is not None:
+        if mask.dim() != 4:
+            raise ValueError(
+                f"attention_mask of a layer must have 4 dimensions, got shape {list(mask.shape)}."
+            )
+        visible, bias = dense_visibility(mask[..., :key_tokens])
+        visible = visible.expand(-1, -1, query_tokens, -1)
+        return AttentionMask(key_tokens, 0, 0, dense=visible), bias
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = causal and query_tokens > 1
+    unclear = causal and query_tokens != key_tokens
+    if unclear or (sliding_window is not None and sliding_window < key_tokens):
+        raise ValueError(
+            f"{type(module).__name__} passes no mask for {query_tokens} queries and {key_tokens} "
+            "keys, so their alignment is unknown; pass a 4-D attention_mask."
+        )
+    return AttentionMask(key_tokens, 0, 0, causal), None
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Its keys are not text tokens, so factors do not apply to them."""
+    return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
+
+
+def _layer_index(module: nn.Module) -> int | None:
+    for name in ("layer_idx", "layer_id"):
+        index = getattr(module, name, None)
+        if isinstance(index, int):
+            return index
+    return None
+
+
+def _factor_of_layer(manipulation: Manipulation, module: nn.Module) -> Tensor | None:
+    """The factor of this layer, if the manipulation names it; marks the layer as reached."""
+    layer = _layer_index(module)
+    if layer is None or not 0 <= layer < len(manipulation.slots):
+        return None
+    slot = manipulation.slots[layer]
+    if slot < 0:
+        return None
+    if manipulation.traced:
+        mark_while_tracing(layer)
+    elif manipulation.reached is not None:
+        manipulation.reached[layer] = True
+    return manipulation.factors[slot]
+
+
+def present_columns(factor: Tensor, key_offset: int, key_tokens: int) -> Tensor:
+    """The columns of the keys that are present: ``[..., Tk]``, continued with ones."""
+    factor = factor[..., key_offset : key_offset + key_tokens]
+    missing = key_tokens - factor.shape[-1]
+    return F.pad(factor, (0, missing), value=1.0) if missing > 0 else factor
+
+
+def _rows(factor: Tensor, batch: int) -> Tensor:
+    """One row per batch entry; several per row as ``generate`` lays out beams and samples."""
+    rows = factor.shape[0]
+    if rows == batch:
+        return factor
+    if rows == 1:
+        return factor.expand(batch, *factor.shape[1:])
+    if batch % rows:
+        raise ValueError(
+            f"key_factor has {rows} rows, but the model runs on a batch of {batch}; give one row, "
+            "one per batch entry, or (generate) one per prompt."
+        )
+    return factor.repeat_interleave(batch // rows, dim=0)
+
+
+# Under torch.compile with activation checkpointing a layer may not change an object from outside,
+# so there the marks are made by the tracer itself: these functions run while it traces.
+_TRACED: set[int] = set()
+
+
+@torch.compiler.assume_constant_result
+def start_tracing() -> bool:
+    """Forget the marks of an earlier trace."""
+    _TRACED.clear()
+    return True
+
+
+@torch.compiler.assume_constant_result
+def mark_while_tracing(layer: int) -> bool:
+    """Note that the graph being traced manipulates this layer."""
+    _TRACED.add(layer)
+    return True
+
+
+@torch.compiler.assume_constant_result
+def marked_while_tracing() -> tuple[int, ...]:
+    """Layers that the graph being traced manipulates."""
+    return tuple(_TRACED)
+
+
+def refuse_weights() -> None:
+    """Raise the error for ``output_attentions=True``."""
+    raise ValueError(
+        "output_attentions=True is not possible with the attention implementation 'atman', which "
+        "never holds the weights; use model.set_attn_implementation('eager') without a "
+        "manipulation."
+    )

@@ -1,0 +1,252 @@
+"""The text stack of a model: finding it, switching it to "atman", and seeing that it obeys.
+
+A stack's hooks hand factors to its layers and check after each forward pass that every layer named
+has applied them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from . import adapters
+from .layers import (
+    KEYWORD,
+    Manipulation,
+    marked_while_tracing,
+    refuse_weights,
+    start_tracing,
+)
+
+_WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "moe", "recurrent"})
+_LAYER_LISTS = ("layers", "h", "blocks", "layer")
+_LOCK = threading.RLock()
+
+
+class UnsupportedModelError(RuntimeError):
+    """A manipulation does not reach the attention layers it names, so its answer would be wrong."""
+
+
+class _Current(threading.local):
+    """The manipulation of one stack in one thread."""
+
+    def __init__(self) -> None:
+        self.manipulation: Manipulation | None = None
+
+
+@torch.library.custom_op("atman_triton::refuse", mutates_args=())
+def _refuse(output: Tensor, message: str) -> Tensor:
+    """Raise when a compiled graph runs: an error raised while tracing would change its type."""
+    raise UnsupportedModelError(message)
+
+
+@_refuse.register_fake
+def _(output: Tensor, message: str) -> Tensor:
+    return torch.empty_like(output)
+
+
+_refuse.register_autograd(lambda ctx, grad: (grad, None))
+
+
+class Stack:
+    """The text stack of a model: which layers it has, and the manipulations it is under."""
+
+    def __init__(self, module: nn.Module, model_name: str) -> None:
+        self.model_name = model_name
+        self.serial = str(id(module))
+        self.current = _Current()
+        config = _text_config(module)
+        self.config_id = id(getattr(module, "config", config))
+        self.heads: int = config.num_attention_heads
+        self.carried = config.model_type in adapters.CARRIES_IN_MASK
+        self.layers = _attention_layers(module, config)
+        self.configs: dict[int, PreTrainedConfig] = {}  # those that name the implementation
+        self.users = 0
+        self._undo: list[Any] = []
+
+    # The two hooks run inside the graph under torch.compile.
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the thread's factors into the stack's keyword arguments."""
+        manipulation = self.current.manipulation
+        if manipulation is None:
+            return None
+        if kwargs.get("output_attentions"):
+            refuse_weights()
+        _refuse_dense_mask(kwargs, self.carried)
+        manipulation.reached = {}
+        manipulation.traced = bool(
+            torch.compiler.is_compiling()
+            and module.training
+            and getattr(module, "gradient_checkpointing", False)
+        )
+        if manipulation.traced:
+            start_tracing()
+        if self.carried:
+            return None
+        return args, {**kwargs, KEYWORD: manipulation}
+
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Refuse an answer in which not every layer named was manipulated."""
+        manipulation = self.current.manipulation
+        if manipulation is None:
+            return None
+        reached = marked_while_tracing() if manipulation.traced else manipulation.reached or {}
+        missed = [layer for layer in manipulation.layers if layer not in reached]
+        if not missed:
+            return None
+        message = (
+            f"{self.model_name}: the manipulation did not reach attention layers {missed} of "
+            f"{manipulation.layers}; these layers do not use transformers' attention interface."
+        )
+        if torch.compiler.is_compiling():
+            return _refuse_in_graph(output, message)
+        raise UnsupportedModelError(message)
+
+    def install(self, module: nn.Module) -> None:
+        """Switch the stack to "atman" and hook it, for the first of its users."""
+        with _LOCK:
+            if self.users == 0:
+                self._undo = [
+                    module.register_forward_pre_hook(self.before, with_kwargs=True).remove,
+                    module.register_forward_hook(self.after, with_kwargs=True).remove,
+                ]
+                changed = adapters.adapt(module)
+                self._undo.append(lambda: adapters.restore(changed))
+                self._undo += [_switch(config) for config in self.configs.values()]
+            self.users += 1
+
+    def uninstall(self) -> None:
+        """Undo :meth:`install`, for the last of the stack's users."""
+        with _LOCK:
+            self.users -= 1
+            if self.users == 0:
+                undo, self._undo = self._undo, []
+                for step in reversed(undo):
+                    step()
+
+
+def _refuse_in_graph(output: Any, message: str) -> Any:
+    """``output`` with a node that raises when the graph runs."""
+    if isinstance(output, Tensor):
+        return _refuse(output, message)
+    if isinstance(output, tuple):
+        return (_refuse(output[0], message), *output[1:])
+    first, *rest = output.keys()
+    values = {name: output[name] for name in rest}
+    return type(output)(**{first: _refuse(output[first], message)}, **values)
+
+
+def _refuse_dense_mask(kwargs: dict[str, Any], carried: bool) -> None:
+    """A 4-D mask carries no factors, and does not say which keys a sliding cache has dropped."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    if not any(isinstance(m, Tensor) and m.dim() == 4 for m in masks):
+        return
+    if carried:
+        raise ValueError("a manipulation of this model needs a 2-D attention_mask, got 4-D.")
+    if cache is None or not any(getattr(cache, "is_sliding", ())):
+        return
+    length = cache.get_seq_length()
+    if isinstance(length, Tensor) or length > 0:
+        raise ValueError(
+            "a 4-D attention_mask with a sliding-window cache does not say where its keys stand, "
+            "so factors cannot be aligned; pass a 2-D padding mask."
+        )
+
+
+_SWITCHED: dict[int, list[Any]] = {}  # config id -> [config, previous implementation, users]
+
+
+def _switch(config: PreTrainedConfig) -> Any:
+    """Set a config to "atman"; returns what undoes it. Models may share a config."""
+    entry = _SWITCHED.setdefault(id(config), [config, config._attn_implementation_internal, 0])
+    entry[2] += 1
+    config._attn_implementation_internal = adapters.NAME
+
+    def undo() -> None:
+        entry[2] -= 1
+        if entry[2] == 0:
+            config._attn_implementation_internal = entry[1]
+            del _SWITCHED[id(config)]
+
+    return undo
+
+
+_STACKS: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()
+
+
+def _unwrap(module: Any) -> Any:
+    return getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+
+
+def _text_config(module: nn.Module) -> Any:
+    return module.config.get_text_config(decoder=True)  # pyright: ignore
+
+
+def find_stack(model: Any) -> tuple[nn.Module, Stack]:
+    """The text stack of a model and what is known of it.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        UnsupportedModelError: if it has no text stack that asks the attention interface.
+    """
+    model = _unwrap(model)
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a transformers model, got {name}.")
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig) or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"{name} is not a transformers model with a text stack.")
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder; only decoder-only text stacks can be manipulated."
+        )
+    module = _unwrap(model.get_decoder())  # pyright: ignore[reportCallIssue]
+    model_type = _text_config(module).model_type
+    takes_kwargs = any(
+        parameter.kind is inspect.Parameter.VAR_KEYWORD
+        for parameter in inspect.signature(module.forward).parameters.values()
+    )
+    if model_type not in adapters.CARRIES_IN_MASK and not (
+        takes_kwargs and getattr(module, "_can_set_attn_implementation", lambda: True)()
+    ):
+        raise UnsupportedModelError(
+            f"{name}: {type(module).__name__} computes attention in its own code instead of "
+            "transformers' attention interface, so its scores cannot be manipulated."
+        )
+    with _LOCK:
+        stack = _STACKS.get(module)
+        if stack is None:
+            stack = _STACKS[module] = Stack(module, name)
+        candidates = [getattr(part, "config", None) for part in module.modules()]
+        candidates.append(config.get_text_config(decoder=True))
+        if stack.users == 0:
+            stack.configs = {id(c): c for c in candidates if isinstance(c, PreTrainedConfig)}
+    return module, stack
+
+
+def _attention_layers(module: nn.Module, config: Any) -> tuple[int, ...]:
+    """Indices of the decoder layers that have softmax attention over text tokens."""
+    count = config.num_hidden_layers
+    for name in _LAYER_LISTS:
+        blocks = getattr(module, name, None)
+        if isinstance(blocks, nn.ModuleList):
+            count = min(count, len(blocks))
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
+    crossing = getattr(config, "cross_attention_layers", None) or ()
+    return tuple(
+        layer
+        for layer in range(count)
+        if kinds[layer] not in _WITHOUT_ATTENTION and layer not in crossing
+    )
