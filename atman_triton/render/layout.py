@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.cells import get_character_cell_size
@@ -242,7 +243,7 @@ def settings(explanation: Explanation) -> str:
     """The settings in one line: what was run, and how the numbers are to be read."""
     known = explanation.provenance
     words = [
-        *(str(known[name]) for name in ("model",) if known.get(name)),
+        *([_model_name(str(known["model"]))] if known.get("model") else []),
         *(f"{name} {known[name]}" for name in ("preset", "mode", "factor") if name in known),
         *(
             f"{name} {_indices(known[name])}"
@@ -268,6 +269,11 @@ def _span(piece: Unit | Target) -> Span | None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is, of a folder the last part."""
+    return PurePath(model).name if PurePath(model).is_absolute() else model
 
 
 def _indices(value: object) -> str:
