@@ -1,5 +1,7 @@
 """Perturbation batches: right, whatever their size, and nothing of the model left changed."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,9 +42,9 @@ UNITS = [(0,), (1, 2), (5,), (9,), (11,)]
 
 
 def run(model, batch_size="auto", **changes):
-    how = Settings(**{"factor": 0.1, "mode": "min_shift", "batch_size": batch_size} | changes)
+    how: dict[str, Any] = {"factor": 0.1, "mode": "min_shift", "batch_size": batch_size}
     with undisturbed(model):
-        return run_perturbations(model, INPUT_IDS, TARGET, UNITS, how)
+        return run_perturbations(model, INPUT_IDS, TARGET, UNITS, Settings(**how | changes))
 
 
 def together(result):
@@ -269,7 +271,7 @@ def test_impossible_targets_are_refused():
         run(model)
 
 
-TINY_BERT = {
+TINY_BERT: dict[str, Any] = {
     "vocab_size": 60,
     "hidden_size": 8,
     "num_hidden_layers": 1,

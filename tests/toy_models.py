@@ -1,6 +1,7 @@
 """Small random models whose attention matters, and a slow, independent way to perturb them."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import (
@@ -34,7 +35,7 @@ def _sharpened(model, seed):
 
 def llama(model_class=LlamaForCausalLM, **changes):
     """Grouped heads, rotary positions."""
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -76,7 +77,7 @@ MODELS = {"llama": cache(llama), "gpt2": cache(gpt2), "gemma2": cache(gemma2)}
 
 # --- one eager forward per unit, scores multiplied by a full matrix of factors ------------------
 
-_perturbation = {"matrix": None, "mode": None, "layers": None, "heads": None}
+_perturbation: dict[str, Any] = {"matrix": None, "mode": None, "layers": None, "heads": None}
 
 
 def _eager_attention(module, query, key, value, attention_mask, scaling, softcap=None, **_):

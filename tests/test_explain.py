@@ -1,0 +1,386 @@
+"""The Explainer from a prompt to an Explanation: forms of input, generation, settings, refusals."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from toy_models import MODELS, VOCABULARY, WINDOW, llama, plain_loop
+from toy_tokenizers import byte_level, chat, sentencepiece
+from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+from atman_triton import engine, progress
+from atman_triton.explain import Explainer
+from atman_triton.explanation import load
+from atman_triton.integration import UnsupportedModelError
+from atman_triton.testing import assert_close_to_oracle, count_launches
+
+PROMPT = "Q: What is the pay per hour? A:"
+TOKENIZER = sentencepiece()
+
+
+def explainer(tokenizer=TOKENIZER, **changes):
+    return Explainer(MODELS["llama"](), tokenizer, **changes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_scores_are_those_of_one_eager_forward_per_token(name, preset):
+    model = MODELS[name]()
+    mode = {"default": "min_shift", "paper": "multiplicative"}[preset]
+    words = TOKENIZER(PROMPT).input_ids
+    answer = TOKENIZER.convert_tokens_to_ids(["▁23", "▁euros.", "▁The"])
+    ids = words + answer[:-1]
+    units = [(token,) for token in range(1, len(ids))]  # all but BOS
+    eager = plain_loop(model, ids, answer, units, 0.1, mode)
+    try:
+        truth = plain_loop(model.double(), ids, answer, units, 0.1, mode)
+    finally:
+        model.float()
+
+    e = Explainer(model, TOKENIZER, preset=preset).explain(PROMPT, "23 euros. The")
+
+    assert [unit.tokens for unit in e.units] == units
+    assert [target.token_id for target in e.targets] == answer
+    assert_close_to_oracle(e.base_logprobs, eager[0], truth[0], name="base")
+    reaches = torch.tensor([[unit.tokens[0] < t.token for unit in e.units] for t in e.targets])
+    assert torch.equal(e.suppressed_logprobs.isnan(), ~reaches)
+    assert_close_to_oracle(
+        e.suppressed_logprobs[reaches], eager[1:].T[reaches], truth[1:].T[reaches]
+    )
+    losses = -truth  # a unit supports a target if the loss rises without it
+    rise = (losses[1:] - losses[0]).T
+    clear = rise.abs() > 0.01
+    assert clear.any()
+    assert torch.equal(e.scores[reaches & clear].sign(), rise[reaches & clear].sign().float())
+
+
+def test_shapes_parts_and_text():
+    e = explainer().explain(PROMPT, "23 euros. The", reduction="sum")
+    assert e.text == PROMPT + " 23 euros. The"
+    assert e.prompt_stop == len(PROMPT)
+    assert e.scores.shape == (3, len(e.units))
+    assert e.scores.dtype == e.base_logprobs.dtype == torch.float32
+    assert [unit.text for unit in e.units if unit.part == "target"] == [" 23", " euros."]
+    assert not e.scores.isinf().any()
+    assert torch.equal(e.relevance, e.scores.double().nansum(0).float())
+    assert [(piece.text, piece.reason) for piece in e.left_out] == [("<s>", "special token")]
+
+
+def test_a_one_token_target():
+    e = explainer().explain(PROMPT, " 23")
+    assert len(e.targets) == 1
+    assert {unit.part for unit in e.units} == {"prompt"}
+    assert not e.scores.isnan().any()
+
+
+def test_text_ids_and_encodings_agree():
+    words = TOKENIZER(PROMPT).input_ids
+    answer = TOKENIZER.convert_tokens_to_ids(["▁23", "▁euros.", "▁The"])
+    of_text = explainer().explain(PROMPT, "23 euros. The")
+    for prompt, target in [
+        (words, answer),
+        (torch.tensor([words]), torch.tensor(answer)),
+        (TOKENIZER(PROMPT, return_tensors="pt"), " 23 euros. The"),
+    ]:
+        e = explainer().explain(prompt, target)
+        assert torch.equal(e.scores.nan_to_num(), of_text.scores.nan_to_num())
+        assert [unit.tokens for unit in e.units] == [unit.tokens for unit in of_text.units]
+        assert e.text == "<s> " + of_text.text
+    bare = explainer(None).explain(words, answer)
+    assert len(bare.units) == len(of_text.units) + 1  # without a tokenizer BOS is a unit like any
+    assert torch.equal(bare.scores[:, 1:].nan_to_num(), of_text.scores.nan_to_num())
+
+
+def test_the_border_between_prompt_and_target():
+    for target, separator, text, used in [
+        ("23", None, " 23", " "),
+        (" 23", None, " 23", ""),
+        ("23", "", "23", ""),
+        ("23", "\n", "\n23", "\n"),
+    ]:
+        e = explainer().explain(PROMPT, target, separator=separator)
+        assert e.text == PROMPT + text
+        assert e.provenance["separator"] == used
+    ids = explainer().explain(PROMPT, [5, 6])
+    assert "separator" not in ids.provenance
+
+
+def test_chat_messages():
+    messages = [{"role": "user", "content": "Hello world"}]
+    e = explainer(chat()).explain(messages, "hi")
+    assert "".join(u.text for u in e.units if u.part == "prompt") == "Hello world"
+    assert e.text.endswith("<|im_start|>assistant\nhi")
+    assert ("assistant\n", "chat template") in [(p.text, p.reason) for p in e.left_out]
+
+
+def test_explain_only_gives_the_same_columns():
+    everything = explainer().explain(PROMPT, "23 euros. The")
+    some = explainer().explain(PROMPT, "23 euros. The", explain_only=[1, 4])
+    assert some.units == [everything.units[1], everything.units[4]]
+    assert some.provenance["runs"] == 3
+    torch.testing.assert_close(some.scores, everything.scores[:, [1, 4]], rtol=0, atol=1e-5)
+
+
+def test_bfloat16():
+    model = llama().bfloat16()
+    e = Explainer(model, TOKENIZER).explain(PROMPT, "23")
+    reference = explainer().explain(PROMPT, "23")
+    assert e.scores.dtype == torch.float32
+    assert e.provenance["dtype"] == "bfloat16"
+    # The largest score stands far above bfloat16's noise.
+    assert e.scores.argmax() == reference.scores.argmax()
+
+
+# --- generation ---------------------------------------------------------------------------------
+
+
+def greedy(steps, model=None, tokenizer=TOKENIZER):
+    model = model or MODELS["llama"]()
+    ids = tokenizer(PROMPT).input_ids
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits
+            ids = [*ids, int(logits[0, -1].argmax())]
+    return ids[-steps:]
+
+
+def test_without_a_target_the_greedy_completion_is_explained():
+    completion = greedy(4)
+    e = explainer().explain(PROMPT, max_new_tokens=4)
+    assert [target.token_id for target in e.targets] == completion
+    assert e.text.startswith(PROMPT)
+    assert e.provenance["target"] == "generated"
+    assert e.provenance["generation"] == {"max_new_tokens": 4}
+    given = explainer().explain(PROMPT, completion)
+    assert torch.equal(given.scores.nan_to_num(), e.scores.nan_to_num())
+
+
+def test_the_model_s_own_generation_config_cannot_make_it_sample():
+    model = llama()
+    model.generation_config.do_sample = True
+    model.generation_config.temperature = 5.0
+    e = Explainer(model, TOKENIZER).explain(PROMPT, max_new_tokens=4)
+    assert [target.token_id for target in e.targets] == greedy(4)
+
+
+def test_generation_arguments_are_passed_on():
+    banned = greedy(1)[0]
+    e = explainer().explain(PROMPT, max_new_tokens=3, bad_words_ids=[[banned]])
+    assert banned not in [target.token_id for target in e.targets]
+    assert e.provenance["generation"] == {"max_new_tokens": 3, "bad_words_ids": [[banned]]}
+    torch.manual_seed(0)
+    drawn = explainer().explain(PROMPT, max_new_tokens=8, do_sample=True, temperature=3.0)
+    assert [target.token_id for target in drawn.targets] != greedy(8)
+    asked = explainer().explain(PROMPT, max_new_tokens=2, return_dict_in_generate=True)
+    assert len(asked.targets) == 2
+
+
+def test_the_end_of_text_token_is_not_explained():
+    words, completion = TOKENIZER(PROMPT).input_ids, greedy(4)
+    end = completion[3]
+    assert end not in completion[:3]
+    e = explainer(None).explain(words, max_new_tokens=10, eos_token_id=end)
+    assert [target.token_id for target in e.targets] == completion[:3]
+    last = e.left_out[-1]
+    assert (last.text, last.tokens) == (str(end), ())
+    assert last.reason == "end of text, generated and not explained"
+    model = llama()
+    model.generation_config.eos_token_id = [511, end]
+    again = Explainer(model).explain(words, max_new_tokens=10)
+    assert [target.token_id for target in again.targets] == completion[:3]
+
+
+def test_an_empty_completion_is_refused():
+    words = TOKENIZER(PROMPT).input_ids
+    with pytest.raises(ValueError, match="the model's completion is empty: it ended at once"):
+        explainer(None).explain(words, eos_token_id=greedy(1)[0])
+
+
+def test_several_completions_are_refused():
+    with pytest.raises(ValueError, match="one completion is explained at a time, got 2"):
+        explainer().explain(
+            PROMPT, max_new_tokens=2, num_beams=2, num_return_sequences=2, early_stopping=True
+        )
+
+
+def test_generation_arguments_with_a_target_are_refused():
+    with pytest.raises(TypeError, match="temperature would go to model"):
+        explainer().explain(PROMPT, "23", temperature=1.0)
+
+
+# --- how it is told -----------------------------------------------------------------------------
+
+
+def test_provenance(tmp_path):
+    e = explainer(preset="paper", layers=[1], heads=[0, 2], batch_size=4).explain(PROMPT, "23")
+    known = e.provenance
+    rows = len(e.units) + 1
+    assert known["batch_sizes"] == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
+    assert known["runs"] == rows
+    assert known["model"] == known["model_class"] == "LlamaForCausalLM"
+    settings = {key: known[key] for key in ("preset", "mode", "factor", "layers", "heads")}
+    assert settings == {
+        "preset": "paper",
+        "mode": "multiplicative",
+        "factor": 0.1,
+        "layers": [1],
+        "heads": [0, 2],
+    }
+    assert {"atman_triton", "torch", "transformers", "python"} <= known["versions"].keys()
+    assert known["seconds"] > 0
+    e.save(tmp_path / "e.json")
+    assert load(tmp_path / "e.json") == e
+    json.dumps(known, allow_nan=False)
+
+
+def test_presets_can_be_changed_in_part():
+    known = explainer(preset="paper", factor=0.5, mode="log_additive").explain(PROMPT, "23")
+    settings = [known.provenance[key] for key in ("preset", "mode", "factor")]
+    assert settings == ["paper", "log_additive", 0.5]
+
+
+def test_layers_and_heads_change_the_scores():
+    whole = explainer().explain(PROMPT, "23").scores
+    assert not torch.allclose(explainer(layers=[0]).explain(PROMPT, "23").scores, whole)
+    assert not torch.allclose(explainer(heads=[1]).explain(PROMPT, "23").scores, whole)
+
+
+def test_progress_is_drawn_on_a_terminal_only(monkeypatch, capsys):
+    explainer().explain(PROMPT, "23")
+    assert capsys.readouterr() == ("", "")
+    for shown in (True, False):
+        drawn = io.StringIO()
+
+        def terminal(drawn=drawn, **_):
+            return Console(file=drawn, force_terminal=True, width=100)
+
+        monkeypatch.setattr(progress, "Console", terminal)
+        e = explainer(progress=shown, batch_size=3).explain(PROMPT, "23")
+        total = e.provenance["runs"] * e.targets[0].token
+        assert (f"{total} of {total} tokens" in drawn.getvalue()) == shown
+
+
+def test_every_token_is_counted_once():
+    done = []
+    model = MODELS["llama"]()
+    how = engine.Settings(0.1, "min_shift", batch_size=2)
+    with engine.undisturbed(model):
+        engine.run_perturbations(model, [1, 2, 3], [4], [(0,), (1,)], how, done.append)
+    assert done == [6, 3]
+
+
+# --- on the fused kernel ------------------------------------------------------------------------
+
+
+def test_on_triton_with_launches_counted():
+    pytest.importorskip("triton")
+    model = MODELS["llama"]()
+    expected = Explainer(model, TOKENIZER, backend="torch").explain("The pay is", "23 euros")
+    with count_launches() as launches:
+        e = Explainer(model, TOKENIZER, backend="triton").explain("The pay is", "23 euros")
+    passes = len(e.provenance["batch_sizes"])
+    assert launches.attention == passes * model.config.num_hidden_layers
+    assert e.provenance["backend"] == "triton"
+    torch.testing.assert_close(e.scores, expected.scores, rtol=0, atol=1e-4, equal_nan=True)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"preset": "released"},
+            ValueError,
+            "preset must be one of default, paper, got",
+        ),
+        ({"mode": "subtract"}, ValueError, "mode must be one of multiplicative, min_shift"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
+        ({"factor": 1.0}, ValueError, r"factor must lie in \[0, 1\), got 1.0"),
+        ({"factor": -0.1}, ValueError, r"factor must lie in \[0, 1\), got -0.1"),
+        ({"factor": -1, "mode": "log_additive"}, ValueError, r"factor must lie in \[0, 1\)"),
+        ({"factor": float("nan")}, ValueError, r"factor must lie in \[0, 1\), got nan"),
+        ({"factor": 2}, ValueError, r"factor must lie in \[0, 1\), got 2"),
+        ({"factor": "0.1"}, TypeError, "factor must be a number, got '0.1'"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.0}, TypeError, "batch_size must be 'auto' or an int, got 2.0"),
+        ({"batch_size": "large"}, TypeError, "batch_size must be 'auto' or an int, got 'large'"),
+    ],
+)
+def test_bad_settings_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        explainer(**changes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prompt": ""}, ValueError, "prompt must not be empty."),
+        ({"target": ""}, ValueError, "target must not be empty."),
+        ({"target": []}, ValueError, "target must not be empty."),
+        ({"target": [VOCABULARY]}, ValueError, "target holds token id 512, but the model knows"),
+        ({"prompt": [VOCABULARY]}, ValueError, "prompt holds token id 512, but the model knows"),
+        ({"granularity": "sentence"}, ValueError, "granularity must be one of token, got"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, got 'max'"),
+        ({"explain_only": [99]}, ValueError, "explain_only holds unit index 99, but this input"),
+        ({"max_new_tokens": 3}, None, None),  # harmless with a target: it is a default
+    ],
+)
+def test_bad_arguments_are_refused(arguments, error, message):
+    arguments = {"prompt": PROMPT, "target": "23"} | arguments
+    if error is None:
+        explainer().explain(**arguments)
+        return
+    with pytest.raises(error, match=message):
+        explainer().explain(**arguments)
+
+
+def test_what_does_not_fit_into_the_context_window_is_refused():
+    fitting = [5] * (WINDOW - 2)
+    explainer(None, batch_size=8).explain(fitting, [1, 2, 3], explain_only=[0])  # the last one
+    with pytest.raises(
+        ValueError,
+        match="context window of 64 tokens, got 62 and the target's 4: 1 too many; shorten",
+    ):
+        explainer(None).explain(fitting, [1, 2, 3, 4])
+    with pytest.raises(ValueError, match="got 62 and max_new_tokens 32: 29 too many"):
+        explainer(None).explain(fitting)
+
+
+def test_a_str_prompt_without_a_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="a str prompt needs a tokenizer, got None"):
+        explainer(None).explain(PROMPT, [1])
+    with pytest.raises(ValueError, match="a str target needs a tokenizer, got None"):
+        explainer(None).explain([1, 2], "23")
+
+
+def test_layers_and_heads_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="layers must"):
+        explainer(layers=[2]).explain(PROMPT, "23")
+    with pytest.raises(ValueError, match="heads must"):
+        explainer(heads=[4]).explain(PROMPT, "23")
+
+
+def test_unsupported_models_are_refused():
+    config = OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2)
+    model = OpenAIGPTLMHeadModel(config)
+    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel"):
+        Explainer(model, byte_level()).explain(PROMPT, "23")
+
+
+def test_a_model_that_is_not_causal_is_refused():
+    with pytest.raises(TypeError, match="model must be a transformers causal language model"):
+        Explainer(torch.nn.Linear(2, 2))
+
+
+def test_generation_leaves_the_model_as_it_was():
+    model = llama().train()
+    config = model.generation_config.to_dict()
+    with pytest.raises(ValueError, match="layers must"):
+        Explainer(model, TOKENIZER, layers=[7]).explain(PROMPT, max_new_tokens=2)
+    assert all(module.training for module in model.modules())
+    assert model.generation_config.to_dict() == config
+    assert model.config._attn_implementation == llama().config._attn_implementation
