@@ -123,14 +123,16 @@ class Explainer:
         """Which units of the prompt (and of the target so far) supported each target token.
 
         The target is tokenised apart from the prompt, without special tokens, and goes behind it:
-        the prompt's token ids never depend on the target. Special tokens and what a chat template
-        writes around the messages are no units; ``left_out`` lists them.
+        the prompt's token ids never depend on the target. They are what the tokenizer makes of the
+        prompt, but for a closing token that some put behind every text. Special tokens and what a
+        chat template writes around the messages are no units; ``left_out`` lists them.
 
         Args:
             prompt: str | chat messages (``[{"role": ..., "content": ...}, ...]``) | token ids
                 | an encoding such as ``tokenizer(text)`` returns.
             target: The answer to explain: str | token ids. None lets the model generate one
-                (greedily unless told otherwise) and explains it without its end-of-text token.
+                (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
+                end-of-text token.
             granularity: What one unit is: ``token``.
             explain_only: Indices of the units to explain, counted as an explanation without this
                 argument counts them; None is all.
@@ -199,9 +201,11 @@ class Explainer:
     def _generate(self, prompt: Tokens, arguments: dict[str, Any]) -> tuple[Tokens, list[LeftOut]]:
         """The model's own continuation, and what of it is not explained."""
         ids = torch.tensor(prompt.ids, device=self.model.device)[None]
-        config = self.model.generation_config
+        config = arguments.get("generation_config") or self.model.generation_config
         ends = _end_tokens(self.tokenizer, config, arguments)
-        defaults: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+        defaults: dict[str, Any] = {}
+        if "generation_config" not in arguments:
+            defaults = {"do_sample": False, "num_beams": 1}
         if config.pad_token_id is None and ends:
             defaults["pad_token_id"] = min(ends)  # there is nothing to pad; spares a warning
         output = self.model.generate(

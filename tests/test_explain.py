@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from toy_models import MODELS, VOCABULARY, WINDOW, llama, plain_loop
 from toy_tokenizers import byte_level, chat, sentencepiece
-from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 from atman_triton import engine, progress
 from atman_triton.explain import Explainer
@@ -173,6 +173,10 @@ def test_generation_arguments_are_passed_on():
     torch.manual_seed(0)
     drawn = explainer().explain(PROMPT, max_new_tokens=8, do_sample=True, temperature=3.0)
     assert [target.token_id for target in drawn.targets] != greedy(8)
+    config = GenerationConfig(do_sample=True, temperature=3.0)
+    torch.manual_seed(0)
+    e = explainer().explain(PROMPT, max_new_tokens=8, generation_config=config)
+    assert e.targets == drawn.targets
     asked = explainer().explain(PROMPT, max_new_tokens=2, return_dict_in_generate=True)
     assert len(asked.targets) == 2
 

@@ -233,6 +233,14 @@ def test_special_tokens_are_marked():
     assert marked == ["<s>", "</s>"]
 
 
+@pytest.mark.parametrize("name", ["llama", "unigram"])
+def test_a_closing_token_that_the_user_typed_is_kept(name):
+    tokenizer = TOKENIZERS[name]
+    words = encode_prompt("Hello</s>", tokenizer, MANY)
+    assert words.ids.count(tokenizer.eos_token_id) == 1
+    assert words.reasons[-1] == SPECIAL
+
+
 def test_the_unknown_token_is_the_users_own_text():
     words = encode_prompt("Hello 日", unigram(), MANY)
     assert words.names[-1] == "日"
