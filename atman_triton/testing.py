@@ -106,10 +106,14 @@ def count_launches() -> Iterator[LaunchCount]:
 
     Raises: LookupError: if a kernel that should be counted no longer exists.
     """
-    from .kernels import factor_tiles, forward  # needs triton, which is optional
+    from .kernels import forward, prepass  # needs triton, which is optional
 
     count = LaunchCount()
-    places = [(forward, ATTENTION_KERNEL), (factor_tiles, "_factor_tiles_kernel")]
+    places = [
+        (forward, ATTENTION_KERNEL),
+        (prepass, "_factor_tiles_kernel"),
+        (prepass, "_key_range_kernel"),
+    ]
     for module, name in places:
         if not hasattr(getattr(module, name, None), "__getitem__"):
             raise LookupError(f"{module.__name__} has no kernel {name}; count_launches is stale.")

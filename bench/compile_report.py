@@ -25,7 +25,7 @@ from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
-FEATURES = ("causal", "window", "softcap", "bias", "padding", "mask", "sinks")
+FEATURES = ("causal", "window", "softcap", "bias", "alibi", "padding", "mask", "sinks")
 # bytes that one program can be launched with
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX_INSTRUCTION = {
@@ -97,6 +97,7 @@ def signature(spec: Any, dtype: str) -> tuple[dict[str, Any], dict[Any, Any], di
         "flagged_ptr": "*i32" if spec.has_key_factor else None,
         "bias_ptr": short if spec.has_bias else None,
         "padding_ptr": "*u8" if spec.has_padding else None,
+        "range_ptr": "*i32" if spec.has_padding else None,
         "mask_ptr": "*u8" if spec.has_mask else None,
         "sinks_ptr": short if spec.has_sinks else None,
         "query_offset": "*i64" if spec.offset_in_memory else "i32",
@@ -151,14 +152,20 @@ def compile_case(case: Case) -> Report:
 
     value_dim = case.value_dim or case.head_dim
     dtype = getattr(torch, case.dtype)
+    has = {name: name in case.features for name in FEATURES}
     config = forward_config(
-        case.architecture, case.head_dim, value_dim, dtype, case.mode, case.queries
+        case.architecture,
+        case.head_dim,
+        value_dim,
+        dtype,
+        case.mode,
+        case.queries,
+        dense=has["bias"] or has["mask"],
     )
     if case.tiles is not None:
         config = TileConfig(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
-    has = {name: name in case.features for name in FEATURES}
     d0, d1 = split_head_dim(case.head_dim)
     v0, v1 = split_head_dim(value_dim)
     spec = Variant(
@@ -167,14 +174,14 @@ def compile_case(case: Case) -> Report:
         has_window=has["window"],
         has_key_factor=case.mode != "plain",
         has_softcap=has["softcap"],
-        has_bias=has["bias"],
-        bias_per_key=False,
+        has_bias=has["bias"] or has["alibi"],
+        bias_per_key=has["alibi"],
         has_padding=has["padding"],
         has_mask=has["mask"],
         has_sinks=has["sinks"],
         offset_in_memory=False,
         skip_plain=config.skip_plain_tiles,
-        scaled=has["bias"] or case.mode == "log_additive",
+        scaled=has["bias"] or has["alibi"] or case.mode == "log_additive",
         wide=False,
         block_m=config.block_m,
         block_n=config.block_n,
@@ -282,7 +289,10 @@ def _line(result: Report | str) -> str:
         return result
     r = result
     dims = str(r.head_dim) if r.head_dim == r.value_dim else f"{r.head_dim}/{r.value_dim}"
-    tiles = f"{r.block_m}x{r.block_n}x{r.num_warps}w{r.num_stages}s{r.edge_stages}" + "+skip" * r.skip_plain
+    tiles = (
+        f"{r.block_m}x{r.block_n}x{r.num_warps}w{r.num_stages}s{r.edge_stages}"
+        + "+skip" * r.skip_plain
+    )
     return (
         f"{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} {r.features:28} q{r.queries:<5} "
         f"{tiles:16} regs {r.registers:3} spills {r.spills:3} shared {r.shared:6} "

@@ -57,7 +57,13 @@ def device_architecture(device: torch.device, interpreted: bool) -> str:
 
 @lru_cache
 def forward_config(
-    architecture: str, head_dim: int, value_dim: int, dtype: torch.dtype, mode: str, queries: int
+    architecture: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mode: str,
+    queries: int,
+    dense: bool,
 ) -> TileConfig:
     """Tile sizes of the forward kernel for one kind of problem.
 
@@ -65,6 +71,7 @@ def forward_config(
         architecture: see :func:`device_architecture`.
         mode: ``plain`` without factors, else the op's mode.
         queries: query rows per head.
+        dense: a mask or bias with a number per query and key is read.
     """
     if architecture == "interpreter":
         # Its cost is per operation, not per element: few large tiles, small enough to have edges.

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import device_architecture, forward_config, split_head_dim
-from .factor_tiles import factor_tiles
+from .prepass import factor_tiles, key_ranges
 from .primitives import (
     dot,
     in_band,
@@ -42,7 +42,7 @@ class Variant:
     has_key_factor: bool
     has_softcap: bool
     has_bias: bool
-    bias_per_key: bool  # the bias has no row dimension, as in ALiBi
+    bias_per_key: bool  # the same for every row, as in ALiBi
     has_padding: bool
     has_mask: bool
     has_sinks: bool
@@ -83,11 +83,11 @@ def _visit_tile(
 
     VISIT says which columns: ``every``, or for ``min_shift`` first the ``ones`` (while tracking
     the row minimum of all visible columns), then, in flagged tiles only, the ``deferred`` rest.
-    EDGE tiles check the band and the number of keys, the others need not.
+    EDGE tiles check the band, the padding and the number of keys, the others need not.
     """
     BLOCK_M: tl.constexpr = SPEC.block_m
     BLOCK_N: tl.constexpr = SPEC.block_n
-    MASKED: tl.constexpr = EDGE or SPEC.has_padding or SPEC.has_mask
+    MASKED: tl.constexpr = EDGE or SPEC.has_mask
     key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = pointers
     stride_key, stride_value, stride_factor, stride_bias, stride_padding, stride_mask = strides
     rows, keys, window = limits
@@ -117,20 +117,17 @@ def _visit_tile(
 
     if EDGE:
         visible = in_band(positions, start_n + offs_n, keys, window, SPEC.causal, SPEC.has_window)
-    if SPEC.has_padding:
-        padding_ptr += first * stride_padding
-        shown = tl.load(padding_ptr + offs_n * stride_padding, mask=offs_n < inside, other=0)
-        if EDGE:
+        if SPEC.has_padding:
+            padding_ptr += first * stride_padding
+            shown = tl.load(padding_ptr + offs_n * stride_padding, mask=offs_n < inside, other=0)
             visible = visible & (shown != 0)[None, :]
-        else:
-            visible = tl.broadcast_to((shown != 0)[None, :], [BLOCK_M, BLOCK_N])
     if SPEC.has_bias or SPEC.has_mask:
         readable = (offs_m[:, None] < rows) & (offs_n[None, :] < inside)
     if SPEC.has_mask:
         mask_ptr += first * stride_mask[1]
         mask_ptr += offs_m[:, None] * stride_mask[0] + offs_n[None, :] * stride_mask[1]
         shown = tl.load(mask_ptr, mask=readable, other=0)  # [BLOCK_M, BLOCK_N]
-        if EDGE or SPEC.has_padding:
+        if EDGE:
             visible = visible & (shown != 0)
         else:
             visible = shown != 0
@@ -189,6 +186,7 @@ def _attention_fwd_kernel(
     flagged_ptr,  # [B, Hq, tiles]
     bias_ptr,  # [B, Hq, Tq, Tk]
     padding_ptr,  # [B, Tk]
+    range_ptr,  # [B, 3], see key_ranges
     mask_ptr,  # [B, Hq, Tq, Tk]
     sinks_ptr,  # [Hq]
     query_offset,  # a number or a pointer to one
@@ -242,8 +240,6 @@ def _attention_fwd_kernel(
             flagged_ptr += tile_row * tiles
     if SPEC.has_bias:
         bias_ptr += batch * stride_bias[0] + head * stride_bias[1] + first_row * stride_bias[2]
-    if SPEC.has_padding:
-        padding_ptr += batch * stride_padding[0]
     if SPEC.has_mask:
         mask_ptr += batch * stride_mask[0] + head * stride_mask[1] + first_row * stride_mask[2]
 
@@ -251,9 +247,17 @@ def _attention_fwd_kernel(
     first_position = query_offset + start_m
     positions = first_position + offs_m
     last_position = first_position + tl.minimum(rows_left, BLOCK_M) - 1
+    first_key = 0
+    if SPEC.has_padding:
+        padding_ptr += batch * stride_padding[0]
+        first_key = tl.load(range_ptr + batch * 3)
+        keys = tl.load(range_ptr + batch * 3 + 1)
     low, high, inner_low, inner_high = key_tiles(
-        first_position, last_position, keys, window, SPEC.causal, SPEC.has_window, BLOCK_N
-    )
+        first_position, last_position, first_key, keys, window,
+        SPEC.causal, SPEC.has_window, BLOCK_N,
+    )  # fmt: skip
+    if SPEC.has_padding:  # holes make every tile an edge
+        inner_high = tl.where(tl.load(range_ptr + batch * 3 + 2) != 0, inner_high, inner_low)
     if SPEC.wide:
         offs_m = offs_m.to(tl.int64)
     stride_row = (stride_query[2], stride_query[3])
@@ -372,9 +376,19 @@ def attention_fwd(
     if batch * heads * rows == 0:
         return out, lse
 
+    bias_per_key = position_bias is not None and (
+        position_bias.shape[2] == 1 or position_bias.stride(2) == 0
+    )
     kind = "plain" if key_factor is None else mode
-    architecture = device_architecture(query.device, triton.knobs.runtime.interpret)
-    config = forward_config(architecture, head_dim, value_dim, query.dtype, kind, rows)
+    config = forward_config(
+        device_architecture(query.device, triton.knobs.runtime.interpret),
+        head_dim,
+        value_dim,
+        query.dtype,
+        kind,
+        rows,
+        dense=block_mask is not None or (position_bias is not None and not bias_per_key),
+    )
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
     shape = (batch, heads, rows, keys)
@@ -391,8 +405,10 @@ def attention_fwd(
         position_bias = position_bias.expand(shape)
     if block_mask is not None:
         block_mask = block_mask.view(torch.uint8).expand(shape)
+    ranges = None
     if key_padding is not None:
         key_padding = key_padding.view(torch.uint8)
+        ranges = key_ranges(key_padding)
     if query_offset is None:
         query_offset = keys - rows
     if scale is None:
@@ -410,7 +426,7 @@ def attention_fwd(
         has_key_factor=key_factor is not None,
         has_softcap=softcap is not None,
         has_bias=position_bias is not None,
-        bias_per_key=position_bias is not None and position_bias.stride(2) == 0,
+        bias_per_key=bias_per_key,
         has_padding=key_padding is not None,
         has_mask=block_mask is not None,
         has_sinks=sinks is not None,
@@ -440,6 +456,7 @@ def attention_fwd(
         flagged,
         position_bias,
         key_padding,
+        ranges,
         block_mask,
         sinks,
         query_offset,

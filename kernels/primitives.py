@@ -25,6 +25,7 @@ def split_program(program, rows, heads, BLOCK_M: tl.constexpr, REVERSED: tl.cons
 def key_tiles(
     first_position,
     last_position,
+    first_key,
     keys,
     window,
     CAUSAL: tl.constexpr,
@@ -34,11 +35,12 @@ def key_tiles(
     """Tile range ``[low, high)`` that some row sees, and ``[inner_low, inner_high)`` in it.
 
     Every row of the block sees every key of an inner tile, as far as causality, the window and
-    the number of keys are concerned. Positions are key indices and may lie outside ``[0, keys)``.
+    the key range ``[first_key, keys)`` are concerned. Positions are key indices and may lie
+    outside it.
     """
-    low_key = 0
+    low_key = first_key
     high_key = keys
-    inner_low_key = 0
+    inner_low_key = first_key
     inner_high_key = keys
     if CAUSAL:
         high_key = tl.minimum(high_key, last_position + 1)

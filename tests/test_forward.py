@@ -22,8 +22,8 @@ from atman_triton.testing import assert_close_to_oracle, count_launches
 
 triton = pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from atman_triton.kernels.forward import attention_fwd  # noqa: E402
-from atman_triton.kernels.reference import attention_reference  # noqa: E402
+from atman_triton.kernels.forward import attention_fwd
+from atman_triton.kernels.reference import attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = ("multiplicative", "min_shift", "log_additive")
@@ -35,7 +35,7 @@ def poison():
     """Fill every ``torch.empty`` with NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
@@ -56,7 +56,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     bias: str = "none"  # none | dense | shared | alibi
-    mask: str = "none"  # none | left | right | rows | heads
+    mask: str = "none"  # none | left | right | holes | rows | heads
     layout: str = "plain"  # plain | tokens_first | shared_keys
 
     def __str__(self):
@@ -75,7 +75,7 @@ class Case:
         return "-".join(parts)
 
 
-def make_inputs(case: Case, seed: int = 0) -> tuple[list[Tensor | None], dict]:
+def make_inputs(case: Case, seed: int = 0) -> tuple[list, dict]:
     """Query, key, value, key_factor and the oracle's keyword arguments, on DEVICE."""
     generator = torch.Generator().manual_seed(seed)
     (rows, keys), (head_dim, value_dim), (heads, key_heads) = case.tokens, case.dims, case.heads
@@ -127,6 +127,8 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[list[Tensor | None], dict]:
         length = torch.randint(0, keys + 1, (batch, 1), generator=generator)
         column = torch.arange(keys)[None, :]
         options["mask"] = column >= length if case.mask == "left" else column < length
+    elif case.mask == "holes":
+        options["mask"] = chance(0.7, batch, keys)
     elif case.mask == "rows":
         options["mask"] = chance(0.6, batch, 1, rows, keys)
     elif case.mask == "heads":
@@ -137,7 +139,7 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[list[Tensor | None], dict]:
     return [query, key, value, factor], options
 
 
-def launch(tensors, options) -> tuple[Tensor, Tensor]:
+def launch(tensors: list, options: dict) -> tuple[Tensor, Tensor]:
     """Call the kernel with the oracle's arguments."""
     options = dict(options)
     mask = options.pop("mask", None)
@@ -156,7 +158,7 @@ def check(case: Case, seed: int = 0) -> None:
     assert out.dtype == case.dtype
     assert lse.dtype == torch.float32
     eager, eager_lse = attention_reference(*tensors, **options)
-    double = [None if t is None else t.double() for t in tensors]
+    double: list = [None if t is None else t.double() for t in tensors]
     wide = {
         name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for name, v in options.items()
@@ -179,7 +181,7 @@ def covering_cases() -> list[Case]:
         "softcap": [None, 2.5],
         "sinks": [False, True],
         "bias": ["none", "dense", "shared", "alibi"],
-        "mask": ["none", "left", "right", "rows", "heads"],
+        "mask": ["none", "left", "right", "holes", "rows", "heads"],
         "layout": ["plain", "tokens_first", "shared_keys"],
     }
     names = list(levels)
@@ -256,7 +258,7 @@ def test_odd_shapes(case):
         softcap=st.sampled_from([None, 0.7, 30.0]),
         sinks=st.booleans(),
         bias=st.sampled_from(["none", "dense", "shared", "alibi"]),
-        mask=st.sampled_from(["none", "left", "right", "rows", "heads"]),
+        mask=st.sampled_from(["none", "left", "right", "holes", "rows", "heads"]),
         layout=st.sampled_from(["plain", "tokens_first", "shared_keys"]),
     ),
     seed=st.integers(0, 1000),

@@ -1,6 +1,6 @@
-"""Which key tiles hold a factor other than 1: found once per factor tensor, read by the kernels.
+"""What the attention kernels read instead of asking the host: flagged tiles, visible key ranges.
 
-Legend: B batch, Hq query heads, Tk key tokens.
+Legend: B batch, H heads, Tk key tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _TILES_PER_STEP = 16
+_KEYS_PER_STEP = 1024
 
 
 @triton.jit(do_not_specialize=["keys", "heads"])
@@ -73,3 +74,45 @@ def factor_tiles(key_factor: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
             enable_fp_fusion=True,
         )
     return before, flagged
+
+
+@triton.jit(do_not_specialize=["keys"])
+def _key_range_kernel(padding_ptr, range_ptr, keys, stride_padding, BLOCK_N: tl.constexpr):
+    """One row of a padding mask: its first visible key, the end, and whether it has no holes."""
+    row = tl.program_id(0).to(tl.int64)
+    padding_ptr += row * stride_padding[0]
+    first = tl.zeros([], tl.int32) + keys
+    stop = tl.zeros([], tl.int32)
+    count = tl.zeros([], tl.int32)
+    for start in range(0, keys, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        pointers = padding_ptr + offs_n.to(tl.int64) * stride_padding[1]
+        shown = tl.load(pointers, mask=offs_n < keys, other=0) != 0
+        first = tl.minimum(first, tl.min(tl.where(shown, offs_n, keys), 0))
+        stop = tl.maximum(stop, tl.max(tl.where(shown, offs_n + 1, 0), 0))
+        count += tl.sum(shown.to(tl.int32), 0)
+    tl.store(range_ptr + row * 3, first)
+    tl.store(range_ptr + row * 3 + 1, stop)
+    tl.store(range_ptr + row * 3 + 2, (count == stop - first).to(tl.int32))
+
+
+def key_ranges(key_padding: Tensor) -> Tensor:
+    """Where the visible keys of each row stand, so that padding costs nothing but its tiles.
+
+    Args:
+        key_padding: ``[B, Tk]`` uint8 or bool, non-zero = visible, any strides.
+    Returns: int32 ``[B, 3]``: first visible key, one past the last, and 1 if all between them are
+        visible. Without any visible key the first is Tk and the end 0.
+    """
+    batch, keys = key_padding.shape
+    ranges = torch.empty(batch, 3, dtype=torch.int32, device=key_padding.device)
+    _key_range_kernel[(batch,)](
+        key_padding,
+        ranges,
+        keys,
+        key_padding.stride(),
+        BLOCK_N=_KEYS_PER_STEP,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return ranges
