@@ -71,8 +71,9 @@ model = LlamaForCausalLM(LlamaConfig(
 )).eval()
 result = atman.Explainer(model, None, progress=False).explain([5, 6, 7, 8, 9], target=[10, 11])
 assert result.scores.shape[0] == 2 and result.relevance.abs().max() > 1e-4, result.scores
-print(reference.__file__, is_kernels_available(), "triton" in sys.modules, sep="\\n")
-print(importlib.util.find_spec("triton") is not None)
+print(reference.__file__, is_kernels_available(), sep="\\n")
+# torch imports triton where it can; our kernels wait until they are asked for.
+print("atman_triton.kernels.forward" in sys.modules, importlib.util.find_spec("triton") is not None)
 """
 
 
@@ -213,7 +214,7 @@ def test_wheel_explains_on_cpu(wheel: Path, tmp_path: Path, missing: tuple[str, 
     environment.install(str(wheel))
     lines = run([environment.python, "-c", EXPLAIN], cwd=tmp_path)
     assert Path(lines[0]) == environment.site / "atman_triton" / "kernels" / "reference.py"
-    assert lines[1:] == ["False", "False", str(not missing)]
+    assert lines[1:] == ["False", f"False {not missing}"]
     if missing:
         assert "explain" in " ".join(run([str(environment.scripts / "atman"), "--help"], tmp_path))
 
