@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import TYPE_CHECKING
 
-from rich.cells import cell_len
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
@@ -153,21 +152,25 @@ def _list(
     chosen = [unit for unit in ranking[:top_k] if values[unit] > 0]
     against = [unit for unit in ranking[::-1][: max(1, top_k // 3)] if strength[unit] <= -NOTABLE]
     name = "relevance" if target is None else "score"
-    rows = [Text(f"{'rank':>4}  {name + ', nats':<{BAR + 10}}  unit in its context", FAINT)]
+    numbers = [layout.signed(values[unit], digits) for unit in chosen + against[::-1]]
+    wide = max(map(len, numbers), default=0)
+    room = max(0, min(BAR, width - wide - 24))
+    head = f"{name}, nats"[: room + wide + 1]
+    rows = [Text(f"rank  {head:<{room + wide + 1}}  unit in its context", FAINT)]
     rank = {unit: place for place, unit in enumerate(ranking, start=1)}
-    for unit in chosen + against[::-1]:
-        value, number = strength[unit], layout.signed(values[unit], digits)
-        bar = "█" * max(1, round(abs(value) * BAR)) if value else ""
+    for unit, number in zip(chosen + against[::-1], numbers, strict=True):
+        value = strength[unit]
+        bar = "█" * max(1, round(abs(value) * room)) if value and room else ""
         row = Text(f"{rank[unit]:>4}  ")
-        row.append(f"{bar:<{BAR}}", hexadecimal(SUPPORT if value > 0 else OPPOSE))
-        row.append(f" {number:>9}  ")
-        room = max(0, width - cell_len(row.plain))
-        before, text, after = layout.context(explanation, unit, max(4, room // 3))
+        row.append(f"{bar:<{room}}", hexadecimal(SUPPORT if value > 0 else OPPOSE))
+        row.append(f" {number:>{wide}}  ")
+        before, text, after = layout.context(explanation, unit, max(4, (width - row.cell_len) // 3))
         row.append(before, FAINT)
         row.append(text, "bold")
         row.append(after, FAINT)
-        row.truncate(width, overflow="ellipsis")
         rows.append(row)
+    for row in rows:
+        row.truncate(width, overflow="ellipsis")
     if not chosen and not against:
         rows.append(Text("      no unit supports the answer", FAINT))
     return rows
