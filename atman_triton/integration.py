@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from . import adapters
 from .attention import BACKENDS, MODES
 from .layers import THREAD, Manipulation, attention_forward, mask_function, present_columns
-from .stacks import Stack, UnsupportedModelError, find_stack
+from .stacks import Stack, UnsupportedModelError, checkpoints_activations, find_stack
 
 __all__ = ["UnsupportedModelError", "manipulate"]
 
@@ -39,7 +40,9 @@ def manipulate(
 
     Works on forward passes and on ``generate``, in the thread that opened it; other threads may use
     the same model with other factors, or none. The model runs with the attention implementation
-    "atman" meanwhile, whatever it was set to. Nested contexts on one model combine: in every mode
+    "atman" meanwhile, whatever it was set to; with its own activation checkpointing, until the
+    backward pass has recomputed the layers. (A checkpoint of your own around the whole model must
+    run backward inside the context.) Nested contexts on one model combine: in every mode
     the product of two factors is one manipulation after the other.
 
     Args:
@@ -79,7 +82,11 @@ def manipulate(
     finally:
         stack.current.manipulation = outer
         THREAD.stacks, THREAD.by_config = stacks, by_config
-        stack.uninstall()
+        if module.training and checkpoints_activations(module):
+            # A backward pass may yet recompute layers: they hold the manipulation until then.
+            finalize(manipulation, stack.uninstall).atexit = False
+        else:
+            stack.uninstall()
     if manipulation.reached is None:
         raise UnsupportedModelError(
             f"{stack.model_name}: the manipulation reached no layer, because no forward pass of "

@@ -236,6 +236,11 @@ def find_stack(model: Any) -> tuple[nn.Module, Stack]:
     return module, stack
 
 
+def checkpoints_activations(module: nn.Module) -> bool:
+    """Whether any layer recomputes its activations in the backward pass."""
+    return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+
+
 def _attention_layers(module: nn.Module, config: Any) -> tuple[int, ...]:
     """Indices of the decoder layers that have softmax attention over text tokens."""
     count = config.num_hidden_layers
