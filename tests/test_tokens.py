@@ -248,7 +248,7 @@ def test_the_unknown_token_is_the_users_own_text():
 
 
 MESSAGES = [
-    {"role": "system", "content": "user"},
+    {"role": "system", "content": "system"},
     {"role": "user", "content": "  Hello world. assistant?\n"},
 ]
 
@@ -256,11 +256,13 @@ MESSAGES = [
 def test_chat_contents_are_marked_off_from_the_template():
     words = encode_prompt(MESSAGES, chat(), MANY)
     assert words.text == (
-        "<|im_start|>system\nuser<|im_end|>\n<|im_start|>user\nHello world. assistant?"
+        "<|im_start|>system\nsystem<|im_end|>\n<|im_start|>user\nHello world. assistant?"
         "<|im_end|>\n<|im_start|>assistant\n"
     )
     own = "".join(n for n, why in zip(words.names, words.reasons, strict=True) if why is None)
-    assert own == "userHello world. assistant?"
+    assert own == "systemHello world. assistant?"
+    starts = [s[0] for s, why in zip(words.spans, words.reasons, strict=True) if s and why is None]
+    assert starts[0] == words.text.index("\nsystem") + 1  # the content, not the role
     special = {n for n, why in zip(words.names, words.reasons, strict=True) if why == SPECIAL}
     assert special == {"<|im_start|>", "<|im_end|>"}
     assert TEMPLATE in words.reasons
@@ -295,7 +297,7 @@ def test_chat_template_that_depends_on_the_content_is_searched():
     finally:
         tokenizer.chat_template = template
     own = [n for n, why in zip(words.names, words.reasons, strict=True) if why is None]
-    assert (words.text, "".join(own)) == ("4:user;2:Hi;", "userHi")
+    assert (words.text, "".join(own)) == ("6:system;2:Hi;", "systemHi")
 
 
 # --- refusals -----------------------------------------------------------------------------------
