@@ -430,7 +430,7 @@ def _report(error: Exception, words: list[str]) -> int:
         code = 2
     elif hasattr(error, "format_message"):  # what typer raises while it reads the arguments
         message, code = error.format_message(), 2  # pyright: ignore[reportAttributeAccessIssue]
-        message = message.rstrip(".") + "; see 'atman --help'."
+        message = message.rstrip(".") + " (see 'atman --help')"
     elif not isinstance(error, (Failed, OSError, ImportError)):
         message = f"{type(error).__name__}: {message}"
     line = " ".join(message.split())

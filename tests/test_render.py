@@ -323,9 +323,10 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def hostile():
-    explanation = explain(HOSTILE, HOSTILE, scores={"&": 1.0}, model=HOSTILE, note=[HOSTILE])
+    prompt, scores = HOSTILE + "\n<b>first</b>", {"&": 1.0}
+    explanation = explain(prompt, HOSTILE, scores, model=HOSTILE, note=[HOSTILE])
     explanation.left_out.append(LeftOut(HOSTILE, (0,), HOSTILE))
-    other = explain(HOSTILE, " other", model=HOSTILE)
+    other = explain(HOSTILE + "\n<b>second</b>", " other", model=HOSTILE)
     return explanation, Page(explanation.to_html()), Page(explanation.to_html(others=[other]))
 
 
@@ -333,7 +334,7 @@ def hostile():
 def test_hostile_text_is_only_text_on_the_page(hostile, which):
     explanation, page = hostile[0], hostile[which]
     whole = layout.printable(explanation.text)
-    assert page.text == (whole if which == 1 else whole[: explanation.prompt_stop])
+    assert page.text == (whole if which == 1 else layout.printable(HOSTILE) + "\n")
     assert {e.tag for e in page.elements if e.inside} <= {"span", "i"}
     assert {e.tag for e in page.elements} <= set(
         "html head meta title style body header div p h1 button main article span i aside section "
@@ -385,6 +386,15 @@ def test_the_page_holds_all_numbers():
     assert data["base"] == [-0.25, -0.5]
     assert data["targets"] == ["34", "dollars"]
     assert data["units"] == [[unit.start, unit.stop] for unit in explanation.units]
+
+
+def test_text_between_units_is_only_text():
+    explanation = explain("x <b>&amp;</b> y")
+    del explanation.units[1]
+    explanation.suppressed_logprobs = explanation.suppressed_logprobs[:, 1:]
+    page = Page(explanation.to_html())
+    assert page.text == explanation.text
+    assert "b" not in {element.tag for element in page.elements}
 
 
 def test_infinite_scores_stay_numbers_on_the_page():
