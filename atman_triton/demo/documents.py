@@ -1,7 +1,8 @@
 """Seeded documents with questions whose answers stand in one known sentence.
 
-Three kinds: employment contracts, CVs and product sheets, of 8 to 12 sentences in varied wording and shuffled order. Every
-question has at least three other facts of the same value type in its document.
+Three kinds: employment contracts, CVs and product sheets, of 8 to 12 sentences in varied wording
+and shuffled order. Every question has at least three other facts of the same value type in its
+document.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .facts import Fact
 KINDS: tuple[str, ...] = tuple(data.FACTS)
 MIN_SENTENCES, MAX_SENTENCES = 8, 12
 
-# How the facts of a document of 8 to 12 sentences spread over value types; fillers make up the rest.
+# How the facts of a document spread over value types, by its sentences; fillers make up the rest.
 _GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {
     8: ((4, 4),),
     9: ((4, 4), (4, 5)),
@@ -54,7 +55,7 @@ class Question(NamedTuple):
 
 
 class StatedFact(NamedTuple):
-    """A fact as a document states it: its name, value type, value in the text and sentence index."""
+    """A fact as a document states it: name, value type, value in the text, sentence index."""
 
     name: str
     value_type: str
@@ -78,7 +79,7 @@ class Document:
 
     @property
     def spans(self) -> tuple[tuple[int, int], ...]:
-        """Character span ``(start, stop)`` of each sentence in ``text`` and in every prompt made from it."""
+        """Character span ``(start, stop)`` of each sentence, in ``text`` as in its prompts."""
         spans, start = [], 0
         for sentence in self.sentences:
             spans.append((start, start + len(sentence)))
@@ -94,8 +95,8 @@ def make_document(
     Args:
         seed: a seed, or the generator to draw from.
         kind: ``"contract"``, ``"cv"`` or ``"product"``; drawn if absent.
-        sentences: 8 to 12, drawn if absent. Fewer than 8 give a shorter document for training, without the promise of
-            three distractors.
+        sentences: 8 to 12, drawn if absent. Fewer than 8 give a shorter document for training,
+            without the promise of three distractors.
     Raises: ValueError: if ``kind`` or ``sentences`` is out of range.
     """
     rng = seed if isinstance(seed, random.Random) else random.Random(seed)
@@ -140,7 +141,7 @@ def prompt(document: Document | str, question: Question | str) -> str:
 
 
 def unfinished_statement(rng: random.Random, document: Document, question: Question) -> Question:
-    """The same fact asked for by a statement that stops before its value: an easier question, for training."""
+    """The same fact, asked for by a statement that stops before its value: easier, for training."""
     facts = data.FACTS[document.kind][question.value_type]
     fact = next(fact for fact in facts if fact.name == question.fact)
     stated = next(stated for stated in document.facts if stated.sentence == question.evidence)
@@ -227,9 +228,7 @@ def _duration(rng: random.Random, number: int, unit: str) -> _Value:
     return _plain(f"{number} {unit}")
 
 
-def _ask(
-    rng: random.Random, fact: Fact, value_type: str, value: _Value, sentence: int
-) -> Question:
+def _ask(rng: random.Random, fact: Fact, value_type: str, value: _Value, sentence: int) -> Question:
     """One of the wordings of the question for a stated fact."""
     form = rng.choice(tuple(value.answers))
     text = rng.choice(_expand(rng.choice(fact.questions)))
