@@ -44,6 +44,11 @@ class AttentionMask(NamedTuple):
         """Neither 2 (padding) nor 4 (dense), by which models tell what to do with a mask."""
         return 5
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Asked for its last entry, the number of keys, where a mask comes back to be made."""
+        return (1, 1, 1, 1, self.key_tokens)
+
     def contiguous(self) -> AttentionMask:
         """Called by ``generate`` on masks that it prepares; nothing to do."""
         return self

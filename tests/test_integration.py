@@ -166,6 +166,29 @@ def test_only_the_text_stack_of_a_vision_language_model(monkeypatch: pytest.Monk
     assert not _close(after, before)
 
 
+def test_a_mask_that_the_outer_model_made() -> None:
+    """PaliGemma makes the mask, with its image block, outside the text stack, which asks again."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    vision = tf.SiglipVisionConfig(**sizes, num_attention_heads=2, image_size=8, patch_size=4)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    text = tf.GemmaConfig(vocab_size=VOCAB, **sizes, **heads)
+    token = {"image_token_id": VOCAB - 1, "image_token_index": VOCAB - 1}
+    config = tf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32, **token)
+    torch.manual_seed(0)
+    model = tf.PaliGemmaForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, 0.25)
+    ids = _ids()
+    ids[:, 2:6] = VOCAB - 1
+    inputs = {"pixel_values": torch.randn(2, 3, 8, 8), "token_type_ids": torch.zeros_like(ids)}
+    plain = _logits(model, ids, **inputs)
+    with manipulate(model, torch.ones(1, 1)):
+        assert torch.allclose(_logits(model, ids, **inputs), plain, atol=1e-4)
+    with manipulate(model, _factor()):
+        assert (_logits(model, ids, **inputs) - plain).abs().max() > 100 * 1e-4
+
+
 def test_the_model_may_be_given_as_its_text_stack_or_compiled(llama: Any) -> None:
     expected = _manipulated(llama, _factor())
     with manipulate(llama.model, _factor()):

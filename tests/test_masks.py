@@ -161,6 +161,15 @@ def test_a_users_four_dimensional_mask(dtype: str) -> None:
     assert (actual - expected).abs().max() < 1e-9
 
 
+def test_a_float_mask_may_carry_a_bias() -> None:
+    query, key, value = torch.randn(3, 1, 2, 4, 16, dtype=torch.float64)
+    mask = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    mask[..., 3, 1] = -torch.inf
+    actual, _ = atman.AttentionInterface()["atman"](torch.nn.Module(), query, key, value, mask)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    assert torch.allclose(actual, sdpa(query, key, value, mask).transpose(1, 2))
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gptj", "gpt_neo"])
 def test_packed_sequences_stay_apart(name: str) -> None:
     positions = torch.cat([torch.arange(4), torch.arange(TOKENS - 4)]).expand(2, -1)
