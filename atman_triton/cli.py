@@ -58,7 +58,8 @@ class Failed(Exception):
 Html = Annotated[Path | None, typer.Option(help="Write the interactive page to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure: .png, .svg or .pdf.")]
 TopK = Annotated[
-    int | None, typer.Option(min=1, help="Units in the list of the strongest; 10 if not given.")
+    int | None,
+    typer.Option(min=1, help="Units in the list; up to 10 that tell something if not given."),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 AsJson = Annotated[

@@ -248,7 +248,7 @@ class Explanation:
         """Print the explanation to the terminal: the text as a heat map, then the strongest units.
 
         Args:
-            top_k: How many units the list names; None for 10.
+            top_k: How many supporters to list; None for up to 10 that tell something.
             width: Columns to use; None for the terminal's.
             target: Show this target token's scores instead of ``relevance``.
         Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.

@@ -121,9 +121,10 @@ def test_explain_prints_and_writes_everything(run, folder, tmp_path):
 def test_json_is_all_that_stands_on_standard_output(run, folder, tmp_path, monkeypatch):
     def chatty(self, *arguments, **options):
         print("a library says something")
+        bars.append(self.progress)
         return original(self, *arguments, **options)
 
-    original = Explainer.explain
+    bars, original = [], Explainer.explain
     monkeypatch.setattr(Explainer, "explain", chatty)
     code, out, err = run(
         *("explain", PROMPT, "--model", folder, "--json", "--top-k", 3, "--max-new-tokens", 2),
@@ -132,6 +133,9 @@ def test_json_is_all_that_stands_on_standard_output(run, folder, tmp_path, monke
     )
     assert code == 0
     assert err == "a library says something\n"
+    assert bars == [False]
+    run("explain", PROMPT, "--model", folder, "--json", "--target", "23")
+    assert bars == [False, True]
     data = json.loads(out)
     assert len(data["targets"]) == 2
     assert len(data["ranking"]) == 3
@@ -303,7 +307,7 @@ def test_ctrl_c_is_told_apart(run, folder, monkeypatch):
 def test_a_reader_that_leaves_early_is_no_drama(saved):
     code = (
         "import sys, time; from atman_triton.cli import main; time.sleep(0.2); "
-        f"sys.exit(main(['view', {str(saved)!r}]))"
+        f"sys.exit(main(['view', '--json', {str(saved)!r}]))"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

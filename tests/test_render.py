@@ -143,7 +143,7 @@ def test_units_without_a_place_stand_behind_the_text():
 
 def test_settings_name_the_folder_and_not_the_path():
     assert layout.settings(explain(model="/home/me/models/reader", layers=[0, 2])) == (
-        "reader · preset default · mode min_shift · factor 0.1 · layers 0,2 · "
+        "models/reader · preset default · mode min_shift · factor 0.1 · layers 0,2 · "
         "17 units · 2 target tokens (mean) · 18 runs · 0.5 s"
     )
     assert layout.settings(explain(model="org/name")).startswith("org/name · ")
@@ -241,6 +241,17 @@ def test_the_list_follows_target_and_top_k():
     assert "Target token 1: dollars   p = 0.607" in text
     assert len(re.findall(r"^ +\d+  █", text, re.MULTILINE)) == 2
     assert "score, nats" in text
+
+
+def listed(explanation, **options):
+    return len(re.findall(r"^ +\d+  █", printed(explanation, **options), re.MULTILINE))
+
+
+def test_the_list_leaves_out_what_tells_nothing():
+    scores = {"34": 2.0, "pay": 0.03, "is": 0.019, "an": 0.001, "The": 0.001, "A:": 0.001}
+    assert listed(explain(scores=scores)) == 3
+    assert listed(explain(scores=scores), top_k=5) == 5
+    assert listed(explain(scores={"34": 2.0, "an": 0.001, "The": 0.001})) == 3
 
 
 def test_show_prints_to_standard_output(capsys):
@@ -590,6 +601,11 @@ def test_a_figure_is_returned_and_written(tmp_path, ending):
 
 def test_hostile_text_and_missing_glyphs_do_not_warn(tmp_path):
     explain(HOSTILE + "\U00013000\ue000\u0e01", HOSTILE).plot(tmp_path / "figure.png")
+
+
+def test_dollar_signs_are_no_formulas(tmp_path):
+    formula = "$\\nonsense{$"
+    explain(f"{formula} a", f"{formula} b", model=formula).plot(tmp_path / "figure.png")
 
 
 def test_a_figure_of_one_target_and_a_long_text():

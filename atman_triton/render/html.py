@@ -29,6 +29,7 @@ ASSETS = __name__.rpartition(".")[0]
 WEAK = 0.02  # of the strongest: below it nothing is coloured
 FAINT = 0.15  # the same where several explanations lie over each other
 STRONG = 0.35  # of the strongest: what is marked besides by a line or listed as opposing
+TELLING = 0.01  # of the strongest: what is listed at first
 INFINITY = 1e30  # stands for an infinite number of nats in the page's JSON
 
 
@@ -71,6 +72,7 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         "weak": WEAK,
         "faint": FAINT,
         "strong": STRONG,
+        "telling": TELLING,
         "infinity": INFINITY,
         "colours": len(LIGHT.overlays),
     }

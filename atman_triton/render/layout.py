@@ -272,8 +272,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def _model_name(model: str) -> str:
-    """A hub id as it is, of a folder the last part."""
-    return PurePath(model).name if PurePath(model).is_absolute() else model
+    """A hub id as it is, of a folder the last two parts."""
+    path = PurePath(model)
+    return "/".join(path.parts[1:][-2:]) if path.is_absolute() else model
 
 
 def _indices(value: object) -> str:

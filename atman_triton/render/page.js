@@ -191,9 +191,12 @@
       const opponents = v.order.filter((unit) => strength(v, unit) <= -data.strong).reverse();
       const title = element("h2", "", overlay ? "Supports this answer" : "Supports the answer most");
       if (overlay) title.prepend(letter(k), " ");
-      nodes.push(title, element("ol", "list", ...supporters.slice(0, state.shown[k]).map((unit) => entry(k, unit))));
+      // At first only those that tell something, but never fewer than three.
+      const telling = Math.max(3, supporters.filter((unit) => strength(v, unit) >= data.telling).length);
+      const count = state.shown[k] > FIRST ? state.shown[k] : Math.min(FIRST, telling);
+      nodes.push(title, element("ol", "list", ...supporters.slice(0, count).map((unit) => entry(k, unit))));
       if (!supporters.length) nodes.push(element("p", "hint", "No unit does."));
-      if (supporters.length > state.shown[k]) {
+      if (supporters.length > count) {
         const more = element("button", "more", `Show more of ${supporters.length}`);
         more.type = "button";
         more.addEventListener("click", () => { state.shown[k] += 50; rank(); });

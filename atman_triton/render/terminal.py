@@ -30,6 +30,9 @@ MAX_LINES = 60
 MIN_WIDTH = 20
 BAR = 14
 LEFT_OUT = 8
+TOP_K = 10
+TELLING = 0.01  # of the strongest
+OPPONENTS = 3
 SUPPORT_MARK = "⟦⟧"
 OPPOSE_MARK = "⟪⟫"
 
@@ -45,7 +48,7 @@ def show(
 
     Args:
         explanation: What to show.
-        top_k: How many units the list names; None for 10.
+        top_k: How many supporters to list; None for up to 10 that tell something.
         width: Columns to use; None for the terminal's.
         target: Show this target token's scores instead of ``relevance``.
         console: Where to print; None for standard output.
@@ -65,7 +68,7 @@ def show(
     for line in _heat_map(explanation, values, width, coloured):
         console.print(line, soft_wrap=True)
     console.print()
-    for line in _list(explanation, values, top_k or 10, width, target):
+    for line in _list(explanation, values, top_k, width, target):
         console.print(line, soft_wrap=True)
     console.print()
     for line in _notes(explanation, coloured):
@@ -144,13 +147,18 @@ def _style(strength: float) -> Style:
 
 
 def _list(
-    explanation: Explanation, values: list[float], top_k: int, width: int, target: int | None
+    explanation: Explanation, values: list[float], top_k: int | None, width: int, target: int | None
 ) -> list[Text]:
     """The strongest supporters, then the strongest opponents that stand out."""
     ranking = explanation.ranking(target)
     strength, digits = layout.strengths(values), layout.decimals(values)
-    chosen = [unit for unit in ranking[:top_k] if values[unit] > 0]
-    against = [unit for unit in ranking[::-1][: max(1, top_k // 3)] if strength[unit] <= -NOTABLE]
+    supporters = [unit for unit in ranking if values[unit] > 0]
+    if top_k is None:
+        # Those that tell something, but never fewer than three.
+        telling = sum(strength[unit] >= TELLING for unit in supporters)
+        top_k = min(TOP_K, max(3, telling))
+    chosen = supporters[:top_k]
+    against = [unit for unit in ranking[::-1] if strength[unit] <= -NOTABLE][:OPPONENTS]
     name = "relevance" if target is None else "score"
     numbers = [layout.signed(values[unit], digits) for unit in chosen + against[::-1]]
     wide = max(map(len, numbers), default=0)
