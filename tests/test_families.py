@@ -138,9 +138,12 @@ def test_works_when_built_with_the_implementation(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_runs_on_the_kernel_with_every_launch_counted(name: str) -> None:
-    """One prompt and one chunk of decoding under Triton's interpreter."""
+    """One prompt and one chunk of decoding; without a GPU under Triton's interpreter."""
     pytest.importorskip("triton")
-    ids, factor, padding = _ids(), _factor(), _padding("left")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids, factor, padding = _ids().to(device), _factor(), _padding("left")
+    assert padding is not None
+    padding = padding.to(device)
 
     @torch.no_grad()
     def run(model: Any, backend: str) -> Tensor:
@@ -152,7 +155,7 @@ def test_runs_on_the_kernel_with_every_launch_counted(name: str) -> None:
                 rows.append(output.logits)
         return torch.cat(rows, 1)[padding.bool()]
 
-    model = FAMILIES[name].build()
+    model = FAMILIES[name].build().to(device)
     oracle = run(model.double(), "torch")
     model = model.float()
     portable = run(model, "torch")
