@@ -25,8 +25,8 @@ from .integration import manipulate
 # Share of the free memory that one batch may take; the estimate of a row is a rough one.
 _MEMORY_SHARE = 0.5
 # Where a larger batch no longer makes a token cheaper. On a CPU (one thread, models of 1M and 50M
-# parameters, inputs of 128 and 512 tokens) a token cost least at 1000 to 2000 per batch, and a fifth
-# more at 16 000.
+# parameters, inputs of 128 and 512 tokens) that was at 1000 to 2000 tokens; up to 18% was lost at
+# more.
 _TOKENS_PER_BATCH = {"cpu": 1024}
 _TOKENS_PER_BATCH_ELSEWHERE = 65536
 # Vocabulary-sized float32 copies are made for so many bytes of rows at a time.
