@@ -109,6 +109,14 @@ def test_context_is_cut_at_words():
     assert layout.context(explanation, 0, 9) == ("", "The", " pay is…")
 
 
+def test_a_part_of_a_word_is_shown_in_it():
+    explanation = explain("the normal pay")
+    parts = [("n", 4, 5), ("orm", 5, 8), ("al", 8, 10), (" pay", 10, 14)]
+    explanation.units[1:3] = [Unit(text, (1,), a, b, "prompt") for text, a, b in parts]
+    shown = [layout.in_word(explanation, unit) for unit in range(5)]
+    assert shown == ["the", "[n]ormal", "n[orm]al", "norm[al]", "pay"]
+
+
 def test_long_texts_are_elided_around_marks():
     marked = [index == 20 for index in range(40)]
     assert layout.elide(marked, 40) == list(range(40))
@@ -615,6 +623,7 @@ def test_a_figure_of_one_target_and_a_long_text():
     figure = explain(prompt, " 3400", scores={"3400": 1.0}).plot(target=0)
     axes = figure.axes
     assert len(axes) == 2  # no matrix
+    assert len(axes[1].patches) == 3  # the others tell nothing
     shown = [text.get_text() for text in axes[0].texts]
     assert "⋯" in shown
     assert shown.count("3400") == 2

@@ -30,7 +30,8 @@ MAX_LINES = 44
 TOP = 14  # bars
 MATRIX_TARGETS = 16
 MATRIX_UNITS = 48
-LABEL = 22  # cells of a bar's label
+TELLING = 0.01  # of the strongest; weaker units get no bar, but three bars there always are
+LABEL = 26  # cells of a bar's label
 ADVANCE = 0.602  # width of a character of the font, in font sizes
 LINE = 1.55  # distance of lines, in font sizes
 WEAK = 0.02
@@ -217,8 +218,10 @@ def _chunks(text: str) -> list[tuple[int, str]]:
 def _bars(explanation: Explanation, values: list[float], target: int | None) -> list[int]:
     """The units to draw as bars: the strongest by magnitude, the highest first."""
     ranking = explanation.ranking(target)
-    strong = sorted(ranking, key=lambda unit: -abs(values[unit]))[:TOP]
-    return sorted(strong, key=ranking.index)
+    strength = layout.strengths(values)
+    strong = sorted(ranking, key=lambda unit: -abs(values[unit]))
+    telling = sum(abs(strength[unit]) >= TELLING for unit in ranking)
+    return sorted(strong[: min(TOP, max(3, telling))], key=ranking.index)
 
 
 def _draw_bars(
@@ -231,7 +234,7 @@ def _draw_bars(
     strength, digits = layout.strengths(values), layout.decimals(values)
     colours = [_shade(math.copysign(1.0, strength[unit])) for unit in bars]
     axes.barh(range(len(bars)), [strength[unit] for unit in bars], color=colours, height=0.7)
-    labels = [_short(layout.visible(explanation.units[unit].text), LABEL) for unit in bars]
+    labels = [_short(layout.in_word(explanation, unit), LABEL) for unit in bars]
     axes.set_yticks(range(len(bars)), labels, family=family, fontsize=9, parse_math=False)
     axes.set_ylim(max(len(bars), 1) - 0.4, -0.6)
     for place, unit in enumerate(bars):

@@ -178,6 +178,19 @@ def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, s
     return before, visible(piece.text), after
 
 
+def in_word(explanation: Explanation, unit: int, size: int = 12) -> str:
+    """The unit; if it is only part of a word then that word, with brackets around the unit."""
+    piece = explanation.units[unit]
+    span = _span(piece)
+    if span is None or not piece.text.strip():
+        return visible(piece.text)
+    text = printable(explanation.text)
+    core = text[span[0] : span[1]]
+    before = "" if core[0].isspace() else re.split(r"\s", text[: span[0]][-size:])[-1]
+    after = "" if core[-1].isspace() else re.split(r"\s", text[span[1] :][:size])[0]
+    return f"{before}[{visible(core)}]{after}" if before or after else visible(core)
+
+
 def lines(text: str, width: int) -> list[Span]:
     """Break printable text into lines of at most ``width`` cells, after spaces if it can."""
     spans: list[Span] = []
