@@ -26,6 +26,7 @@ from .engine import (
 )
 from .explanation import Explanation, LeftOut
 from .progress import token_progress
+from .raw_scores import negative_share
 from .tokens import Tokens, border, encode_prompt, encode_target, tokens_of_ids
 from .units import Layout, lay_out
 
@@ -54,6 +55,9 @@ class Explainer:
 
     The model itself is left as it is: its attention, its training mode and its weights are the
     same after an explanation as before, also after an error or Ctrl-C.
+
+    In mode ``multiplicative``, ``provenance["negative_scores"]`` is the share of attention scores
+    that are negative with nothing suppressed: multiplying those by a factor below 1 raises them.
 
     Args:
         model: A transformers causal language model, on any device, in any dtype.
@@ -185,6 +189,14 @@ class Explainer:
                     [unit.tokens for unit in layout.units],
                     self.settings,
                     advance,
+                )
+            if self.settings.mode == "multiplicative":
+                facts["negative_scores"] = negative_share(
+                    self.model,
+                    layout.input_ids,
+                    self.settings.layers,
+                    self.settings.heads,
+                    self.settings.backend,
                 )
         return Explanation(
             text=layout.text,

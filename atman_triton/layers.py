@@ -6,6 +6,7 @@ Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Manipulation:
         self.slots = slots  # index into `factors` by layer, -1 = leave alone
         self.reached: dict[int, bool] | None = None  # layers of the latest forward pass
         self.traced = False  # marks go to `mark_while_tracing`
+        self.observe: Callable[[Tensor, Tensor, AttentionMask], None] | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -100,6 +102,8 @@ def attention_forward(
     if manipulation is not None and not _is_cross_attention(module):
         mode, backend = manipulation.mode, manipulation.backend
         factor = _factor_of_layer(manipulation, module)
+        if factor is not None and manipulation.observe is not None:
+            manipulation.observe(query, key, mask)
     if factor is not None:
         factor = present_columns(factor, mask.key_offset, key.shape[2])
         factor = _rows(factor, query.shape[0]).to(query.device)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atman_triton import attention
 from atman_triton.testing import count_launches
@@ -252,7 +253,7 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
+        for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(
                     self.elements, tensor.untyped_storage().nbytes() // tensor.element_size()
