@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -173,39 +173,24 @@ def attention(
             window,
             softcap,
         )
-    elif chosen == "torch":
-        output, lse = attention_portable(
-            query,
-            key,
-            value,
-            key_factor,
-            mode=mode,
-            causal=causal,
-            query_offset=query_offset,
-            scale=score_scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            position_bias=position_bias,
-            mask=mask,
-            return_lse=return_lse,
-        )
     else:
-        output, lse = attention_reference(
-            query,
-            key,
-            value,
-            key_factor,
-            mode=mode,
-            causal=causal,
-            query_offset=query_offset,
-            scale=score_scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            position_bias=position_bias,
-            mask=mask,
-        )
+        features: dict[str, Any] = {
+            "mode": mode,
+            "causal": causal,
+            "query_offset": query_offset,
+            "scale": score_scale,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "position_bias": position_bias,
+            "mask": mask,
+        }
+        if chosen == "torch":
+            output, lse = attention_portable(
+                query, key, value, key_factor, **features, return_lse=return_lse
+            )
+        else:
+            output, lse = attention_reference(query, key, value, key_factor, **features)
     if not return_lse:
         return output
     assert lse is not None  # every backend computes it when it is asked for
