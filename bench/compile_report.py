@@ -2,7 +2,7 @@
 
 Needs no GPU, but a process without TRITON_INTERPRET::
 
-    python -m bench.compile_report --preset table --csv bench/results/compile.csv
+    python -m bench.compile_report --csv bench/results/compile.csv
 
 Every line is one compiled variant at the tiles that ``kernels/configs.py`` gives it.
 """
@@ -26,6 +26,13 @@ from typing import Any
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
 FEATURES = ("causal", "window", "softcap", "bias", "alibi", "padding", "mask", "sinks")
+# what goes together in models: sliding window and sinks; soft cap; ALiBi; dense bias or mask
+FAMILIES = (
+    ("causal", "window", "padding", "sinks"),
+    ("causal", "window", "padding", "softcap"),
+    ("causal", "padding", "alibi"),
+    ("causal", "bias", "mask"),
+)
 # bytes that one program can be launched with
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX_INSTRUCTION = {
@@ -47,7 +54,7 @@ class Case:
     value_dim: int | None = None
     queries: int = 4096
     features: tuple[str, ...] = ("causal",)
-    tiles: tuple[int, ...] | None = None  # in the order of TileConfig's fields
+    tiles: tuple[int, int, int, int, int] | None = None  # TileConfig's numbers, in order
     skip_plain: bool | None = None
 
 
@@ -147,7 +154,12 @@ def compile_case(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from atman_triton.kernels.configs import TileConfig, forward_config, split_head_dim
+    from atman_triton.kernels.configs import (
+        TileConfig,
+        extra_load,
+        forward_config,
+        split_head_dim,
+    )
     from atman_triton.kernels.forward import Variant, _attention_fwd_kernel
 
     value_dim = case.value_dim or case.head_dim
@@ -160,7 +172,7 @@ def compile_case(case: Case) -> Report:
         dtype,
         case.mode,
         case.queries,
-        dense=has["bias"] or has["mask"],
+        load=extra_load(case.mode, case.features),
     )
     if case.tiles is not None:
         config = TileConfig(*case.tiles)
@@ -301,23 +313,25 @@ def _line(result: Report | str) -> str:
 
 
 def table() -> list[Case]:
-    """The published table: every architecture, head dim and mode in bf16, and what is hardest."""
-    hardest = ("causal", "window", "softcap", "bias", "sinks")
+    """The published table: every architecture, head dim, dtype and mode, and what is hardest."""
     cases = []
     for architecture in ARCHITECTURES:
         for head_dim in (64, 128, 256):
-            cases += [Case(architecture, head_dim, mode=mode) for mode in MODES]
-            cases.append(Case(architecture, head_dim, mode="min_shift", features=hardest))
-            cases.append(Case(architecture, head_dim, "float16", mode="min_shift"))
-        cases.append(Case(architecture, 192, value_dim=128, mode="min_shift"))
-        cases.append(Case(architecture, 128, mode="min_shift", queries=1))
-        cases.append(Case(architecture, 128, "float32", mode="min_shift"))
+            for dtype in ("bfloat16", "float16"):
+                cases += [Case(architecture, head_dim, dtype, mode) for mode in MODES]
+            for mode in ("multiplicative", "min_shift"):
+                cases += [Case(architecture, head_dim, mode=mode, features=f) for f in FAMILIES]
+            cases.append(Case(architecture, head_dim, mode="min_shift", features=()))
+            cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
+            cases.append(Case(architecture, head_dim, "float32", mode="min_shift"))
+        cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
+        cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]
     return cases
 
 
 def main() -> None:
     """Command line; exits 1 if a variant fails to compile or breaks a rule."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", help="JSON list of cases, '-' reads it from standard input")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--csv", type=Path, help="write the reports here")

@@ -5,12 +5,11 @@ Legend: block_m query rows and block_n keys of one tile.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-
-_SHORT_QUERY = 16  # rows: decoding, or a few target tokens
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,20 @@ def device_architecture(device: torch.device, interpreted: bool) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+def extra_load(mode: str, features: Collection[str]) -> int:
+    """How many registers ``features`` need beyond the plain kernel: 0 few, 1 more, 2 most.
+
+    Args:
+        features: names of what the call uses beyond ``causal``.
+    """
+    if not {"bias", "mask"}.isdisjoint(features):  # a number per query and key
+        return 2
+    costly = {"softcap", "alibi"}
+    if mode == "min_shift":
+        costly |= {"window", "padding"}
+    return int(not costly.isdisjoint(features))
+
+
 @lru_cache
 def forward_config(
     architecture: str,
@@ -63,24 +76,56 @@ def forward_config(
     dtype: torch.dtype,
     mode: str,
     queries: int,
-    dense: bool,
+    load: int,
 ) -> TileConfig:
     """Tile sizes of the forward kernel for one kind of problem.
+
+    Registers decide: a thread holds ``block_m * value_dim`` of the output and
+    ``block_m * block_n`` scores, over 32 threads a warp (64 on AMD), of at most 255 (512).
 
     Args:
         architecture: see :func:`device_architecture`.
         mode: ``plain`` without factors, else the op's mode.
         queries: query rows per head.
-        dense: a mask or bias with a number per query and key is read.
+        load: see :func:`extra_load`.
     """
     if architecture == "interpreter":
         # Its cost is per operation, not per element: few large tiles, small enough to have edges.
         return TileConfig(32 if queries <= 32 else 64, 64, num_warps=4, num_stages=1)
     width = max(head_dim, value_dim)
     if dtype == torch.float32:
-        return TileConfig(32, 32, num_warps=4, num_stages=2)
-    if width <= 64:
-        return TileConfig(128, 64, num_warps=4, num_stages=3)
-    if width <= 128:
-        return TileConfig(128, 64, num_warps=8, num_stages=3)
-    return TileConfig(128, 32, num_warps=8, num_stages=2)
+        # True float32 products have no matrix instruction and keep operands in registers.
+        return TileConfig(32, 32 if width <= 128 else 16, num_warps=8, num_stages=1)
+    if queries <= 16:
+        # Decoding, or a few target tokens: memory is the limit, 16 rows are the least a dot takes.
+        return TileConfig(16, 64 if width <= 128 else 32, num_warps=4, num_stages=2)
+    if architecture.startswith("gfx"):
+        # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
+        if width <= 128:
+            return TileConfig(128 if width <= 64 else 64, 64, num_warps=4, num_stages=2)
+        return TileConfig(64, 32, num_warps=4, num_stages=2)
+    return _nvidia_forward(architecture, head_dim, value_dim, mode == "min_shift", load)
+
+
+def _nvidia_forward(
+    architecture: str, head_dim: int, value_dim: int, deferred: bool, load: int
+) -> TileConfig:
+    """sm_80 to sm_100 in half precision; ``deferred`` means a third loop, for min_shift.
+
+    Found by compiling: the largest tiles without spills (``python -m bench.compile_report``).
+    """
+    if max(head_dim, value_dim) <= 64:
+        return TileConfig(128, 32 if deferred and load == 2 else 64, num_warps=8, num_stages=3)
+    if value_dim <= 128:
+        stages = 3 if head_dim <= 128 else 2  # 192/128 with 3 would not fit sm_80's memory
+        if architecture == "sm_80" and load:
+            return TileConfig(64, 64, num_warps=8, num_stages=2)  # the query is held as well
+        if load or (deferred and head_dim > 128):
+            return TileConfig(128, 32, num_warps=8, num_stages=stages)
+        # pipelining the edge tiles as well costs min_shift its last registers
+        edge_stages = 1 if deferred else stages
+        return TileConfig(128, 64, num_warps=8, num_stages=stages, edge_stages=edge_stages)
+    # 128 rows of 256 values are 128 registers: clean on sm_90 only, and without a third loop
+    if architecture == "sm_90" and not deferred and not load:
+        return TileConfig(128, 32, num_warps=8, num_stages=2)
+    return TileConfig(64, 16 if load else 32, num_warps=8, num_stages=2)

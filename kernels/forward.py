@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import device_architecture, forward_config, split_head_dim
+from .configs import device_architecture, extra_load, forward_config, split_head_dim
 from .prepass import factor_tiles, key_ranges
 from .primitives import (
     dot,
@@ -132,11 +132,18 @@ def _visit_tile(
         else:
             visible = shown != 0
 
-    if VISIT == "ones":
-        if MASKED:
-            row_min = tl.minimum(row_min, tl.min(tl.where(visible, scores, float("inf")), 1))
-        else:
-            row_min = tl.minimum(row_min, tl.min(scores, 1))
+    HIDE_FIRST: tl.constexpr = MASKED and VISIT == "ones"  # nothing is multiplied in this visit
+    if HIDE_FIRST:
+        scores = tl.where(visible, scores, float("-inf"))
+        lowest = tl.min(tl.where(scores == float("-inf"), float("inf"), scores), 1)
+        row_min = tl.minimum(row_min, lowest)
+    elif VISIT == "ones":
+        row_min = tl.minimum(row_min, tl.min(scores, 1))
+    key_bias = None
+    if SPEC.bias_per_key:
+        bias_ptr += first * stride_bias[1]
+        key_bias = tl.load(bias_ptr + offs_n * stride_bias[1], mask=offs_n < inside, other=0.0)
+        key_bias = key_bias.to(tl.float32) * 1.4426950408889634  # log2(e)
     if SPEC.has_key_factor:
         factor_ptr += first * stride_factor
         if SPEC.skip_plain and VISIT != "deferred":
@@ -145,20 +152,21 @@ def _visit_tile(
                 factor = tl.load(
                     factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0
                 )
-                scores = manipulate(scores, factor, row_min, SPEC.mode, VISIT)
+                scores = manipulate(scores, factor, key_bias, row_min, SPEC.mode, VISIT)
+            else:
+                if SPEC.bias_per_key:
+                    scores += key_bias[None, :]
         else:
             factor = tl.load(factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0)
-            scores = manipulate(scores, factor, row_min, SPEC.mode, VISIT)
-    if SPEC.has_bias:
+            scores = manipulate(scores, factor, key_bias, row_min, SPEC.mode, VISIT)
+    elif SPEC.bias_per_key:
+        scores += key_bias[None, :]
+    if SPEC.has_bias and not SPEC.bias_per_key:
         bias_ptr += first * stride_bias[1]
-        if SPEC.bias_per_key:
-            bias = tl.load(bias_ptr + offs_n * stride_bias[1], mask=offs_n < inside, other=0.0)
-            bias = bias[None, :]
-        else:
-            bias_ptr += offs_m[:, None] * stride_bias[0] + offs_n[None, :] * stride_bias[1]
-            bias = tl.load(bias_ptr, mask=readable, other=0.0)  # [BLOCK_M, BLOCK_N]
+        bias_ptr += offs_m[:, None] * stride_bias[0] + offs_n[None, :] * stride_bias[1]
+        bias = tl.load(bias_ptr, mask=readable, other=0.0)  # [BLOCK_M, BLOCK_N]
         scores += bias.to(tl.float32) * 1.4426950408889634  # log2(e)
-    if MASKED:
+    if MASKED and not HIDE_FIRST:
         scores = tl.where(visible, scores, float("-inf"))
 
     weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, unit, SPEC.scaled)
@@ -225,19 +233,16 @@ def _attention_fwd_kernel(
     head = head.to(tl.int64)
     first_row = start_m.to(tl.int64)
     rows_left = rows - start_m
+    tiles = tl.cdiv(keys, BLOCK_N)
 
+    # what the inner loop does not need is computed after it: registers are scarce
     query_ptr += batch * stride_query[0] + head * stride_query[1] + first_row * stride_query[2]
     key_ptr += batch * stride_key[0] + key_head * stride_key[1]
     value_ptr += batch * stride_value[0] + key_head * stride_value[1]
-    out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
-    lse_ptr += (batch * heads + head) * rows + first_row
     if SPEC.has_key_factor:
         factor_ptr += batch * stride_factor[0] + head * stride_factor[1]
-        if FIRST_VISIT == "ones" or SPEC.skip_plain:
-            tile_row = batch * stride_tiles[0] + head * stride_tiles[1]
-            tiles = tl.cdiv(keys, BLOCK_N)
-            before_ptr += tile_row * (tiles + 1)
-            flagged_ptr += tile_row * tiles
+        if SPEC.skip_plain:
+            before_ptr += (batch * stride_tiles[0] + head * stride_tiles[1]) * (tiles + 1)
     if SPEC.has_bias:
         bias_ptr += batch * stride_bias[0] + head * stride_bias[1] + first_row * stride_bias[2]
     if SPEC.has_mask:
@@ -245,19 +250,18 @@ def _attention_fwd_kernel(
 
     offs_m = tl.arange(0, BLOCK_M)
     first_position = query_offset + start_m
-    positions = first_position + offs_m
     last_position = first_position + tl.minimum(rows_left, BLOCK_M) - 1
     first_key = 0
     if SPEC.has_padding:
-        padding_ptr += batch * stride_padding[0]
-        first_key = tl.load(range_ptr + batch * 3)
-        keys = tl.load(range_ptr + batch * 3 + 1)
+        range_ptr += batch * 3
+        first_key = tl.load(range_ptr)
+        keys = tl.load(range_ptr + 1)
     low, high, inner_low, inner_high = key_tiles(
         first_position, last_position, first_key, keys, window,
         SPEC.causal, SPEC.has_window, BLOCK_N,
     )  # fmt: skip
     if SPEC.has_padding:  # holes make every tile an edge
-        inner_high = tl.where(tl.load(range_ptr + batch * 3 + 2) != 0, inner_high, inner_low)
+        inner_high = tl.where(tl.load(range_ptr + 2) != 0, inner_high, inner_low)
     if SPEC.wide:
         offs_m = offs_m.to(tl.int64)
     stride_row = (stride_query[2], stride_query[3])
@@ -294,9 +298,13 @@ def _attention_fwd_kernel(
 
     for tile in range(inner_low, inner_high):
         acc0, acc1, row_max, row_sum, row_min = _visit_tile(
-            acc0, acc1, row_max, row_sum, row_min, tile, queries, positions,
+            acc0, acc1, row_max, row_sum, row_min, tile, queries, None,
             pointers, strides, limits, units, SPEC, FIRST_VISIT, False,
         )  # fmt: skip
+    positions = first_position + tl.arange(0, BLOCK_M)
+    if SPEC.has_padding:
+        padding_ptr += batch * stride_padding[0]
+    pointers = (key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr)
     # the edge tiles on the left, then those on the right
     left = inner_low - low
     for edge in tl.range(0, left + high - inner_high, num_stages=SPEC.edge_stages):
@@ -308,6 +316,10 @@ def _attention_fwd_kernel(
     if FIRST_VISIT == "ones":
         # a row that sees no key has no minimum; any finite number serves
         row_min = tl.where(row_min == float("inf"), 0.0, row_min)
+        tile_row = batch * stride_tiles[0] + head * stride_tiles[1]
+        flagged_ptr += tile_row * tiles
+        if not SPEC.skip_plain:
+            before_ptr += tile_row * (tiles + 1)
         for index in tl.range(tl.load(before_ptr + low), tl.load(before_ptr + high), num_stages=1):
             tile = tl.load(flagged_ptr + index)
             acc0, acc1, row_max, row_sum, row_min = _visit_tile(
@@ -318,7 +330,9 @@ def _attention_fwd_kernel(
     dead = row_sum == 0.0
     row_sum = tl.where(dead, 1.0, row_sum)
     lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)  # ln 2
+    lse_ptr += (batch * heads + head) * rows + first_row
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
+    out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
     stride_row = (stride_out[2], stride_out[3])
     share = 1.0 / row_sum
     store_columns(
@@ -380,6 +394,14 @@ def attention_fwd(
         position_bias.shape[2] == 1 or position_bias.stride(2) == 0
     )
     kind = "plain" if key_factor is None else mode
+    optional = {
+        "window": window,
+        "softcap": softcap,
+        "alibi" if bias_per_key else "bias": position_bias,
+        "padding": key_padding,
+        "mask": block_mask,
+    }
+    features = {name for name, feature in optional.items() if feature is not None}
     config = forward_config(
         device_architecture(query.device, triton.knobs.runtime.interpret),
         head_dim,
@@ -387,7 +409,7 @@ def attention_fwd(
         query.dtype,
         kind,
         rows,
-        dense=block_mask is not None or (position_bias is not None and not bias_per_key),
+        load=extra_load(kind, features),
     )
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)

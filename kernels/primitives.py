@@ -151,28 +151,36 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def manipulate(scores, factor, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
+def manipulate(scores, factor, key_bias, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
     """The score transform of the three modes; columns that are not VISITed become -inf.
+
+    What is the same for every row is first summed per key, then added to the tile once.
 
     Args:
         scores: ``[BLOCK_M, BLOCK_N]`` in any unit; base-2 logits if MODE is ``log_additive``.
         factor: ``[BLOCK_N]``, one per key.
+        key_bias: ``[BLOCK_N]`` or None, added after the manipulation, in the unit of scores.
         row_min: ``[BLOCK_M]`` minimum of the row's visible scores, final if VISIT is ``deferred``.
         VISIT: ``every`` column; ``min_shift`` takes the ``ones`` first, the ``deferred`` last.
     """
-    if VISIT == "ones":
-        return tl.where(factor[None, :] == 1.0, scores, float("-inf"))
-    elif VISIT == "deferred":
-        tl.static_assert(MODE == "min_shift")
-        shifted = row_min[:, None] + factor[None, :] * (scores - row_min[:, None])
-        return tl.where(factor[None, :] != 1.0, shifted, float("-inf"))
-    elif MODE == "multiplicative":
-        return scores * factor[None, :]
+    if MODE == "multiplicative":
+        scores = scores * factor[None, :]
+        if key_bias is not None:
+            scores += key_bias[None, :]
+        return scores
     else:
-        tl.static_assert(MODE == "log_additive")
-        # log2(0) = -inf, without evaluating it
-        log_factor = tl.where(factor > 0, tl.log2(tl.where(factor > 0, factor, 1.0)), float("-inf"))
-        return scores + log_factor[None, :]
+        if VISIT == "ones":
+            per_key = tl.where(factor == 1.0, 0.0, float("-inf"))
+        elif VISIT == "deferred":
+            scores = row_min[:, None] + factor[None, :] * (scores - row_min[:, None])
+            per_key = tl.where(factor != 1.0, 0.0, float("-inf"))
+        else:
+            tl.static_assert(MODE == "log_additive")
+            per_key = tl.log2(tl.where(factor > 0, factor, 1.0))
+            per_key = tl.where(factor > 0, per_key, float("-inf"))
+        if key_bias is not None:
+            per_key += key_bias
+        return scores + per_key[None, :]
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from atman_triton.testing import assert_close_to_oracle, count_launches
 
-triton = pytest.importorskip("triton", reason="the fused kernels need triton")
+pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from atman_triton.kernels.forward import attention_fwd
 from atman_triton.kernels.reference import attention_reference

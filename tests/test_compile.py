@@ -1,0 +1,148 @@
+"""The forward kernel compiles for every target without spills, within launchable shared memory.
+
+Compiling needs no GPU, but a process without TRITON_INTERPRET. The full table is
+``python -m bench.compile_report``; here are the variants that use most registers, one test per
+architecture. Legend: D head dim.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+
+from atman_triton.kernels.configs import extra_load, forward_config, split_head_dim
+from bench.compile_report import (
+    ARCHITECTURES,
+    FAMILIES,
+    MATRIX_INSTRUCTION,
+    MODES,
+    SHARED_LIMIT,
+)
+
+ROOT = Path(__file__).parent.parent
+SLIDING, CAPPED, _, DENSE = (list(family) for family in FAMILIES)
+
+
+def load(row: dict) -> int:
+    """What the launcher would tell the configuration."""
+    return extra_load(row["mode"], row["features"].split("+"))
+
+
+def compile_cases(cases: list[dict]) -> list[dict]:
+    """Reports of ``cases``, compiled in a process of their own; fails if one does not compile."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.compile_report", "--json", "--workers", "1"]
+    done = subprocess.run(
+        [*command, "--cases", json.dumps(cases)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip(), done.stderr[-3000:]
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    print(done.stderr)
+    assert result["failures"] == []
+    assert len(result["reports"]) == len(cases)
+    return result["reports"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills_and_launchable(architecture):
+    base = {"architecture": architecture}
+    reports = compile_cases(
+        [
+            base | {"head_dim": 64, "mode": "min_shift", "features": SLIDING},
+            base | {"head_dim": 64, "dtype": "float16", "mode": "log_additive"},
+            base | {"head_dim": 128, "mode": "min_shift"},
+            base | {"head_dim": 128, "dtype": "float16", "mode": "multiplicative"},
+            base | {"head_dim": 128, "mode": "min_shift", "features": DENSE},
+            base | {"head_dim": 256, "mode": "min_shift", "features": CAPPED},
+        ]
+    )
+    for report in reports:
+        assert report["spills"] == 0, report
+        assert report["registers"] > 32, report  # a count that was not read would be small
+        assert 0 < report["shared"] <= SHARED_LIMIT[architecture], report
+        assert report["matrix_instructions"] > 0, report
+        if report["head_dim"] <= 128 and load(report) == 0:
+            assert min(report["block_m"], report["block_n"]) >= 64, report
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_spills_are_seen(architecture):
+    """Far too large a tile per warp must be reported, or the test above proves nothing."""
+    [report] = compile_cases(
+        [
+            {
+                "architecture": architecture,
+                "head_dim": 128,
+                "mode": "plain",
+                "features": [],
+                "tiles": [256, 128, 4, 1, 1],
+            }
+        ]
+    )
+    assert report["spills"] > 0
+    assert "spills" in report["problems"]
+
+
+def test_published_table_is_complete_and_current():
+    """bench/results/compile.csv holds every combination at today's tiles, none with a problem."""
+    with (ROOT / "bench" / "results" / "compile.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    seen = set()
+    for row in rows:
+        assert row["problems"] == "", row
+        config = forward_config(
+            row["architecture"],
+            int(row["head_dim"]),
+            int(row["value_dim"]),
+            getattr(torch, row["dtype"]),
+            row["mode"],
+            int(row["queries"]),
+            load=load(row),
+        )
+        tiles = (config.block_m, config.block_n, config.num_warps, config.num_stages)
+        named = ("block_m", "block_n", "num_warps", "num_stages")
+        assert tuple(int(row[name]) for name in named) == tiles, row
+        seen.add((row["architecture"], int(row["head_dim"]), row["dtype"], row["mode"]))
+    wanted = {
+        (architecture, head_dim, dtype, mode)
+        for architecture in ARCHITECTURES
+        for head_dim in (64, 128, 256)
+        for dtype in ("bfloat16", "float16")
+        for mode in MODES[1:]
+    }
+    assert wanted <= seen
+    assert set(MATRIX_INSTRUCTION) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("size", range(1, 257))
+def test_head_dims_are_split_with_little_padding(size):
+    first, second = split_head_dim(size)
+    assert first + second >= size
+    for part in (first, second):
+        assert part == 0 or (part >= 16 and part & (part - 1) == 0)
+    whole = max(16, 1 << (size - 1).bit_length())
+    assert first + second <= whole
+    if size % 16 == 0 and bin(size).count("1") <= 2:
+        assert first + second == size
+
+
+@pytest.mark.parametrize(
+    ("size", "parts"),
+    [(40, (32, 16)), (64, (64, 0)), (80, (64, 16)), (96, (64, 32)), (192, (128, 64)), (8, (16, 0))],
+)
+def test_split_examples(size, parts):
+    assert split_head_dim(size) == parts
