@@ -62,7 +62,7 @@ lint: $(VENV)/tools-ready ## Check style, formatting and types.
 
 test: lint ## Check style and types, then run the tests (PYTEST_ARGS="-k causal" selects).
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 bench: $(VENV)/tools-ready ## Time the op and a whole explanation against eager; rows go to bench/results/.
 	@echo "==> Benchmarks: on CPU several minutes; keep the machine otherwise idle"
