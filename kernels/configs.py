@@ -94,8 +94,10 @@ def forward_config(
         return TileConfig(32 if queries <= 32 else 64, 64, num_warps=4, num_stages=1)
     width = max(head_dim, value_dim)
     if dtype == torch.float32:
-        # True float32 products have no matrix instruction and keep operands in registers.
-        return TileConfig(32, 32 if width <= 128 else 16, num_warps=8, num_stages=1)
+        # True float32 products have few matrix instructions or none, and keep much in registers.
+        if architecture.startswith("gfx"):
+            return TileConfig(32, 32 if width <= 128 else 16, num_warps=4, num_stages=1)
+        return TileConfig(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1)
     if queries <= 16:
         # Decoding, or a few target tokens: memory is the limit, 16 rows are the least a dot takes.
         return TileConfig(16, 64 if width <= 128 else 32, num_warps=4, num_stages=2)
