@@ -243,11 +243,12 @@ def test_odd_shapes(case):
     check(replace(case, factors="one" if max(case.tokens) > 500 else "some"))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     case=st.builds(
         Case,
-        tokens=st.tuples(st.integers(1, 140), st.integers(1, 140)),
+        # of fewer rows the largest error of eager is luck; test_odd_shapes has those
+        tokens=st.tuples(st.integers(32, 140), st.integers(1, 140)),
         dims=st.tuples(st.integers(16, 256), st.integers(16, 256)),
         heads=st.sampled_from([(1, 1), (2, 1)]),
         batch=st.integers(1, 2),
