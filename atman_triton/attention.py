@@ -102,8 +102,8 @@ def attention(
         value: ``[B|1, Hk, Tk, Dv]`` in ``query.dtype``.
         key_factor: ``[B, Tk]`` or ``[B, Hq, Tk]`` float32 (float64 with a float64 query),
             dimensionless; 1 keeps a key, < 1 suppresses it, > 1 amplifies it. ``None`` is plain
-            attention. Values are not checked here (it would wait for the GPU): NaN gives NaN, and
-            in ``log_additive`` so does a negative factor.
+            attention. Values are not checked here (it would wait for the GPU): with NaN, or a
+            negative factor in ``log_additive``, the result is undefined.
         mode: ``multiplicative``, ``min_shift``, ``log_additive``; ``min_shift_full`` (c over masked
             keys too, as the authors' released code has it) on the ``reference`` backend only.
         causal: a query at position p sees keys up to p.
@@ -137,7 +137,9 @@ def attention(
         value,
         key_factor,
         mode=mode,
+        causal=causal,
         query_offset=query_offset,
+        scale=scale,
         window=window,
         softcap=softcap,
         sinks=sinks,
@@ -255,7 +257,9 @@ def _check(
     key_factor: Tensor | None,
     *,
     mode: str,
+    causal: bool,
     query_offset: int | Tensor | None,
+    scale: float | None,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -269,8 +273,7 @@ def _check(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        _check_tensor(name, tensor, query)
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}.")
         if tensor.dim() != 4:
@@ -292,10 +295,12 @@ def _check(
             f"value must have key's heads and tokens {list(key.shape[1:3])}, "
             f"got {list(value.shape[1:3])}."
         )
-    if key_heads < 1 or query_heads % key_heads:
+    if key_heads < 1 or query_heads < 1 or query_heads % key_heads:
         raise ValueError(
             f"query heads must be a multiple of key heads, got {query_heads} and {key_heads}."
         )
+    if value.shape[-1] < 1:
+        raise ValueError("value must have a head dim of at least 1, got 0.")
     if key_factor is not None:
         _check_tensor("key_factor", key_factor, query)
         # float32 would round the factor of a float64 oracle
@@ -319,12 +324,25 @@ def _check(
                 "query_offset must be an int or an integer tensor of one element, "
                 f"got {query_offset.dtype} of shape {list(query_offset.shape)}."
             )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 token, got {window}.")
+    elif query_offset is not None:
+        _check_int("query_offset", query_offset)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r}.")
+    if window is not None:
+        _check_int("window", window)
+        if window < 1:
+            raise ValueError(f"window must be at least 1 token, got {window}.")
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None and (
+            isinstance(number, bool) or not isinstance(number, (int, float))
+        ):
+            raise TypeError(f"{name} must be a number, got {number!r}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be greater than 0, got {softcap}.")
     if sinks is not None:
         _check_tensor("sinks", sinks, query)
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must have a floating dtype, got {sinks.dtype}.")
         if list(sinks.shape) != [query_heads]:
             raise ValueError(f"sinks must have shape [{query_heads}], got {list(sinks.shape)}.")
     full = (batch, query_heads, query_tokens, key_tokens)
@@ -347,6 +365,11 @@ def _check(
             _check_broadcast("mask", mask, full)
             if list(mask.shape[2:]) != [query_tokens, key_tokens]:
                 raise ValueError(f"mask must have shape {list(full)}, got {list(mask.shape)}.")
+
+
+def _check_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
 
 
 def _check_tensor(name: str, tensor: Tensor, query: Tensor) -> None:

@@ -87,6 +87,7 @@ def _visit_tile(
     """
     BLOCK_M: tl.constexpr = SPEC.block_m
     BLOCK_N: tl.constexpr = SPEC.block_n
+    MODE: tl.constexpr = SPEC.mode
     MASKED: tl.constexpr = EDGE or SPEC.has_mask
     key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = pointers
     stride_key, stride_value, stride_factor, stride_bias, stride_padding, stride_mask = strides
@@ -152,13 +153,13 @@ def _visit_tile(
                 factor = tl.load(
                     factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0
                 )
-                scores = manipulate(scores, factor, key_bias, row_min, SPEC.mode, VISIT)
+                scores = manipulate(scores, factor, key_bias, row_min, MODE, VISIT)
             else:
                 if SPEC.bias_per_key:
                     scores += key_bias[None, :]
         else:
             factor = tl.load(factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0)
-            scores = manipulate(scores, factor, key_bias, row_min, SPEC.mode, VISIT)
+            scores = manipulate(scores, factor, key_bias, row_min, MODE, VISIT)
     elif SPEC.bias_per_key:
         scores += key_bias[None, :]
     if SPEC.has_bias and not SPEC.bias_per_key:
@@ -480,7 +481,7 @@ def attention_fwd(
         key_padding,
         ranges,
         block_mask,
-        sinks,
+        None if sinks is None else sinks.contiguous(),
         query_offset,
         rows,
         keys,

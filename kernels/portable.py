@@ -106,12 +106,16 @@ def attention_portable(
     Returns: output ``[B, Hq, Tq, Dv]`` and, if asked for, log-sum-exp ``[B, Hq, Tq]`` float32
         (float64 for float64 inputs).
     """
-    batch, query_heads, _, _ = query.shape
+    batch, query_heads, query_tokens, _ = query.shape
     key_tokens = key.shape[2]
+    if query_tokens == 0:
+        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        empty = query.new_empty(batch, query_heads, 0, value.shape[-1])
+        return empty, query.new_empty(batch, query_heads, 0, dtype=lse_dtype)
     visibility = _Visibility(causal, query_offset, window, mask, key_tokens)
     if position_bias is not None:
         position_bias = position_bias.expand(
-            position_bias.shape[0], position_bias.shape[1], query.shape[2], key_tokens
+            position_bias.shape[0], position_bias.shape[1], query_tokens, key_tokens
         )
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
@@ -215,16 +219,18 @@ def _attention_sdpa(
     # the CPU's flash kernel wants one head dim for all three; other kernels pad for themselves
     if query.device.type == "cpu" and value_dim < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - value_dim))
-    grouped = query.shape[1] != key.shape[1]
+    # a branch, since torch.compile would make the comparison itself symbolic
+    grouping = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
 
     def sdpa(rows: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, causal: bool):
         return F.scaled_dot_product_attention(
-            rows, keys, values, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+            rows, keys, values, attn_mask=mask, is_causal=causal, scale=scale, **grouping
         )
 
     plain = bias is None and position_bias is None and visibility.mask is None
     square = query_tokens == key_tokens and isinstance(visibility.query_offset, int)
-    if plain and visibility.causal and square and visibility.query_offset == 0:
+    # is_causal with scale <= 0 gives NaN in torch 2.13 on CPU; the masked path does not
+    if plain and visibility.causal and square and visibility.query_offset == 0 and scale > 0:
         if visibility.window is None or visibility.window >= key_tokens:
             return sdpa(query, key, value, mask=None, causal=True)[..., :value_dim]
 
@@ -347,6 +353,9 @@ def _softmax_times_value(
         normaliser = normaliser + torch.exp(sink - maximum)
     dead = normaliser == 0
     normaliser = normaliser.masked_fill(dead, 1.0)
-    output = _grouped_values((exponentials / normaliser).to(value.dtype), value)
+    probabilities = exponentials / normaliser
+    if zeroed is not None:
+        probabilities = probabilities.masked_fill(dead, 0.0)  # no gradient to a dead row's factors
+    output = _grouped_values(probabilities.to(value.dtype), value)
     log_sum_exp = (normaliser.log() + maximum).masked_fill(dead, float("-inf"))
     return output, log_sum_exp

@@ -65,7 +65,7 @@ def manipulate_scores(scores: Tensor, factor: Tensor, mode: str, visible: Tensor
     """
     if mode == "multiplicative":
         return factor * scores
-    if mode == "log_additive":
+    if mode == "log_additive" or not scores.shape[-1]:
         return scores
     if mode == "min_shift":
         candidates = scores.masked_fill(~visible, float("inf"))
@@ -146,19 +146,27 @@ def attention_reference(
         scores = scores + position_bias.to(scores.dtype)
     scores = scores.masked_fill(~visible, float("-inf"))
 
-    maximum = scores.detach().amax(-1, keepdim=True) if key_tokens else scores.sum(-1, keepdim=True)
+    counting = scores.detach()
+    if weight is not None:
+        counting = counting.masked_fill(weight.detach() <= 0, float("-inf"))
+    if key_tokens:
+        maximum = counting.amax(-1, keepdim=True)  # of the keys that count: others may overflow
+    else:
+        maximum = scores.new_full((*scores.shape[:-1], 1), float("-inf"))
     if sinks is not None:
         sink = sinks.to(scores.dtype)[None, :, None, None]  # [1, Hq, 1, 1]
         maximum = torch.maximum(maximum, sink.detach())
     maximum = torch.where(maximum == float("-inf"), torch.zeros_like(maximum), maximum)
-    exponentials = torch.exp(scores - maximum)
+    # only a key of weight 0 can exceed the maximum; its exponential must not overflow to 0·inf
+    limit = 700.0 if scores.dtype == torch.float64 else 80.0
+    exponentials = torch.exp((scores - maximum).clamp(max=limit))
     if weight is not None:
         exponentials = weight * exponentials
     normaliser = exponentials.sum(-1, keepdim=True)  # [B, Hq, Tq, 1]
     if sinks is not None:
         normaliser = normaliser + torch.exp(sink - maximum)
     dead = normaliser == 0
-    probabilities = exponentials / normaliser.masked_fill(dead, 1.0)
+    probabilities = (exponentials / normaliser.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
     output = probabilities.to(value.dtype) @ value  # [B, Hq, Tq, Dv]
     log_normaliser = normaliser.masked_fill(dead, 1.0).log() + maximum
     return output, log_normaliser.masked_fill(dead, float("-inf")).squeeze(-1)

@@ -81,6 +81,37 @@ BAD = {
         ValueError,
         "key_factor must be on query's device cpu, got meta.",
     ),
+    "key-device": (
+        {"key": KEY.to("meta")},
+        ValueError,
+        "key must be on query's device cpu, got meta.",
+    ),
+    "value-device": (
+        {"value": VALUE.to("meta"), "backend": "triton"},
+        ValueError,
+        "value must be on query's device cpu, got meta.",
+    ),
+    "no-heads": (
+        {"query": QUERY[:, :0]},
+        ValueError,
+        "query heads must be a multiple of key heads, got 0 and 2.",
+    ),
+    "no-value-dim": (
+        {"value": VALUE[..., :0]},
+        ValueError,
+        "value must have a head dim of at least 1, got 0.",
+    ),
+    "causal": ({"causal": "no"}, TypeError, "causal must be True or False, got 'no'."),
+    "window-type": ({"window": 1.5}, TypeError, "window must be an int, got 1.5."),
+    "window-bool": ({"window": True}, TypeError, "window must be an int, got True."),
+    "offset-type": ({"query_offset": 1.5}, TypeError, "query_offset must be an int, got 1.5."),
+    "softcap-type": ({"softcap": "a"}, TypeError, "softcap must be a number, got 'a'."),
+    "scale-type": ({"scale": "a"}, TypeError, "scale must be a number, got 'a'."),
+    "sinks-dtype": (
+        {"sinks": torch.zeros(4, dtype=torch.int)},
+        TypeError,
+        "sinks must have a floating dtype, got torch.int32.",
+    ),
     "mode": (
         {"mode": "add"},
         ValueError,
@@ -198,6 +229,65 @@ def test_triton_refuses_a_backward_pass():
     output = attention(query, key, value, factor, backend="triton")
     with pytest.raises(NotImplementedError, match="has no backward pass; use backend='auto'"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["plain", "softcap"])
+def test_no_queries_and_no_keys(mode, backend, features):
+    call = {"mode": mode, "backend": backend, "return_lse": True, **features}
+    output, lse = attention(QUERY[:, :, :0], KEY, VALUE, FACTOR, **call)
+    assert output.shape == (2, 4, 0, 16)
+    assert lse.shape == (2, 4, 0)
+    output, lse = attention(QUERY, KEY[:, :, :0], VALUE[:, :, :0], FACTOR[:, :0], **call)
+    assert (output == 0).all()
+    assert output.shape == QUERY.shape
+    assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_a_removed_key_may_have_the_largest_score(backend):
+    query, key = torch.ones(1, 1, 1, 1), torch.tensor([200.0, 0.0])[None, None, :, None]
+    value, factor = torch.tensor([5.0, 1.0])[None, None, :, None], torch.tensor([[0.0, 1.0]])
+    output, lse = attention(
+        query, key, value, factor, mode="log_additive", scale=1.0, backend=backend, return_lse=True
+    )
+    assert output.item() == 1
+    assert lse.item() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("sinks", [torch.randn(8)[::2], torch.tensor([1.5]).expand(4)])
+def test_sinks_may_have_any_stride(backend, sinks):
+    expected = attention(*inputs(), sinks=sinks, backend="reference")
+    got = attention(*inputs(), sinks=sinks, backend=backend)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_scale_may_be_zero_or_negative(mode, scale, backend):
+    query, key, value, factor = inputs(query_tokens=9)  # square: the shortcut is_causal
+    call = {"mode": mode, "causal": True, "scale": scale}
+    expected = attention(query, key, value, factor, backend="reference", **call)
+    got = attention(query, key, value, factor, backend=backend, **call)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_with_dynamic_shapes(mode, backend):
+    def run(query, key, value, factor):
+        return attention(
+            query, key, value, factor, mode=mode, causal=True, window=7, backend=backend
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (17, 33):
+        case = inputs(3, 4, 2, tokens, tokens + 16)
+        torch.testing.assert_close(compiled(*case), run(*case))
 
 
 OPTIONALS = [
