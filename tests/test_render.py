@@ -472,7 +472,7 @@ def test_explanations_of_one_text_are_laid_over_each_other():
 @pytest.mark.parametrize(
     ("texts", "stops", "common"),
     [
-        (["doc. Q: a?", "doc. Q: b?"], [10, 10], "doc."),
+        (["A doc. Q: a?", "A doc. Q: b?"], [12, 12], "A doc."),
         (["doc Q: a? x", "doc Q: b? y"], [9, 9], "doc Q: "),
         (["a? doc. yes", "bb? doc. no"], [7, 8], "? doc."),
         (["doc. yes", "doc. no"], [4, 4], "doc."),
@@ -489,6 +489,32 @@ def test_the_shared_text_is_found(texts, stops, common):
 def test_explanations_of_different_texts_are_refused():
     with pytest.raises(ValueError, match=r"^others must explain the same text: "):
         explain("one thing").to_html(others=[explain("another story")])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shares"),
+    [
+        (("doc. Q: a?", "doc. Q: b?"), 4),
+        (("The pay is 34 an hour. Q: x? A:", "Night work is at 10 pm. Q: x? A:"), 10),
+        (("doc. Q: a?", "doc. Q: b?" + " longer" * 9), 4),
+        (("aaaa b", "aaaa " + "b" * 10), 6),
+        (("", "a"), 0),
+    ],
+)
+def test_prompts_that_share_less_than_half_are_refused(prompts, shares):
+    with pytest.raises(ValueError, match=rf"^others must .* share {shares} characters .*\.$"):
+        shared(prompts, [len(prompt) for prompt in prompts])
+
+
+def test_an_overlay_says_what_it_does_not_show():
+    def subtitle(*explanations):
+        page = Page(to_html(explanations))
+        return next(e.text for e in page.elements if e.attributes.get("class") == "sub")
+
+    assert "where they differ (the questions)" in subtitle(*overlaid())
+    assert "differ" not in subtitle(explain(), explain(answer=" 51"))
+    assert "differ" not in subtitle(explain(), explain())
+    assert "differ" not in subtitle(explain())
 
 
 def test_ten_thousand_units_make_one_page(tmp_path):

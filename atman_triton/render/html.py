@@ -30,13 +30,14 @@ WEAK = 0.02  # of the strongest: below it nothing is coloured
 FAINT = 0.15  # the same where several explanations lie over each other
 STRONG = 0.35  # of the strongest: what is marked besides by a line or listed as opposing
 TELLING = 0.01  # of the strongest: what is listed at first
+SHARED = 0.5  # of every prompt, at least: less in common, and the documents are different ones
 INFINITY = 1e30  # stands for an infinite number of nats in the page's JSON
 
 
 def to_html(explanations: Sequence[Explanation]) -> str:
     """The page for one explanation, or for several of one document laid over each other.
 
-    Raises: ValueError: if several explanations share no text.
+    Raises: ValueError: if several explanations do not share most of their prompts.
     """
     first, several = explanations[0], len(explanations) > 1
     placed = [layout.place(explanation) for explanation in explanations]
@@ -83,7 +84,7 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         palette=_palette(),
         style=style,
         heading=escape(heading),
-        subtitle=escape(_subtitle(explanations)),
+        subtitle=escape(_subtitle(explanations, length)),
         controls=_cards(explanations, labels) if several else _chips(first),
         text=marked,
         legend="" if several else LEGEND,
@@ -106,7 +107,7 @@ def shared(texts: Sequence[str], prompt_stops: Sequence[int]) -> tuple[list[int]
     Documents stand before the question or after it, so the common start of the prompts and their
     common end are tried, and the longer one taken.
 
-    Raises: ValueError: if there is none.
+    Raises: ValueError: if it is less than half of a prompt: they are about different documents.
     """
     if all(text == texts[0] for text in texts):
         return [0] * len(texts), len(texts[0])
@@ -117,9 +118,11 @@ def shared(texts: Sequence[str], prompt_stops: Sequence[int]) -> tuple[list[int]
         ends = [match.end() for match in re.finditer(r"\n|[.!?。](?=\s)", prompts[0][:head])]
         head = ends[-1] if ends else head
     tail = _common([prompt[::-1] for prompt in prompts])
-    if not prompts[0][:head].strip() and not prompts[0][len(prompts[0]) - tail :].strip():
+    longest = max(map(len, prompts))
+    if max(head, tail) < SHARED * longest or not longest:
         raise ValueError(
-            "others must explain the same text: their prompts have neither start nor end in common."
+            f"others must explain the same text: their prompts share {max(head, tail)} characters "
+            f"at their start or end, and the longest has {longest}; half of it is needed."
         )
     if head >= tail:
         return [0] * len(texts), head
@@ -256,11 +259,17 @@ def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
 
 
-def _subtitle(explanations: Sequence[Explanation]) -> str:
+def _subtitle(explanations: Sequence[Explanation], length: int) -> str:
     if len(explanations) > 1:
-        return (
+        colours = (
             "Each colour shows what supports one answer; the deeper, the more its loss rises when "
             "that piece is suppressed."
+        )
+        if all(length >= explanation.prompt_stop for explanation in explanations):
+            return colours
+        return (
+            f"{colours} Only the text that all prompts share is shown; where they differ (the "
+            "questions), their text and its colours are not."
         )
     probability = math.exp(float(explanations[0].base_logprobs.sum()))
     return (
