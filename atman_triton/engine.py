@@ -33,6 +33,10 @@ _TOKENS_PER_BATCH_ELSEWHERE = 65536
 _REDUCTION_BYTES = 1 << 26
 
 
+class RunFailed(ValueError):
+    """The arguments were right, but the model's numbers or words cannot be explained."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How every row of a run is perturbed and how large batches are; names as in ``Explainer``."""
@@ -118,10 +122,10 @@ def run_perturbations(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if bool(logprobs.isnan().any()):
-        raise ValueError(f"the model returns NaN in {_dtype(model)}; try another dtype.")
+        raise RunFailed(f"the model returns NaN in {_dtype(model)}; try another dtype.")
     if not bool(logprobs[0].isfinite().all()):
         token = int((~logprobs[0].isfinite()).nonzero()[0])
-        raise ValueError(f"the model gives target token {token} probability 0: nothing to explain.")
+        raise RunFailed(f"the model gives target token {token} probability 0: nothing to explain.")
     return Run(
         base_logprobs=logprobs[0].clone(),
         suppressed_logprobs=logprobs[1:].T.contiguous(),

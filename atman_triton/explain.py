@@ -17,6 +17,7 @@ from ._version import __version__
 from .attention import BACKENDS, MODES
 from .engine import (
     Run,
+    RunFailed,
     Settings,
     check_causal,
     context_window,
@@ -234,7 +235,7 @@ class Explainer:
         while kept and completion[kept - 1] in ends:
             kept -= 1
         if not kept:
-            raise ValueError("the model's completion is empty: it ended at once; give a target.")
+            raise RunFailed("the model's completion is empty: it ended at once; give a target.")
         answer = tokens_of_ids(completion[:kept], self.tokenizer, after=prompt)
         if kept == len(completion):
             return answer, []
