@@ -283,6 +283,8 @@ def _compile_or_explain(case: Case) -> Report | str:
     try:
         return compile_case(case)
     except Exception as error:  # noqa: BLE001 - one failed variant must not hide the others
+        while error.__cause__ is not None:  # triton nests the place in an inner function
+            error = error.__cause__
         return f"{case}: {type(error).__name__}: {error}"
 
 

@@ -68,7 +68,7 @@ class Case:
         ]
         parts += [head_dim, SHORT[self.dtype], self.band]
         parts += [self.mode, self.factors] if self.factors != "none" else ["plain"]
-        parts += ["cap"] * (self.softcap is not None) + ["sinks"] * self.sinks
+        parts += [f"cap{cap:g}" for cap in [self.softcap] if cap] + ["sinks"] * self.sinks
         parts += [f"bias_{self.bias}"] * (self.bias != "none")
         parts += [f"mask_{self.mask}"] * (self.mask != "none")
         parts += [self.layout] * (self.layout != "plain")
@@ -178,7 +178,7 @@ def covering_cases() -> list[Case]:
         "mode": [*MODES],
         "factors": ["none", "some", "per_head", "one"],
         "band": ["full", "causal", "upper_left", "offset", "window", "window_full"],
-        "softcap": [None, 2.5],
+        "softcap": [None, 2.5, 50.0],
         "sinks": [False, True],
         "bias": ["none", "dense", "shared", "alibi"],
         "mask": ["none", "left", "right", "holes", "rows", "heads"],
@@ -241,6 +241,20 @@ ODD = Case(batch=1, heads=(2, 2))
 )
 def test_odd_shapes(case):
     check(replace(case, factors="one" if max(case.tokens) > 500 else "some"))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 63, 64, 65, 66])
+def test_band_at_tile_borders(causal, window):
+    """Every offset around a tile's border: one key too many or too few is an error of order 1."""
+    case = Case(tokens=(66, 131), dims=(16, 16), heads=(1, 1), batch=1, factors="none")
+    tensors, options = make_inputs(case)
+    options |= {"causal": causal, "window": window}
+    double = [t.double() for t in tensors[:3]]
+    for offset in [*range(-3, 1), *range(60, 67)] if causal or window else [0]:
+        out, _ = launch(tensors, options | {"query_offset": offset})
+        oracle, _ = attention_reference(*double, **options, query_offset=offset)
+        assert (out - oracle).abs().max() < 1e-5, offset
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
