@@ -67,7 +67,8 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
     Raises:
         TypeError: if the prompt is none of these.
         ValueError: if it is empty, holds an id the model does not know, or needs a tokenizer or a
-            chat template that is not there.
+            chat template that is not there; if an encoding hides tokens between others, or its
+            positions do not count from 0.
     """
     if isinstance(prompt, str):
         if not prompt:
@@ -330,14 +331,37 @@ def _ids_of_encoding(encoding: Mapping[str, Any]) -> list[int]:
     if unknown:
         raise ValueError(f"prompt must be text alone, but it holds {', '.join(unknown)}.")
     ids = _checked_ids("prompt", encoding["input_ids"])
-    mask = encoding.get("attention_mask")
-    if mask is None:
-        return ids
-    visible = torch.as_tensor(mask).flatten().tolist()
-    kept = [token for token, seen in zip(ids, visible, strict=True) if seen]
-    if not kept:
+    visible = _row_of("attention_mask", encoding, len(ids)) or [1] * len(ids)
+    shown = [index for index, seen in enumerate(visible) if seen]
+    if not shown:
         raise ValueError("prompt must not be empty: its attention_mask hides every token.")
-    return kept
+    start, stop = shown[0], shown[-1] + 1
+    if any(seen != 1 for seen in visible[start:stop]):
+        raise ValueError(
+            f"attention_mask must be one block of ones with padding around it, got {visible}."
+        )
+    positions = _row_of("position_ids", encoding, len(ids))
+    if positions is not None and positions[start:stop] != list(range(stop - start)):
+        raise ValueError(
+            f"position_ids must be 0 to {stop - start - 1} for the tokens that attention_mask "
+            f"shows, got {positions[start:stop]}."
+        )
+    return ids[start:stop]
+
+
+def _row_of(name: str, encoding: Mapping[str, Any], length: int) -> list[Any] | None:
+    """One value for each of ``length`` ids, or None if the encoding does not hold any."""
+    value = encoding.get(name)
+    if value is None:
+        return None
+    wanted = f"{name} must have one value for each of the {length} input_ids"
+    try:
+        row = torch.as_tensor(value).flatten().tolist()
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{wanted}, got {value!r}.") from error
+    if len(row) != length:
+        raise ValueError(f"{wanted}, got {len(row)}.")
+    return row
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

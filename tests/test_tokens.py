@@ -210,8 +210,14 @@ def test_ids_without_a_tokenizer_are_their_own_text():
         lambda ids: torch.tensor(ids).numpy(),
         lambda ids: {"input_ids": ids},
         lambda ids: {"input_ids": [[0, *ids]], "attention_mask": [[0, *(1 for _ in ids)]]},
+        lambda ids: {"input_ids": [*ids, 0], "attention_mask": torch.tensor([[1, 1, 1, 0]])},
+        lambda ids: {
+            "input_ids": [[0, *ids]],
+            "attention_mask": [[False, True, True, True]],
+            "position_ids": [[1, 0, 1, 2]],
+        },
     ],
-    ids=["list", "tuple", "tensor", "row", "array", "encoding", "padded"],
+    ids=["list", "tuple", "tensor", "row", "array", "encoding", "left", "right", "positions"],
 )
 def test_prompt_ids_in_every_form(convert):
     assert encode_prompt(convert([5, 12, 7]), None, MANY).ids == [5, 12, 7]
@@ -324,6 +330,46 @@ def test_chat_template_that_depends_on_the_content_is_searched():
         ({"attention_mask": [1]}, None, "prompt must hold input_ids"),
         ({"input_ids": [1], "attention_mask": [0]}, None, "its attention_mask hides every token"),
         ({"input_ids": [1], "pixel_values": [0]}, None, "text alone, but it holds pixel_values"),
+        (
+            {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1]},
+            None,
+            r"attention_mask must be one block of ones .*, got \[1, 0, 1\]",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [0.5, 1]},
+            None,
+            r"attention_mask must be one block of ones .*, got \[0.5, 1.0\]",
+        ),
+        (
+            {"input_ids": [5, 6, 7], "attention_mask": [1, 1]},
+            None,
+            "attention_mask must have one value for each of the 3 input_ids, got 2",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": torch.ones(1, 1, 2, 2)},
+            None,
+            r"attention_mask must have one value for each of the 2 input_ids, got 4",
+        ),
+        (
+            {"input_ids": [5, 6, 7], "position_ids": [0, 2, 3]},
+            None,
+            r"position_ids must be 0 to 2 .*, got \[0, 2, 3\]",
+        ),
+        (
+            {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "position_ids": [0, 1, 2]},
+            None,
+            r"position_ids must be 0 to 1 .*, got \[1, 2\]",
+        ),
+        (
+            {"input_ids": [5, 6, 7], "position_ids": [[0, 1]]},
+            None,
+            "position_ids must have one value for each of the 3 input_ids, got 2",
+        ),
+        (
+            {"input_ids": [5, 6], "attention_mask": [[1], [1, 1]]},
+            None,
+            "attention_mask must have one value for each of the 2 input_ids",
+        ),
     ],
 )
 def test_bad_prompts_are_refused(prompt, tokenizer, message):
