@@ -205,6 +205,10 @@ def view(
             explanations.append(load(file))
         except FileNotFoundError as error:
             raise BadUsage(f"{file} does not exist.") from error
+        except IsADirectoryError as error:
+            raise BadUsage(f"{file} is a folder.") from error
+        except OSError as error:
+            raise BadUsage(f"{file} cannot be read: {error}") from error
         except ValueError as error:
             raise BadUsage(str(error)) from error
     for file, explanation in zip(files, explanations, strict=True):
@@ -305,13 +309,17 @@ def _device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise BadUsage(f"--device must be auto, cpu, cuda or mps, got {name!r}.") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise BadUsage(f"--device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}.")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             found = f"{count} CUDA devices were found" if count else "no CUDA device was found"
             raise BadUsage(f"--device {name}: {found}; try --device cpu.")
+    elif device.index:
+        raise BadUsage(f"--device {name}: there is one {device.type} device, {device.type}.")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise BadUsage(f"--device {name}: no MPS device was found; try --device cpu.")
     return name
@@ -362,18 +370,32 @@ def _explain(
 ) -> Explanation:
     import torch
 
+    from .engine import RunFailed
     from .explain import Explainer
 
     try:
         explainer = Explainer(model, tokenizer, progress=progress, **settings)
         return explainer.explain(prompt, target, max_new_tokens=max_new_tokens)
-    except (ValueError, TypeError) as error:
+    except RunFailed as error:
+        raise Failed(str(error)) from error
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
         raise BadUsage(str(error)) from error
     except torch.OutOfMemoryError as error:
         raise Failed(
             "the device has not enough memory, even for one perturbation at a time; shorten the "
             "prompt, or try --dtype bfloat16 or --device cpu."
         ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether this package found the error, as it does with wrong arguments, or a library did."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    package = __name__.rpartition(".")[0]
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith(package)
 
 
 def _write(

@@ -18,6 +18,7 @@ from atman_triton import cli
 from atman_triton._version import __version__
 from atman_triton.explain import Explainer
 from atman_triton.explanation import load
+from atman_triton.integration import UnsupportedModelError
 
 PROMPT = "The pay per hour is 23 euros. [bold]Q:[/bold] What is the pay? A:"
 
@@ -221,7 +222,10 @@ def check(result, code, message):
         (["explain", "x", "--mode", "add"], "--mode must be one of multiplicative, min_shift"),
         (["explain", "x", "--dtype", "int8"], "--dtype must be one of auto, float32"),
         (["explain", "x", "--batch-size", "0"], "--batch-size must be auto or a number"),
-        (["explain", "x", "--device", "tpu9"], "--device must be auto, cpu, cuda or mps"),
+        (["explain", "x", "--device", "tpu9"], "--device must be auto, cpu, cuda, cuda:1 or mps"),
+        (["explain", "x", "--device", "meta"], "--device must be auto, cpu, cuda, cuda:1 or mps"),
+        (["explain", "x", "--device", "xpu"], "--device must be auto, cpu, cuda, cuda:1 or mps"),
+        (["explain", "x", "--device", "mps:3"], "--device"),
         (["explain", "x", "--device", "cuda:99"], "try --device cpu."),
         (["explain", "x", "--top-k", "0"], "--top-k"),
         (["explain", "x", "--factor", "high"], "--factor"),
@@ -238,6 +242,7 @@ def check(result, code, message):
         (["explain", "--colour"], "No such option: --colour"),
         (["view"], "(see 'atman --help')"),
         (["view", "no.json"], "no.json does not exist."),
+        (["view", "."], ". is a folder."),
         (["paint"], "No such command 'paint'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -251,6 +256,39 @@ def test_bad_usage_that_the_explainer_finds(run, folder):
     check(run(*words, "x", "--factor", 2), 2, "factor must lie in [0, 1), got 2.0")
     check(run(*words, "x", "--target", ""), 2, "empty")
     check(run(*words, "word " * 100, "--target", "y"), 2, "context window of 64 tokens")
+
+
+def only_the_first_token(logits):
+    logits[..., 1:] = -torch.inf
+    return logits
+
+
+def break_logits(reader, change):
+    """A hook on the model's last layer, which sees all logits."""
+    return reader[0].lm_head.register_forward_hook(lambda *call: change(call[2].clone()))
+
+
+def test_errors_of_the_run_itself_are_no_bad_usage(run, reader, folder, monkeypatch):
+    words = ["explain", PROMPT, "--model", folder, "--quiet"]
+    monkeypatch.setattr(cli, "_load_model", lambda *_: reader)
+    with break_logits(reader, lambda logits: logits.fill_(torch.nan)):
+        check(run(*words, "--target", "23"), 1, "the model returns NaN in torch.float32")
+    with break_logits(reader, only_the_first_token):
+        check(run(*words, "--target", "23"), 1, "gives target token 0 probability 0")
+    monkeypatch.setattr(reader[0].generation_config, "eos_token_id", list(range(300)))
+    check(run(*words), 1, "atman: the model's completion is empty: it ended at once")
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, UnsupportedModelError])
+def test_what_the_model_raises_is_no_bad_usage(run, reader, folder, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("this model is no good")
+
+    monkeypatch.setattr(cli, "_load_model", lambda *_: reader)
+    monkeypatch.setattr(reader[0].model, "forward", fail)
+    for words in (["--target", "23"], []):
+        result = run("explain", PROMPT, "--model", folder, "--quiet", *words)
+        check(result, 1, "this model is no good")
 
 
 def test_an_empty_pipe_is_an_empty_prompt(run):
