@@ -238,7 +238,7 @@ def test_other_errors_are_not_taken_for_memory():
 def test_automatic_batch_size(monkeypatch):
     model = llama()
     monkeypatch.setattr(engine, "_free_memory", lambda model: None)
-    assert automatic_batch_size(model, 10, 2) == 102  # 1024 tokens on a CPU
+    assert automatic_batch_size(model, 10, 2) == 204  # 2048 tokens on a CPU
     assert automatic_batch_size(model, 5000, 2) == 1
     row = engine._bytes_per_row(model, 10, 2)
     monkeypatch.setattr(engine, "_free_memory", lambda model: 20 * row)
