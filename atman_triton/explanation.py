@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -327,7 +327,7 @@ def load(path: str | os.PathLike[str]) -> Explanation:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ValueError(f'{path} is no saved explanation: it lacks "format": "{FORMAT}".')
     version = data.get("version")
-    if not isinstance(version, int) or version < 1:
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ValueError(f"{path} is damaged: version must be a positive integer, got {version!r}.")
     if version > VERSION:
         raise ValueError(
@@ -338,7 +338,7 @@ def load(path: str | os.PathLike[str]) -> Explanation:
         return from_json(data)
     except KeyError as error:
         raise ValueError(f"{path} is damaged: it lacks {error.args[0]!r}.") from error
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -362,18 +362,29 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Explanation:
     """The inverse of ``to_json``.
 
-    Raises: KeyError, TypeError or ValueError: if a field is missing or wrong.
+    Raises: KeyError, TypeError or ValueError: if a field is missing or wrong, naming the field.
     """
+    units = [_unit(f"units[{i}]", item) for i, item in enumerate(_list("units", data["units"]))]
+    targets = [
+        _target(f"targets[{i}]", item) for i, item in enumerate(_list("targets", data["targets"]))
+    ]
+    rows = _list("suppressed_logprobs", data["suppressed_logprobs"], len(targets))
+    suppressed = [
+        _tensor(f"suppressed_logprobs[{i}]", row, len(units)) for i, row in enumerate(rows)
+    ]
+    if not isinstance(data["provenance"], dict):
+        raise ValueError(f"provenance must be an object, got {data['provenance']!r}.")
     return Explanation(
-        text=data["text"],
-        prompt_stop=data["prompt_stop"],
-        units=[Unit(**piece | {"tokens": tuple(piece["tokens"])}) for piece in data["units"]],
-        targets=[Target(**piece) for piece in data["targets"]],
-        base_logprobs=_tensor(data["base_logprobs"]),
-        suppressed_logprobs=torch.stack([_tensor(row) for row in data["suppressed_logprobs"]]),
-        reduction=data["reduction"],
+        text=_str("text", data["text"]),
+        prompt_stop=_int("prompt_stop", data["prompt_stop"]),
+        units=units,
+        targets=targets,
+        base_logprobs=_tensor("base_logprobs", data["base_logprobs"]),
+        suppressed_logprobs=torch.stack(suppressed) if suppressed else torch.empty(0, len(units)),
+        reduction=cast(Any, _str("reduction", data["reduction"])),
         left_out=[
-            LeftOut(**piece | {"tokens": tuple(piece["tokens"])}) for piece in data["left_out"]
+            _left_out(f"left_out[{i}]", item)
+            for i, item in enumerate(_list("left_out", data["left_out"]))
         ],
         provenance=data["provenance"],
     )
@@ -441,7 +452,90 @@ def _numbers(values: Tensor) -> list[float | str | None]:
     ]
 
 
-def _tensor(values: list[float | str | None]) -> Tensor:
-    return torch.tensor(
-        [float("nan") if value is None else float(value) for value in values], dtype=torch.float32
+def _unit(name: str, data: Any) -> Unit:
+    piece = _object(name, data, Unit)
+    return Unit(
+        text=_str(f"{name}.text", piece["text"]),
+        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
+        start=_place(f"{name}.start", piece["start"]),
+        stop=_place(f"{name}.stop", piece["stop"]),
+        part=cast(Any, _str(f"{name}.part", piece["part"])),
     )
+
+
+def _target(name: str, data: Any) -> Target:
+    piece = _object(name, data, Target)
+    return Target(
+        text=_str(f"{name}.text", piece["text"]),
+        token=_int(f"{name}.token", piece["token"]),
+        token_id=_int(f"{name}.token_id", piece["token_id"]),
+        start=_place(f"{name}.start", piece["start"]),
+        stop=_place(f"{name}.stop", piece["stop"]),
+    )
+
+
+def _left_out(name: str, data: Any) -> LeftOut:
+    piece = _object(name, data, LeftOut)
+    return LeftOut(
+        text=_str(f"{name}.text", piece["text"]),
+        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
+        reason=_str(f"{name}.reason", piece["reason"]),
+    )
+
+
+def _object(name: str, value: Any, kind: type[Unit] | type[Target] | type[LeftOut]) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object, got {value!r}.")
+    known = [each.name for each in fields(kind)]
+    for key in known:
+        if key not in value:
+            raise ValueError(f"{name} lacks {key!r}.")
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{name} has the unknown field {key!r}.")
+    return value
+
+
+def _list(name: str, value: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list, got {value!r}.")
+    if length is not None and len(value) != length:
+        raise ValueError(f"{name} must have length {length}, got {len(value)}.")
+    return value
+
+
+def _str(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a str, got {value!r}.")
+    return value
+
+
+def _int(name: str, value: Any, kind: str = "an int") -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be {kind}, got {value!r}.")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}.")
+    return value
+
+
+def _place(name: str, value: Any) -> int | None:
+    return None if value is None else _int(name, value, "an int or null")
+
+
+def _tokens(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_int(f"{name}[{i}]", token) for i, token in enumerate(_list(name, value)))
+
+
+def _tensor(name: str, values: Any, length: int | None = None) -> Tensor:
+    """The inverse of ``_numbers``."""
+    numbers = []
+    for index, value in enumerate(_list(name, values, length)):
+        if value is None:
+            numbers.append(math.nan)
+        elif value in ("inf", "-inf") or (
+            isinstance(value, int | float) and not isinstance(value, bool)
+        ):
+            numbers.append(float(value))
+        else:
+            raise ValueError(f"{name}[{index}] must be a number, got {value!r}.")
+    return torch.tensor(numbers, dtype=torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from toy_explanations import HOSTILE, explain
 
-from atman_triton.explanation import Explanation, LeftOut, Target, Unit, load
+from atman_triton.explanation import Explanation, LeftOut, Target, Unit, from_json, load, to_json
 
 NAN, INF = float("nan"), float("inf")
 
@@ -257,7 +257,7 @@ def damage(text, **changes):
         (lambda text: damage(text, suppressed_logprobs=[[0.0, 0.0], [0.0]]), "is damaged: "),
         (lambda text: damage(text, suppressed_logprobs=[]), "is damaged: "),
         (lambda text: damage(text, units=[3]), "is damaged: "),
-        (lambda text: damage(text, units=[{"text": "a"}]), "is damaged: it lacks 'tokens'."),
+        (lambda text: damage(text, units=[{"text": "a"}]), "is damaged: units[0] lacks 'tokens'."),
         (lambda text: text.replace("prompt_stop", "stop_prompt"), "it lacks 'prompt_stop'."),
     ],
 )
@@ -268,6 +268,61 @@ def test_a_file_that_cannot_be_loaded_says_why(tmp_path, edit, message):
     with pytest.raises(ValueError, match=r"saved\.json") as caught:
         load(path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["version"], True, "version must be a positive integer, got True."),
+        (["text"], 5, "text must be a str, got 5."),
+        (["prompt_stop"], 1.0, "prompt_stop must be an int, got 1.0."),
+        (["prompt_stop"], True, "prompt_stop must be an int, got True."),
+        (["reduction"], ["mean"], "reduction must be a str, got ['mean']."),
+        (["units"], {}, "units must be a list, got {}."),
+        (["units", 1], "ab", "units[1] must be an object, got 'ab'."),
+        (["units", 0, "text"], 5, "units[0].text must be a str, got 5."),
+        (["units", 0, "tokens"], "ab", "units[0].tokens must be a list, got 'ab'."),
+        (["units", 0, "tokens"], [0, True], "units[0].tokens[1] must be an int, got True."),
+        (["units", 0, "tokens"], [-1], "units[0].tokens[0] must be at least 0, got -1."),
+        (["units", 1, "start"], "1", "units[1].start must be an int or null, got '1'."),
+        (["units", 1, "stop"], 2.5, "units[1].stop must be an int or null, got 2.5."),
+        (["units", 1, "part"], ["target"], "units[1].part must be a str, got ['target']."),
+        (["units", 1, "colour"], 1, "units[1] has the unknown field 'colour'."),
+        (["targets", 0, "token"], "1", "targets[0].token must be an int, got '1'."),
+        (["targets", 0, "token_id"], None, "targets[0].token_id must be an int, got None."),
+        (["targets", 1, "text"], None, "targets[1].text must be a str, got None."),
+        (["base_logprobs"], 1, "base_logprobs must be a list, got 1."),
+        (["base_logprobs", 1], "x", "base_logprobs[1] must be a number, got 'x'."),
+        (["base_logprobs", 1], True, "base_logprobs[1] must be a number, got True."),
+        (["base_logprobs", 1], 10**400, "int too large to convert to float"),
+        (["suppressed_logprobs"], "ab", "suppressed_logprobs must be a list, got 'ab'."),
+        (["suppressed_logprobs"], [[1], [1, 2]], "suppressed_logprobs[0] must have length 2"),
+        (["suppressed_logprobs"], [], "suppressed_logprobs must have length 2, got 0."),
+        (["suppressed_logprobs", 1], "ab", "suppressed_logprobs[1] must be a list, got 'ab'."),
+        (["suppressed_logprobs", 1, 0], [], "suppressed_logprobs[1][0] must be a number, got []."),
+        (["left_out"], None, "left_out must be a list, got None."),
+        (["left_out", 0, "reason"], 1, "left_out[0].reason must be a str, got 1."),
+        (["provenance"], [1], "provenance must be an object, got [1]."),
+    ],
+    ids=str,
+)
+def test_a_field_of_the_wrong_type_is_named(tmp_path, path, value, message):
+    file = tmp_path / "saved.json"
+    small(left_out=[LeftOut("<s>", (0,), "special token")]).save(file)
+    data = json.loads(file.read_text())
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="is damaged: ") as caught:
+        load(file)
+    assert str(caught.value).startswith(f"{file} is damaged: {message}")
+
+
+def test_a_whole_number_is_a_log_probability():
+    data = to_json(small()) | {"base_logprobs": [-1, -1]}
+    assert from_json(data) == small()
 
 
 def test_other_files_cannot_be_loaded(tmp_path):
