@@ -52,14 +52,16 @@ class Case:
             num_attention_heads=self.heads,
             num_key_value_heads=self.key_heads,
             max_position_embeddings=4096,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             initializer_range=0.05,
         )
         model = LlamaForCausalLM(config).eval()
         return model.to(device=DEVICE, dtype=self.dtype)  # pyright: ignore[reportCallIssue]
 
 
-CASES = [Case("llama-34M", 512, 6, 8, 4, 1376, torch.float32, 256, 4, 256, limit=0.45)]
+# As the Llamas with this vocabulary: the output head is a matrix of its own, and with 34M parameters
+# it takes more of a full forward pass than the layers do.
+CASES = [Case("llama-34M", 384, 6, 6, 2, 1024, torch.float32, 256, 4, 256, limit=0.45)]
 if DEVICE.type == "cuda":
     CASES.append(Case("llama-1B", 2048, 16, 32, 8, 8192, torch.bfloat16, 1024, 4, 10))
 
