@@ -59,8 +59,8 @@ class Case:
         return model.to(device=DEVICE, dtype=self.dtype)  # pyright: ignore[reportCallIssue]
 
 
-# As the Llamas with this vocabulary: the output head is a matrix of its own, and with 34M parameters
-# it takes more of a full forward pass than the layers do.
+# Like the Llamas with this vocabulary it has an output head of its own, which with 34M parameters
+# takes more of a full forward pass than the layers do.
 CASES = [Case("llama-34M", 384, 6, 6, 2, 1024, torch.float32, 256, 4, 256, limit=0.45)]
 if DEVICE.type == "cuda":
     CASES.append(Case("llama-1B", 2048, 16, 32, 8, 8192, torch.bfloat16, 1024, 4, 10))
