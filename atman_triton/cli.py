@@ -145,8 +145,9 @@ def explain(
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or perturbations per pass.")] = "auto",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="The longest answer to generate, in tokens.")
-    ] = 32,
+        int | None,
+        typer.Option(min=1, show_default="32", help="The longest answer to generate, in tokens."),
+    ] = None,
     html: Html = None,
     plot: Plot = None,
     save: Annotated[
@@ -160,6 +161,8 @@ def explain(
     """Show which words of a text made a model give its answer."""
     _check_outputs(html=html, plot=plot, save=save)
     size = _batch_size(batch_size)
+    if target is not None and max_new_tokens is not None:
+        raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
     _check_settings(preset, mode, dtype)
     words = _prompt(prompt, file, shipped=model is None)
     place = _device(device)
@@ -366,7 +369,7 @@ def _explain(
     *,
     settings: dict[str, Any],
     progress: bool,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
 ) -> Explanation:
     import torch
 

@@ -33,6 +33,8 @@ from .units import Layout, lay_out
 
 END_OF_TEXT = "end of text, generated and not explained"
 
+_NEW_TOKENS = 32  # how many are generated where there is room and nothing else is said
+
 Granularity = Literal["token"]
 Reduction = Literal["mean", "sum"]
 
@@ -122,7 +124,7 @@ class Explainer:
         explain_only: Sequence[int] | None = None,
         reduction: Reduction = "mean",
         separator: str | None = None,
-        max_new_tokens: int = 32,
+        max_new_tokens: int | None = None,
         **generation_kwargs: Any,
     ) -> Explanation:
         """Which units of the prompt (and of the target so far) supported each target token.
@@ -147,8 +149,9 @@ class Explainer:
                 elsewhere: next to whitespace, after an opening bracket or quote, before closing
                 punctuation, in scripts written without spaces, after chat messages or token ids.
                 ``""`` takes the target literally. What was used is in ``provenance``.
-            max_new_tokens: The most tokens to generate.
-            **generation_kwargs: Passed on to ``model.generate``.
+            max_new_tokens: The most tokens to generate, only without a target. None is 32, or what
+                the context window has room for.
+            **generation_kwargs: Passed on to ``model.generate``, only without a target.
         Raises:
             TypeError: if an argument is not of the type above.
             ValueError: if prompt or target is empty or does not fit into the context window, or a
@@ -159,15 +162,15 @@ class Explainer:
         """
         _check_one_of("granularity", granularity, get_args(Granularity))
         _check_one_of("reduction", reduction, get_args(Reduction))
-        if target is not None and generation_kwargs:
-            unknown = ", ".join(generation_kwargs)
-            raise TypeError(f"{unknown} would go to model.generate, but a target is given.")
+        _check_generation(target, max_new_tokens, generation_kwargs)
         vocabulary = vocabulary_size(self.model)
         words = encode_prompt(prompt, self.tokenizer, vocabulary)
         facts: dict[str, Any] = {"target": "given"}
         end: list[LeftOut] = []
         with undisturbed(self.model):
             if target is None:
+                if max_new_tokens is None:
+                    max_new_tokens = self._default_new_tokens(len(words))
                 self._check_length(len(words), max_new_tokens, "max_new_tokens")
                 generation = {"max_new_tokens": max_new_tokens} | generation_kwargs
                 answer, end = self._generate(words, generation)
@@ -247,11 +250,19 @@ class Explainer:
         limit = context_window(self.model)
         needed = prompt_tokens + target_tokens - 1  # the last target token is never read
         if limit is not None and needed > limit:
+            remedy = "shorten one of them"
+            if whose == "max_new_tokens":
+                room = limit - prompt_tokens + 1
+                remedy = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
             raise ValueError(
                 f"prompt and target must fit into the context window of {limit} tokens, got "
-                f"{prompt_tokens} and {whose} {target_tokens}: {needed - limit} too many; shorten "
-                "one of them."
+                f"{prompt_tokens} and {whose} {target_tokens}: {needed - limit} too many; {remedy}."
             )
+
+    def _default_new_tokens(self, prompt_tokens: int) -> int:
+        limit = context_window(self.model)
+        room = _NEW_TOKENS if limit is None else limit - prompt_tokens + 1
+        return max(1, min(_NEW_TOKENS, room))
 
     def _provenance(self, run: Run, granularity: str) -> dict[str, Any]:
         """How the numbers came about, as JSON values."""
@@ -302,6 +313,19 @@ def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[i
 def _check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _check_generation(target: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
+    """Refuse generation arguments beside a given target, and a length that is none."""
+    names = [*(["max_new_tokens"] if max_new_tokens is not None else []), *others]
+    if target is not None and names:
+        raise TypeError(f"{', '.join(names)} would go to model.generate, but a target is given.")
+    if max_new_tokens is None:
+        return
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an int or None, got {max_new_tokens!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
 
 
 def _checked_factor(factor: Any) -> float:

@@ -228,6 +228,7 @@ def check(result, code, message):
         (["explain", "x", "--device", "mps:3"], "--device"),
         (["explain", "x", "--device", "cuda:99"], "try --device cpu."),
         (["explain", "x", "--top-k", "0"], "--top-k"),
+        (["explain", "x", "--target", "y", "--max-new-tokens", "3"], "--target gives one."),
         (["explain", "x", "--factor", "high"], "--factor"),
         (["explain", "x", "--file", "y"], "as an argument or with --file, not both."),
         (["explain", "--file", "no/such/file"], "--file: no/such/file does not exist."),

@@ -330,14 +330,21 @@ def test_bad_settings_are_refused(changes, error, message):
         ({"granularity": "sentence"}, ValueError, "granularity must be one of token, got"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, got 'max'"),
         ({"explain_only": [99]}, ValueError, "explain_only holds unit index 99, but this input"),
-        ({"max_new_tokens": 3}, None, None),  # harmless with a target: it is a default
+        ({"max_new_tokens": 3}, TypeError, "max_new_tokens would go to model.generate, but a"),
+        (
+            {"target": None, "max_new_tokens": "3"},
+            TypeError,
+            "max_new_tokens must be an int or None, got '3'",
+        ),
+        (
+            {"target": None, "max_new_tokens": 0},
+            ValueError,
+            "max_new_tokens must be at least 1, got 0",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(arguments, error, message):
     arguments = {"prompt": PROMPT, "target": "23"} | arguments
-    if error is None:
-        explainer().explain(**arguments)
-        return
     with pytest.raises(error, match=message):
         explainer().explain(**arguments)
 
@@ -350,8 +357,19 @@ def test_what_does_not_fit_into_the_context_window_is_refused():
         match="context window of 64 tokens, got 62 and the target's 4: 1 too many; shorten",
     ):
         explainer(None).explain(fitting, [1, 2, 3, 4])
-    with pytest.raises(ValueError, match="got 62 and max_new_tokens 32: 29 too many"):
-        explainer(None).explain(fitting)
+    with pytest.raises(
+        ValueError, match="got 62 and max_new_tokens 32: 29 too many; lower max_new_tokens to 3"
+    ):
+        explainer(None).explain(fitting, max_new_tokens=32)
+    with pytest.raises(ValueError, match="got 65 and max_new_tokens 1: 1 too many; shorten the p"):
+        explainer(None).explain([5] * (WINDOW + 1))
+
+
+@pytest.mark.parametrize(("length", "room"), [(10, 32), (WINDOW - 2, 3), (WINDOW, 1)])
+def test_as_much_is_generated_as_the_context_window_has_room_for(length, room):
+    e = explainer(None, batch_size=8).explain([5] * length, explain_only=[0])
+    assert len(e.targets) == room
+    assert e.provenance["generation"] == {"max_new_tokens": room}
 
 
 def test_a_str_prompt_without_a_tokenizer_is_refused():
