@@ -49,6 +49,14 @@ def _refuse_weights(output_attentions: bool | None) -> None:
         )
 
 
+def _switched(module: Any) -> bool:
+    """Whether this thread runs "atman"; layers that another thread has replaced stay as they were.
+
+    The originals are then called by name: `super()` fails once the class has been put back.
+    """
+    return module.config._attn_implementation == NAME
+
+
 def _fit(alibi: Tensor, batch: int, heads: int, key_tokens: int) -> Tensor:
     """ALiBi as ``[B, H, 1, Tk]``; the empty slots of a static cache, never visible, get 0."""
     bias = alibi.reshape(batch, heads, 1, -1)[..., :key_tokens]
@@ -60,12 +68,15 @@ class AtmanGPTJAttention(gptj.GPTJAttention):
 
     def forward(self, *args: Any, output_attentions: bool | None = False, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
+        if not _switched(self):
+            kwargs["output_attentions"] = output_attentions
+            return gptj.GPTJAttention.forward(self, *args, **kwargs)
         _refuse_weights(output_attentions)
-        return super().forward(*args, **kwargs)
+        return gptj.GPTJAttention.forward(self, *args, **kwargs)
 
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
-    ) -> tuple[Tensor, None]:
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+        if not _switched(self):
+            return gptj.GPTJAttention._attn(self, query, key, value, attention_mask)
         output = _attend(
             self,
             query,
@@ -78,17 +89,30 @@ class AtmanGPTJAttention(gptj.GPTJAttention):
         return output.transpose(1, 2), None
 
 
+class AtmanGPTJFlashAttention2(AtmanGPTJAttention):
+    """The same in place of the class for flash attention."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, without attention weights."""
+        if not _switched(self):
+            return gptj.GPTJFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
+        return AtmanGPTJAttention.forward(self, *args, **kwargs)
+
+
 class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
     """GPT-Neo's attention, global or local, through the interface."""
 
     def forward(self, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
+        if not _switched(self):
+            kwargs["output_attentions"] = output_attentions
+            return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
         _refuse_weights(output_attentions)
-        return super().forward(*args, **kwargs)
+        return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
 
-    def _attn(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None
-    ) -> tuple[Tensor, None]:
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+        if not _switched(self):
+            return gpt_neo.GPTNeoSelfAttention._attn(self, query, key, value, attention_mask)
         window = self.config.window_size if self.attention_type == "local" else None
         bias = None
         if isinstance(attention_mask, AttentionMask):
@@ -112,6 +136,16 @@ class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
         return output.transpose(1, 2), None
 
 
+class AtmanGPTNeoFlashAttention2(AtmanGPTNeoAttention):
+    """The same in place of the class for flash attention."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, without attention weights."""
+        if not _switched(self):
+            return gpt_neo.GPTNeoFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
+        return AtmanGPTNeoAttention.forward(self, *args, **kwargs)
+
+
 class AtmanBloomAttention(BloomAttention):
     """BLOOM's attention through the interface; ALiBi goes in as position bias."""
 
@@ -125,8 +159,20 @@ class AtmanBloomAttention(BloomAttention):
         use_cache: bool = False,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> Any:
         """As the original, without attention weights."""
+        if not isinstance(attention_mask, AttentionMask):  # another thread's, without a factor
+            return BloomAttention.forward(
+                self,
+                hidden_states,
+                residual,
+                alibi,
+                attention_mask,
+                layer_past,
+                use_cache,
+                output_attentions,
+                **kwargs,
+            )
         _refuse_weights(output_attentions)
         batch, query_tokens, _ = hidden_states.shape
         query, key, value = self._reshape(self.query_key_value(hidden_states))
@@ -160,8 +206,21 @@ class AtmanFalconAttention(falcon.FalconAttention):
         output_attentions: bool = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> Any:
         """As the original, without attention weights."""
+        if not _switched(self):
+            return falcon.FalconAttention.forward(
+                self,
+                hidden_states,
+                alibi,  # pyright: ignore[reportArgumentType]
+                attention_mask,
+                position_ids,  # pyright: ignore[reportArgumentType]
+                layer_past,
+                use_cache,
+                output_attentions,
+                position_embeddings,  # pyright: ignore[reportArgumentType]
+                **kwargs,
+            )
         _refuse_weights(output_attentions)
         split = self._split_heads(self.query_key_value(hidden_states))
         query, key, value = (states.transpose(1, 2) for states in split)  # [B, heads, T, D]
@@ -191,14 +250,24 @@ class AtmanFalconAttention(falcon.FalconAttention):
         return self.dense(output.reshape(batch, query_tokens, -1)), None
 
 
+class AtmanFalconFlashAttention2(AtmanFalconAttention):
+    """The same in place of the class for flash attention."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the original, without attention weights."""
+        if not _switched(self):
+            return falcon.FalconFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
+        return AtmanFalconAttention.forward(self, *args, **kwargs)
+
+
 _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     gptj.GPTJAttention: AtmanGPTJAttention,
-    gptj.GPTJFlashAttention2: AtmanGPTJAttention,
+    gptj.GPTJFlashAttention2: AtmanGPTJFlashAttention2,
     gpt_neo.GPTNeoSelfAttention: AtmanGPTNeoAttention,
-    gpt_neo.GPTNeoFlashAttention2: AtmanGPTNeoAttention,
+    gpt_neo.GPTNeoFlashAttention2: AtmanGPTNeoFlashAttention2,
     BloomAttention: AtmanBloomAttention,
     falcon.FalconAttention: AtmanFalconAttention,
-    falcon.FalconFlashAttention2: AtmanFalconAttention,
+    falcon.FalconFlashAttention2: AtmanFalconFlashAttention2,
 }
 
 

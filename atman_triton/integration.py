@@ -38,12 +38,14 @@ def manipulate(
 ) -> Iterator[None]:
     """Manipulate the attention scores of a model's text stack while the context is open.
 
-    Works on forward passes and on ``generate``, in the thread that opened it; other threads may use
-    the same model with other factors, or none. The model runs with the attention implementation
-    "atman" meanwhile, whatever it was set to; with its own activation checkpointing, until the
-    backward pass has recomputed the layers. (A checkpoint of your own around the whole model must
-    run backward inside the context.) Nested contexts on one model combine: in every mode
-    the product of two factors is one manipulation after the other.
+    Works on forward passes and on ``generate``, in the thread that opened it: there, the model runs
+    with the attention implementation "atman" meanwhile, whatever it was set to. Other threads may
+    use the same model at the same time with other factors, or none, and then with its own
+    implementation. A model that trains with activation checkpointing is the exception: it runs
+    "atman" in every thread, until the backward pass has recomputed the layers, so then use it in
+    one thread only. (A checkpoint of your own around the whole model must run backward inside the
+    context, and on the CPU, where the backward pass runs in the same thread.) Nested contexts on
+    one model combine: in every mode the product of two factors is one manipulation after the other.
 
     Args:
         model: a transformers model; of a vision-language model only the text stack is touched.
@@ -72,19 +74,23 @@ def manipulate(
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     manipulation = _combine(outer, factor, mode, backend, named, 1 + max(stack.layers))
 
-    stacks, by_config = THREAD.stacks, THREAD.by_config
+    stacks, by_config, switched = THREAD.stacks, THREAD.by_config, THREAD.switched
     stack.install(module)
+    held = module.training and checkpoints_activations(module)
+    if held:
+        stack.hold()
     try:
         stack.current.manipulation = manipulation
         THREAD.stacks = ",".join(sorted({*filter(None, stacks.split(",")), stack.serial}))
         THREAD.by_config = {**by_config, stack.config_id: manipulation}
+        THREAD.switched = {**switched, **dict.fromkeys(stack.configs, True)}
         yield
     finally:
         stack.current.manipulation = outer
-        THREAD.stacks, THREAD.by_config = stacks, by_config
-        if module.training and checkpoints_activations(module):
+        THREAD.stacks, THREAD.by_config, THREAD.switched = stacks, by_config, switched
+        if held:
             # A backward pass may yet recompute layers: they hold the manipulation until then.
-            finalize(manipulation, stack.uninstall).atexit = False
+            finalize(manipulation, stack.release).atexit = False
         else:
             stack.uninstall()
     if manipulation.reached is None:

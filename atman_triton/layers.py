@@ -48,6 +48,7 @@ class _ThreadState(threading.local):
     def __init__(self) -> None:
         self.stacks = ""  # names the manipulated stacks, see `_watch`
         self.by_config: dict[int, Manipulation] = {}
+        self.switched: dict[int, bool] = {}  # ids of the configs that answer "atman" here
 
 
 THREAD = _ThreadState()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from functools import cache
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 from . import adapters
 from .layers import (
     KEYWORD,
+    THREAD,
     Manipulation,
     marked_while_tracing,
     refuse_weights,
@@ -68,16 +70,20 @@ class Stack:
         self.layers = _attention_layers(module, config)
         self.configs: dict[int, PreTrainedConfig] = {}  # those that name the implementation
         self.users = 0
+        self.holders = 0
         self._undo: list[Any] = []
+        self._undo_hold: list[Any] = []
 
-    # The two hooks run inside the graph under torch.compile.
+    # The two hooks run inside the graph under torch.compile. torch looks up separately whether a
+    # hook wants keyword arguments, so while another thread adds or removes them, they may be called
+    # without. A thread with a manipulation does not meet this.
 
     def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the thread's factors into the stack's keyword arguments."""
         manipulation = self.current.manipulation
-        if manipulation is None:
+        if manipulation is None or kwargs is None:
             return None
         if kwargs.get("output_attentions"):
             refuse_weights()
@@ -95,7 +101,7 @@ class Stack:
         return args, {**kwargs, KEYWORD: manipulation}
 
     def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None
     ) -> Any:
         """Refuse an answer in which not every layer named was manipulated."""
         manipulation = self.current.manipulation
@@ -114,7 +120,7 @@ class Stack:
         raise UnsupportedModelError(message)
 
     def install(self, module: nn.Module) -> None:
-        """Switch the stack to "atman" and hook it, for the first of its users."""
+        """Hook the stack and let it run "atman" in some threads, for the first of its users."""
         with _LOCK:
             if self.users == 0:
                 self._undo = [
@@ -123,8 +129,25 @@ class Stack:
                 ]
                 changed = adapters.adapt(module)
                 self._undo.append(lambda: adapters.restore(changed))
-                self._undo += [_switch(config) for config in self.configs.values()]
+                self._undo += [_answer_by_thread(config) for config in self.configs.values()]
             self.users += 1
+
+    def hold(self) -> None:
+        """Run "atman" in every thread: autograd has its own, in which it recomputes layers."""
+        with _LOCK:
+            if self.holders == 0:
+                self._undo_hold = [_switch(config) for config in self.configs.values()]
+            self.holders += 1
+
+    def release(self) -> None:
+        """Undo :meth:`hold` and :meth:`install`."""
+        with _LOCK:
+            self.holders -= 1
+            if self.holders == 0:
+                undo, self._undo_hold = self._undo_hold, []
+                for step in undo:
+                    step()
+            self.uninstall()
 
     def uninstall(self) -> None:
         """Undo :meth:`install`, for the last of the stack's users."""
@@ -181,6 +204,51 @@ def _switch(config: PreTrainedConfig) -> Any:
             del _SWITCHED[id(config)]
 
     return undo
+
+
+_KINDS: dict[int, list[Any]] = {}  # config id -> [config, its class, users]
+
+
+def _answer_by_thread(config: PreTrainedConfig) -> Any:
+    """Let a config answer "atman" in threads that manipulate it; returns what undoes it.
+
+    All other threads, which may be amid a forward pass, see their own implementation throughout.
+    """
+    entry = _KINDS.setdefault(id(config), [config, type(config), 0])
+    entry[2] += 1
+    config.__class__ = _by_thread(entry[1])
+
+    def undo() -> None:
+        entry[2] -= 1
+        if entry[2] == 0:
+            config.__class__ = entry[1]
+            del _KINDS[id(config)]
+
+    return undo
+
+
+@cache
+def _by_thread(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of a config class that knows which threads manipulate the config."""
+
+    def get(self: Any) -> str | None:
+        if id(self) in THREAD.switched:
+            return adapters.NAME
+        return self._attn_implementation_internal
+
+    def reduce(self: Any, protocol: Any) -> Any:  # copies are of the original class
+        _, arguments, *rest = kind.__reduce_ex__(self, protocol)
+        return object.__new__, (kind, *arguments[1:]), *rest
+
+    body = {
+        "_attn_implementation": property(get, cast(Any, kind)._attn_implementation.fset),
+        "__reduce_ex__": reduce,
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    made = type.__new__(type(kind), kind.__name__, (kind,), body)
+    return made
 
 
 _STACKS: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()

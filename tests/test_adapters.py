@@ -9,7 +9,6 @@ import torch
 from families import FAMILIES, LAYERS, VOCAB
 from torch import Tensor
 
-from atman_triton import adapters
 from atman_triton.integration import UnsupportedModelError, manipulate
 
 OWN_CODE = [name for name, family in FAMILIES.items() if family.own_code]
@@ -55,10 +54,11 @@ def test_attention_weights_are_refused(name: str) -> None:
     model = FAMILIES[name].build()
     with pytest.raises(ValueError, match="output_attentions=True"), manipulate(model, _factor()):
         model(_ids(), output_attentions=True)
-    changed = adapters.adapt(model)
+    if name == "bloom":  # has no table to be built with "atman" from
+        return
+    model = FAMILIES[name].build("atman")
     with pytest.raises(ValueError, match="output_attentions=True"):
         model(_ids(), output_attentions=True)
-    adapters.restore(changed)
 
 
 @pytest.mark.parametrize("name", ["gptj", "gpt_neo", "bloom", "falcon-alibi"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from typing import Any
 
@@ -289,6 +291,87 @@ def test_threads_have_their_own_factors(name: str) -> None:
         thread.join()
     assert wrong == []
     assert not _close(expected[0], expected[1])
+
+
+@pytest.mark.parametrize("entering", [True, False])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gptj", "gpt_neo", "bloom", "falcon-alibi"])
+def test_a_pass_in_another_thread_stays_as_it_began(name: str, entering: bool) -> None:
+    """Between its layers, a context is opened, or closed; it would notice: it asks for weights."""
+    model = FAMILIES[name].build()
+    plain = model(_ids(), use_cache=False, output_attentions=True)
+    amid, go_on = threading.Event(), threading.Event()
+    results: list[Any] = []
+
+    def pause(*_: Any) -> None:
+        if threading.current_thread() is thread:
+            amid.set()
+            assert go_on.wait(120)
+
+    def other() -> None:
+        try:
+            results.append(model(_ids(), use_cache=False, output_attentions=True))
+        except (RuntimeError, TypeError, ValueError) as error:
+            results.append(error)
+        amid.set()
+
+    thread = threading.Thread(target=other)
+    layers = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+    handle = layers[0].register_forward_hook(pause)
+    context = manipulate(model, _factor())
+    if entering:
+        thread.start()
+        assert amid.wait(120)
+        context.__enter__()
+    else:
+        context.__enter__()
+        thread.start()
+        assert amid.wait(120)
+    manipulated = _logits(model)
+    if entering:
+        go_on.set()
+        thread.join()
+    context.__exit__(None, None, None)
+    go_on.set()
+    thread.join()
+    handle.remove()
+    assert not isinstance(results[0], Exception), results[0]
+    assert torch.equal(results[0].logits, plain.logits)
+    assert all(
+        torch.equal(a, b) for a, b in zip(results[0].attentions, plain.attentions, strict=True)
+    )
+    assert not _close(manipulated, plain.logits)
+
+
+def test_hooks_seen_while_another_thread_removes_them(llama: Any) -> None:
+    """torch then calls them without keyword arguments."""
+    with manipulate(llama, _factor()):
+        expected = _logits(llama)
+        stack = llama.get_decoder()
+        flags = dict(stack._forward_pre_hooks_with_kwargs), dict(stack._forward_hooks_with_kwargs)
+        plain: list[Tensor] = []
+
+        def other() -> None:
+            stack._forward_pre_hooks_with_kwargs.clear()
+            stack._forward_hooks_with_kwargs.clear()
+            plain.append(_logits(llama))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        stack._forward_pre_hooks_with_kwargs.update(flags[0])
+        stack._forward_hooks_with_kwargs.update(flags[1])
+        assert torch.equal(_logits(llama), expected)
+    assert torch.equal(plain[0], _logits(llama))
+
+
+def test_a_copy_of_the_config_made_meanwhile_is_an_ordinary_one(llama: Any) -> None:
+    with manipulate(llama, _factor()):
+        _logits(llama)
+        copies = copy.deepcopy(llama.config), pickle.loads(pickle.dumps(llama.config))
+    for copied in copies:
+        assert type(copied) is tf.LlamaConfig
+        assert copied._attn_implementation == "sdpa"
+        assert copied.to_dict() == llama.config.to_dict()
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj"])
