@@ -41,12 +41,13 @@ def _attend(
     return AttentionInterface()[NAME](module, query, key, value, mask, **kwargs)[0]
 
 
-def _refuse_weights(output_attentions: bool | None) -> None:
-    if output_attentions:
-        raise ValueError(
-            "output_attentions=True is not possible with the attention implementation 'atman', "
-            "which never holds the weights; use model.set_attn_implementation('eager')."
-        )
+def refuse_weights() -> None:
+    """Raise the error for ``output_attentions=True``."""
+    raise ValueError(
+        "output_attentions=True is not possible with the attention implementation 'atman', which "
+        "never holds the weights; ask for them outside of manipulate(), from a model loaded with "
+        "attn_implementation='eager'."
+    )
 
 
 def _switched(module: Any) -> bool:
@@ -71,7 +72,8 @@ class AtmanGPTJAttention(gptj.GPTJAttention):
         if not _switched(self):
             kwargs["output_attentions"] = output_attentions
             return gptj.GPTJAttention.forward(self, *args, **kwargs)
-        _refuse_weights(output_attentions)
+        if output_attentions:
+            refuse_weights()
         return gptj.GPTJAttention.forward(self, *args, **kwargs)
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
@@ -107,7 +109,8 @@ class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
         if not _switched(self):
             kwargs["output_attentions"] = output_attentions
             return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
-        _refuse_weights(output_attentions)
+        if output_attentions:
+            refuse_weights()
         return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
@@ -173,7 +176,8 @@ class AtmanBloomAttention(BloomAttention):
                 output_attentions,
                 **kwargs,
             )
-        _refuse_weights(output_attentions)
+        if output_attentions:
+            refuse_weights()
         batch, query_tokens, _ = hidden_states.shape
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
@@ -221,7 +225,8 @@ class AtmanFalconAttention(falcon.FalconAttention):
                 position_embeddings,  # pyright: ignore[reportArgumentType]
                 **kwargs,
             )
-        _refuse_weights(output_attentions)
+        if output_attentions:
+            refuse_weights()
         split = self._split_heads(self.query_key_value(hidden_states))
         query, key, value = (states.transpose(1, 2) for states in split)  # [B, heads, T, D]
         batch, _, query_tokens, head_dim = query.shape

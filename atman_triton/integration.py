@@ -10,8 +10,10 @@ Legend: B batch, Hq query heads, T tokens.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import finalize
 
 import torch
@@ -21,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from . import adapters
 from .attention import BACKENDS, MODES
 from .layers import THREAD, Manipulation, attention_forward, mask_function, present_columns
+from .masks import AttentionMask
 from .stacks import Stack, UnsupportedModelError, checkpoints_activations, find_stack
 
 __all__ = ["UnsupportedModelError", "manipulate"]
@@ -68,7 +71,11 @@ def manipulate(
     module, stack = find_stack(model)
     outer = stack.current.manipulation
     factor = _checked_factor(key_factor, mode, stack, heads)
-    factor = factor.to(next(module.parameters()).device)
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        factor = factor.to(device)
+    elif getattr(model, "hf_device_map", None) is None:  # else offloaded, and loaded when it runs
+        raise ValueError("model is on the meta device, where it has no weights to run with.")
     named = _checked_indices("layers", layers, stack.layers)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
@@ -85,6 +92,13 @@ def manipulate(
         THREAD.by_config = {**by_config, stack.config_id: manipulation}
         THREAD.switched = {**switched, **dict.fromkeys(stack.configs, True)}
         yield
+    except (AttributeError, TypeError) as error:
+        if AttentionMask.__name__ not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{stack.model_name} changes the mask in its own code instead of leaving it to "
+            "transformers' attention interface, so its scores cannot be manipulated."
+        ) from error
     finally:
         stack.current.manipulation = outer
         THREAD.stacks, THREAD.by_config, THREAD.switched = stacks, by_config, switched
@@ -172,6 +186,8 @@ def _checked_factor(
         raise ValueError(
             f"key_factor must have {stack.heads} heads in {stack.model_name}, got shape {shape}."
         )
+    if key_factor.is_meta:
+        raise ValueError("key_factor is on the meta device, where it has no values.")
     factor = key_factor.float()
     if not bool(torch.isfinite(factor).all()):
         raise ValueError("key_factor must be finite, got NaN or infinity.")
@@ -192,12 +208,12 @@ def _checked_indices(
     """Indices of layers or heads, each of which must exist."""
     if given is None:
         return known
-    indices = tuple(given)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be an iterable of integers, got {given!r}.")
+    indices = tuple(_checked_index(name, index) for index in given)
     if not indices:
         raise ValueError(f"{name} must name at least one, got none; leave it out for all.")
     for index in indices:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(f"{name} must be integers, got {index!r}.")
         if index not in known:
             raise ValueError(
                 f"{name} must be among {known[0]}..{known[-1]} ({len(known)} with attention), "
@@ -206,6 +222,17 @@ def _checked_indices(
                 else f"{name} must be within 0..{known[-1]}, got {index}."
             )
     return indices
+
+
+def _checked_index(name: str, index: Any) -> int:
+    """Any integer, numpy's too, but no truth value."""
+    kind = getattr(index, "dtype", type(index))
+    try:
+        if kind in (bool, torch.bool):
+            raise TypeError
+        return operator.index(index)
+    except TypeError:
+        raise TypeError(f"{name} must be integers, got {index!r}.") from None
 
 
 AttentionInterface.register(adapters.NAME, attention_forward)

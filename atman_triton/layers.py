@@ -85,7 +85,7 @@ def attention_forward(
             "set the config's attention_dropout (attn_pdrop) to 0."
         )
     if kwargs.get("output_attentions"):
-        refuse_weights()
+        adapters.refuse_weights()
     if kwargs.get("cache") is not None:
         raise ValueError("a paged cache is not supported by 'atman'; use a dynamic or static one.")
     mask = attention_mask
@@ -254,12 +254,3 @@ def mark_while_tracing(layer: int) -> bool:
 def marked_while_tracing() -> tuple[int, ...]:
     """Layers that the graph being traced manipulates."""
     return tuple(_TRACED)
-
-
-def refuse_weights() -> None:
-    """Raise the error for ``output_attentions=True``."""
-    raise ValueError(
-        "output_attentions=True is not possible with the attention implementation 'atman', which "
-        "never holds the weights; use model.set_attn_implementation('eager') without a "
-        "manipulation."
-    )

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from . import adapters
+from .adapters import refuse_weights
 from .layers import (
     KEYWORD,
     THREAD,
     Manipulation,
     marked_while_tracing,
-    refuse_weights,
     start_tracing,
 )
 
@@ -65,9 +65,14 @@ class Stack:
         self.current = _Current()
         config = _text_config(module)
         self.config_id = id(getattr(module, "config", config))
-        self.heads: int = config.num_attention_heads
+        self.heads: int = getattr(config, "num_attention_heads", 0)
         self.carried = config.model_type in adapters.CARRIES_IN_MASK
-        self.layers = _attention_layers(module, config)
+        self.layers = _attention_layers(module, config) if self.heads else ()
+        if not self.layers:
+            raise UnsupportedModelError(
+                f"{model_name} has no layers with softmax attention, so there are no scores to "
+                "manipulate."
+            )
         self.configs: dict[int, PreTrainedConfig] = {}  # those that name the implementation
         self.users = 0
         self.holders = 0
@@ -85,7 +90,8 @@ class Stack:
         manipulation = self.current.manipulation
         if manipulation is None or kwargs is None:
             return None
-        if kwargs.get("output_attentions"):
+        weights = kwargs.get("output_attentions")
+        if getattr(module.config, "output_attentions", False) if weights is None else weights:
             refuse_weights()
         _refuse_dense_mask(kwargs, self.carried)
         manipulation.reached = {}
@@ -281,6 +287,11 @@ def find_stack(model: Any) -> tuple[nn.Module, Stack]:
             f"{name} is an encoder-decoder; only decoder-only text stacks can be manipulated."
         )
     module = _unwrap(model.get_decoder())  # pyright: ignore[reportCallIssue]
+    if not isinstance(getattr(module, "config", None), PreTrainedConfig):
+        raise UnsupportedModelError(
+            f"{name}: its text stack cannot be found; get_decoder() answers with "
+            f"{type(module).__name__}."
+        )
     model_type = _text_config(module).model_type
     takes_kwargs = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD

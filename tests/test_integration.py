@@ -7,6 +7,7 @@ import pickle
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo
@@ -546,20 +547,46 @@ def _ctrl() -> Any:
     return tf.CTRLLMHeadModel(tf.CTRLConfig(vocab_size=VOCAB, **sizes))
 
 
+def _tiny(family: str, **changes: Any) -> Any:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2} | changes
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if family != "Mamba":
+        sizes |= {"intermediate_size": 48, "num_attention_heads": 4}
+    config = getattr(tf, f"{family}Config")(**sizes, **tokens)
+    return getattr(tf, f"{family}ForCausalLM")(config).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
         (_blip, "BlipForConditionalGeneration"),
         (_t5, "T5ForConditionalGeneration"),
         (_ctrl, "CTRLLMHeadModel"),
+        (lambda: _tiny("Mamba", state_size=8), "MambaForCausalLM has no layers with softmax"),
+        (lambda: _tiny("RecurrentGemma", lru_width=32), "RecurrentGemmaForCausalLM has no layers"),
+        (lambda: _tiny("ModernBertDecoder"), "ModernBertDecoderForCausalLM: its text stack"),
         (lambda: nn.Linear(2, 2), "Linear"),
     ],
-    ids=["blip", "t5", "ctrl", "linear"],
+    ids=["blip", "t5", "ctrl", "mamba", "recurrent_gemma", "modernbert_decoder", "linear"],
 )
 def test_unsupported_models_are_refused_by_name(make: Any, name: str) -> None:
     model = make()
     with pytest.raises(UnsupportedModelError, match=name), manipulate(model, _factor()):
         pass
+
+
+def test_a_model_that_works_on_masks_itself_is_refused_by_name() -> None:
+    model = _tiny("Doge", num_key_value_heads=2)
+    with (
+        pytest.raises(UnsupportedModelError, match="DogeForCausalLM changes the mask"),
+        manipulate(model, _factor()),
+    ):
+        _logits(model)
+
+
+def test_errors_of_the_callers_own_pass_through(llama: Any) -> None:
+    with pytest.raises(TypeError, match="mine"), manipulate(llama, _factor()):
+        raise TypeError("mine")
 
 
 @pytest.mark.parametrize(
@@ -584,6 +611,12 @@ def test_unsupported_models_are_refused_by_name(make: Any, name: str) -> None:
         (torch.ones(1, 2), {"layers": [-1]}, ValueError, "got -1"),
         (torch.ones(1, 2), {"layers": []}, ValueError, "layers must name at least one"),
         (torch.ones(1, 2), {"layers": ["0"]}, TypeError, "layers must be integers, got '0'"),
+        (torch.ones(1, 2), {"layers": 1}, TypeError, "layers must be an iterable of .*, got 1"),
+        (torch.ones(1, 2), {"heads": 1}, TypeError, "heads must be an iterable of .*, got 1"),
+        (torch.ones(1, 2), {"heads": "01"}, TypeError, "heads must be an iterable .*, got '01'"),
+        (torch.ones(1, 2), {"layers": np.ones(2, bool)}, TypeError, "layers must be integers"),
+        (torch.ones(1, 2), {"layers": [1.0]}, TypeError, r"layers must be integers, got 1\.0"),
+        (torch.ones(1, 2, device="meta"), {}, ValueError, "key_factor is on the meta device"),
         (torch.ones(1, 2), {"heads": [4]}, ValueError, r"heads must be within 0\.\.3, got 4"),
         (torch.ones(1, 2), {"heads": [True]}, TypeError, "heads must be integers, got True"),
     ],
@@ -595,6 +628,21 @@ def test_bad_arguments_are_named(
     with pytest.raises(error, match=message), manipulate(llama, factor, **kwargs):
         pass
     assert _state(llama) == state
+
+
+def test_numpy_integers_name_layers_and_heads(llama: Any) -> None:
+    expected = _manipulated(llama, _factor(), layers=[1], heads=[0, 2])
+    actual = _manipulated(llama, _factor(), layers=[np.int64(1)], heads=np.array([0, 2]))
+    assert torch.equal(actual, expected)
+
+
+def test_a_model_on_the_meta_device_is_refused(llama: Any) -> None:
+    model = llama.to("meta")
+    with (
+        pytest.raises(ValueError, match="model is on the meta device"),
+        manipulate(model, _factor()),
+    ):
+        pass
 
 
 def test_a_model_that_is_none_is_refused() -> None:
@@ -629,6 +677,18 @@ def test_dropout_and_attention_weights_are_refused(llama: Any) -> None:
     llama.train()
     with pytest.raises(ValueError, match=r"dropout .* got 0.1; call model\.eval\(\)"):
         _manipulated(llama, _factor())
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_attention_weights_asked_for_by_the_config_are_refused(name: str) -> None:
+    model = FAMILIES[name].build("eager")
+    model.config.output_attentions = True
+    advice = r"outside of manipulate\(\), .* attn_implementation='eager'"
+    with pytest.raises(ValueError, match=advice), manipulate(model, _factor()):
+        _logits(model)
+    assert len(model(_ids()).attentions) == LAYERS  # the advice is right
+    with manipulate(model, _factor()):
+        _logits(model, output_attentions=False)
 
 
 def test_min_shift_full_does_not_use_a_cache(llama: Any) -> None:
