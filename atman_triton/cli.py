@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import stat
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.tiktoken")
 MESSAGE = 400  # characters of an error that are shown
 INTERRUPTED = 130
 
@@ -139,7 +141,9 @@ def explain(
     ] = None,
     mode: Annotated[
         str | None,
-        typer.Option(help="min_shift | multiplicative | log_additive (the preset's)."),
+        typer.Option(
+            help="min_shift | min_shift_full | multiplicative | log_additive (the preset's)."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
@@ -159,7 +163,7 @@ def explain(
     debug: Debug = False,
 ) -> None:
     """Show which words of a text made a model give its answer."""
-    _check_outputs(html=html, plot=plot, save=save)
+    _check_outputs(save=save, html=html, plot=plot)
     size = _batch_size(batch_size)
     if target is not None and max_new_tokens is not None:
         raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
@@ -198,6 +202,9 @@ def view(
 ) -> None:
     """Show saved explanations again, without a model."""
     _check_outputs(html=html, plot=plot)
+    for name, path in (("html", html), ("plot", plot)):
+        if path is not None and path.resolve() in [file.resolve() for file in files]:
+            raise BadUsage(f"--{name}: {path} is a file to view.")
     if len(files) > 1 and (plot or as_json):
         raise BadUsage("--plot and --json take one explanation; give one file.")
     from .explanation import load
@@ -274,6 +281,10 @@ def _check_outputs(**paths: Path | None) -> None:
         if path.is_dir() or not path.absolute().parent.is_dir():
             what = "is a folder" if path.is_dir() else "lies in a folder that does not exist"
             raise BadUsage(f"--{name}: {path} {what}.")
+    given = [(name, path) for name, path in paths.items() if path is not None]
+    for (one, path), (other, again) in itertools.combinations(given, 2):
+        if path.resolve() == again.resolve():
+            raise BadUsage(f"--{one} and --{other} name the same file, {path}.")
     plot = paths.get("plot")
     if plot is not None:
         if plot.suffix.lower() not in PLOT_FORMATS:
@@ -351,14 +362,44 @@ def _load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise BadUsage(f"--model: the folder {name} does not exist.")
     source = str(folder) if folder.is_dir() else name
+    cut_off = None if folder.is_dir() else _unreachable_hub()
+    local: dict[str, Any] = {"local_files_only": cut_off is not None}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(source, **local)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **local)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if folder.is_dir():
+            why = _lacking(folder) or _first_line(error)
+        elif cut_off is not None and isinstance(error, OSError):
+            why = f"{cut_off} cannot be reached and the model is not in the cache."
+        else:
+            why = _first_line(error)
         raise Failed(
-            f"--model {name} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"--model {name} cannot be loaded as a causal language model: {why}"
         ) from error
     return model.eval().to(device), tokenizer
+
+
+def _unreachable_hub() -> str | None:
+    """The hub's address if it does not answer, asked once: libraries try for most of a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session, logging
+
+    logging.set_verbosity_error()
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # noqa: BLE001 - which ones depends on the release and its HTTP library
+        return constants.ENDPOINT
+    return None
+
+
+def _lacking(folder: Path) -> str | None:
+    """What a model folder that could not be loaded lacks, if it is as plain as that."""
+    if not (folder / "config.json").is_file():
+        return f"{folder} has no config.json."
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return f"{folder} has no tokenizer files."
+    return None
 
 
 def _explain(

@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,7 @@ def test_help_and_version():
         *("max-new-tokens", "html", "plot", "save", "top-k", "json", "quiet", "no-progress"),
     ):
         assert f"--{option}" in result.output
+    assert "min_shift_full" in result.output
     assert runner.invoke(cli.app, ["--version"]).output == f"atman {__version__}\n"
 
 
@@ -239,6 +242,15 @@ def check(result, code, message):
         (["explain", "--model", "some/model"], "no prompt: give it as an argument, with --file"),
         (["explain", "x", "--html", "no/such/a.html"], "--html: no/such/a.html lies in a folder"),
         (["explain", "x", "--save", "."], "--save: . is a folder."),
+        (
+            ["explain", "x", "--save", "f", "--html", "./f"],
+            "--save and --html name the same file, f.",
+        ),
+        (
+            ["explain", "x", "--html", "f.svg", "--plot", "f.svg"],
+            "--html and --plot name the same file, f.svg.",
+        ),
+        (["view", "f", "--html", "./f"], "--html: f is a file to view."),
         (["explain", "x", "--plot", "a.xyz"], "--plot: a.xyz must end in .png, .svg, .pdf."),
         (["explain", "--colour"], "No such option: --colour"),
         (["view"], "(see 'atman --help')"),
@@ -310,6 +322,39 @@ def test_view_refuses_what_it_cannot_show(run, saved, tmp_path):
 
 def test_a_folder_without_a_model_is_a_failed_run(run, tmp_path):
     check(run("explain", "x", "--model", tmp_path), 1, "cannot be loaded as a causal language")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("config.json", "has no config.json"), ("tokenizer", "has no tokenizer files")],
+)
+def test_what_a_model_folder_lacks_is_named(run, folder, tmp_path, missing, message):
+    for file in Path(folder).iterdir():
+        if not file.name.startswith(missing):
+            shutil.copy(file, tmp_path)
+    check(run("explain", "x", "--model", tmp_path), 1, f"model: {tmp_path} {message}.")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path):
+    code = (
+        "import sys; from atman_triton.cli import main; "
+        "sys.exit(main(['explain', 'x', '--model', 'some/model']))"
+    )
+    places = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        | places,
+    )
+    check(
+        (done.returncode, done.stdout, done.stderr),
+        1,
+        "--model some/model cannot be loaded as a causal language model: http://127.0.0.1:9 cannot "
+        "be reached and the model is not in the cache.",
+    )
 
 
 @pytest.mark.parametrize(
