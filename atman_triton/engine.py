@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .integration import manipulate
+from .integration import UnsupportedModelError, manipulate
 
 # Share of the free memory that one batch may take; the estimate of a row is a rough one.
 _MEMORY_SHARE = 0.5
@@ -293,7 +293,9 @@ def _free_on(device: torch.device) -> int | None:
 def check_causal(model: Any) -> None:
     """Refuse what is no causal language model.
 
-    Raises: TypeError: naming the class and what is missing.
+    Raises:
+        TypeError: if it is no transformers model.
+        UnsupportedModelError: naming the class and what is missing.
     """
     name = type(getattr(model, "_orig_mod", model)).__name__
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
@@ -301,19 +303,19 @@ def check_causal(model: Any) -> None:
     config: Any = model.config
     can_generate: Any = getattr(model, "can_generate", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise TypeError(
+        raise UnsupportedModelError(
             f"model must be a decoder alone, but {name} has an encoder and a decoder, which is "
             "not supported."
         )
     if can_generate is None or not can_generate():
-        raise TypeError(
+        raise UnsupportedModelError(
             f"model must be a causal language model, but {name} does not predict next tokens; "
             "load it with AutoModelForCausalLM."
         )
     # GPT-NeoX leaves is_decoder False and is causal all the same; its layers say so.
     two_sided = any(getattr(module, "is_causal", None) is False for module in model.modules())
     if getattr(_text_config(model), "is_decoder", None) is False and two_sided:
-        raise TypeError(
+        raise UnsupportedModelError(
             f"model must be causal, but the attention of this {name} looks both ways; load it "
             "with is_decoder=True."
         )

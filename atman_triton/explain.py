@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -26,8 +26,10 @@ from .engine import (
     vocabulary_size,
 )
 from .explanation import Explanation, LeftOut
+from .integration import _checked_indices as checked_indices
 from .progress import token_progress
 from .raw_scores import negative_share
+from .stacks import find_stack
 from .tokens import Tokens, border, encode_prompt, encode_target, tokens_of_ids
 from .units import Layout, lay_out
 
@@ -77,7 +79,9 @@ class Explainer:
         progress: Show a progress bar on stderr, if that is a terminal.
         backend: ``auto``, ``triton``, ``torch`` or ``reference`` (see ``atman_triton.attention``).
     Raises:
-        TypeError: if ``model`` is no causal language model.
+        TypeError: if ``model`` is no transformers model, or a setting is not of the type above.
+        UnsupportedModelError: if it is no causal language model, or its attention cannot be
+            manipulated; some models only tell in ``explain``.
         ValueError: if a setting is unknown or out of range.
     Source: AtMan, Eq. 2 to 4.
     """
@@ -102,6 +106,7 @@ class Explainer:
         mode = chosen.mode if mode is None else mode
         _check_one_of("mode", mode, MODES)
         _check_one_of("backend", backend, BACKENDS)
+        _, stack = find_stack(model)
         self.model = model
         self.tokenizer = tokenizer
         self.preset = preset
@@ -109,8 +114,8 @@ class Explainer:
         self.settings = Settings(
             factor=_checked_factor(chosen.factor if factor is None else factor),
             mode=mode,
-            layers=None if layers is None else tuple(layers),
-            heads=None if heads is None else tuple(heads),
+            layers=_checked_indices("layers", layers, stack.layers),
+            heads=_checked_indices("heads", heads, range(stack.heads)),
             backend=backend,
             batch_size=_checked_batch_size(batch_size),
         )
@@ -162,6 +167,9 @@ class Explainer:
         """
         _check_one_of("granularity", granularity, get_args(Granularity))
         _check_one_of("reduction", reduction, get_args(Reduction))
+        _check_sequence("explain_only", explain_only)
+        if separator is not None and not isinstance(separator, str):
+            raise TypeError(f"separator must be a str or None, got {separator!r}.")
         _check_generation(target, max_new_tokens, generation_kwargs)
         vocabulary = vocabulary_size(self.model)
         words = encode_prompt(prompt, self.tokenizer, vocabulary)
@@ -313,6 +321,19 @@ def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[i
 def _check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _check_sequence(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Iterable)):
+        raise TypeError(f"{name} must be a sequence of ints or None, got {value!r}.")
+
+
+def _checked_indices(
+    name: str, given: Sequence[int] | None, known: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Indices of layers or heads, each of which must exist; None stays None, for all."""
+    _check_sequence(name, given)
+    return None if given is None else checked_indices(name, given, tuple(known))
 
 
 def _check_generation(target: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
