@@ -102,6 +102,9 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[list, dict]:
     if case.factors != "none":
         shape = (batch, heads, keys) if case.factors == "per_head" else (batch, keys)
         touched = chance(0.3, *shape)
+        if case.factors == "per_head":  # each head another part, so that their tiles differ
+            part = torch.arange(keys) * heads // keys == torch.arange(heads)[:, None]  # [Hq, Tk]
+            touched = chance(0.5, *shape) & part
         if case.factors == "one":  # one key per row, as in an explanation
             touched = torch.arange(keys) == keys // 3
         low = 0.0 if case.mode == "log_additive" else -1.0
@@ -255,6 +258,19 @@ def test_band_at_tile_borders(causal, window):
         out, _ = launch(tensors, options | {"query_offset": offset})
         oracle, _ = attention_reference(*double, **options, query_offset=offset)
         assert (out - oracle).abs().max() < 1e-5, offset
+
+
+@pytest.mark.parametrize("start", [*range(62, 67), 127, 128, 129])
+@pytest.mark.parametrize("mode", ["plain", "min_shift"])
+def test_padding_at_tile_borders(mode, start):
+    case = Case(tokens=(3, 130), dims=(16, 16), heads=(1, 1), band="full", mode="min_shift")
+    tensors, options = make_inputs(replace(case, factors="none" if mode == "plain" else "one"))
+    column = torch.arange(130, device=DEVICE)
+    options["mask"] = torch.stack([column >= start, column < start])
+    out, _ = launch(tensors, options)
+    double = [None if t is None else t.double() for t in tensors]
+    oracle, _ = attention_reference(*double, **options)
+    assert (out - oracle).abs().max() < 1e-5
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
