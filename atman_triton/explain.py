@@ -149,11 +149,12 @@ class Explainer:
             explain_only: Indices of the units to explain, counted as an explanation without this
                 argument counts them; None is all.
             reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
-            separator: What is put between a str prompt and a str target. None is one space where
+            separator: What is put between the prompt and a str target. None is one space where
                 two words would otherwise run together (``"A:"`` and ``"23"``) and nothing
                 elsewhere: next to whitespace, after an opening bracket or quote, before closing
-                punctuation, in scripts written without spaces, after chat messages or token ids.
-                ``""`` takes the target literally. What was used is in ``provenance``.
+                punctuation, in scripts written without spaces, after chat messages or a special
+                token; token ids are decoded to decide. ``""`` takes the target literally. What
+                was used is in ``provenance``.
             max_new_tokens: The most tokens to generate, only without a target. None is 32, or what
                 the context window has room for.
             **generation_kwargs: Passed on to ``model.generate``, only without a target.
@@ -186,7 +187,7 @@ class Explainer:
                 facts["generation"] = {name: _plain(value) for name, value in generation.items()}
             else:
                 if separator is None:
-                    separator = border(prompt, target)
+                    separator = border(prompt, words, target)
                 answer = encode_target(target, words, self.tokenizer, vocabulary, separator)
                 if isinstance(target, str):
                     facts["separator"] = separator

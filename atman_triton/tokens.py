@@ -77,7 +77,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
         tokens = _encode_text(prompt, tokenizer, special_tokens=True)
         _check_vocabulary("prompt", tokens.ids, vocabulary)
         return tokens
-    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+    if _is_chat(prompt):
         _require_tokenizer(tokenizer, "chat messages")
         tokens = _encode_chat(prompt, tokenizer)
         _check_vocabulary("prompt", tokens.ids, vocabulary)
@@ -121,18 +121,26 @@ def encode_target(
     return _describe(text, ids, spans, tokenizer)
 
 
-def border(prompt: Any, target: Any) -> str:
-    """What ``explain`` puts between a str prompt and a str target when it is not told: " " or "".
+def border(prompt: Any, words: Tokens, target: Any) -> str:
+    """What ``explain`` puts between a prompt and a str target when it is not told: " " or "".
 
     One space where two words would run together: ``"Q: ... A:"`` and ``"23"``. Nothing where
     either side has whitespace already, after an opening bracket or quote, before closing
-    punctuation, and next to a script written without spaces. Nothing after chat messages or ids.
+    punctuation, and next to a script written without spaces. Nothing after chat messages, and
+    after token ids that end with a special token.
+
+    Args:
+        prompt: As in ``encode_prompt``.
+        words: The same, encoded.
+        target: str | token ids.
     """
-    if not (isinstance(prompt, str) and isinstance(target, str) and prompt and target):
+    text = prompt if isinstance(prompt, str) else words.text
+    fixed = not isinstance(prompt, str) and (_is_chat(prompt) or words.reasons[-1] == SPECIAL)
+    if fixed or not (isinstance(target, str) and text and target):
         return ""
-    left, right = prompt[-1], target[0]
+    left, right = text[-1], target[0]
     opened = unicodedata.category(left) in ("Ps", "Pi")
-    opened |= left in "\"'`" and (len(prompt) == 1 or prompt[-2].isspace())
+    opened |= left in "\"'`" and (len(text) == 1 or text[-2].isspace())
     closed = unicodedata.category(right) in ("Pe", "Pf") or right in ",.;:!?"
     if left.isspace() or right.isspace() or opened or closed:
         return ""
@@ -159,6 +167,10 @@ def tokens_of_ids(ids: list[int], tokenizer: Any, after: Tokens | None = None) -
         return Tokens(ids, text, spans, pieces, [None] * len(ids))
     text, spans = _decoded_spans(ids, tokenizer, [] if after is None else after.ids)
     return _describe(text, ids, spans, tokenizer)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 # --- text → ids ---------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ def test_text_ids_and_encodings_agree():
         (words, answer),
         (torch.tensor([words]), torch.tensor(answer)),
         (TOKENIZER(PROMPT, return_tensors="pt"), " 23 euros. The"),
+        (TOKENIZER(PROMPT, return_tensors="pt"), "23 euros. The"),
+        (words, "23 euros. The"),
     ]:
         e = explainer().explain(prompt, target)
         assert torch.equal(e.scores.nan_to_num(), of_text.scores.nan_to_num())
@@ -105,6 +107,9 @@ def test_the_border_between_prompt_and_target():
         assert e.provenance["separator"] == used
     ids = explainer().explain(PROMPT, [5, 6])
     assert "separator" not in ids.provenance
+    words = TOKENIZER(PROMPT).input_ids
+    assert explainer().explain(words, "23").provenance["separator"] == " "
+    assert explainer().explain([*words, 2], "23").provenance["separator"] == ""  # behind </s>
 
 
 def test_chat_messages():

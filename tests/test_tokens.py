@@ -103,13 +103,17 @@ def test_target_gets_no_special_tokens():
         ("Hello", ", world", ""),
         ("日本の首都は", "東京", ""),
         ("서울은", "도시", " "),
-        ([1, 2], "23", ""),
         ("A:", [1, 2], ""),
+        (byte_level()("Q: pay? A:").input_ids, "23", " "),
+        (byte_level()("f(").input_ids, "x)", ""),
+        (byte_level()("Q: pay?\n", return_tensors="pt"), "23", ""),
         ([{"role": "user", "content": "Hi"}], "Hello", ""),
     ],
 )
 def test_border(prompt, target, expected):
-    assert border(prompt, target) == expected
+    is_chat = isinstance(prompt, list) and isinstance(prompt[0], dict)
+    words = encode_prompt(prompt, chat() if is_chat else byte_level(), MANY)
+    assert border(prompt, words, target) == expected
 
 
 # --- places in the text -------------------------------------------------------------------------
