@@ -263,9 +263,9 @@ def _bytes_per_row(model: nn.Module, input_tokens: int, target_tokens: int) -> i
     positions = target_tokens if keeps_logits(model) else input_tokens
     # Residual stream, its norm, queries, keys, values, output; the gated products of the MLP.
     layer = input_tokens * element * (6 * hidden + 3 * inner)
-    # The portable backend holds float32 scores for blocks of up to 128 query rows.
+    # The portable backend holds float32 scores for blocks of 64 query rows.
     heads = int(getattr(config, "num_attention_heads", 1))
-    scores = 3 * 4 * heads * min(input_tokens, 128) * input_tokens
+    scores = 3 * 4 * heads * min(input_tokens, 64) * input_tokens
     logits = 3 * positions * vocabulary_size(model) * element
     return layer + scores + logits
 

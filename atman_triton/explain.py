@@ -26,7 +26,7 @@ from .engine import (
     vocabulary_size,
 )
 from .explanation import Explanation, LeftOut
-from .integration import _checked_indices as checked_indices
+from .integration import checked_indices
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack

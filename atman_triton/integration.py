@@ -76,7 +76,7 @@ def manipulate(
         factor = factor.to(device)
     elif getattr(model, "hf_device_map", None) is None:  # else offloaded, and loaded when it runs
         raise ValueError("model is on the meta device, where it has no weights to run with.")
-    named = _checked_indices("layers", layers, stack.layers)
+    named = checked_indices("layers", layers, stack.layers)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     manipulation = _combine(outer, factor, mode, backend, named, 1 + max(stack.layers))
@@ -195,14 +195,14 @@ def _checked_factor(
         raise ValueError("key_factor must be at least 0 with mode='log_additive'.")
     if heads is None:
         return factor
-    named = _checked_indices("heads", heads, tuple(range(stack.heads)))
+    named = checked_indices("heads", heads, tuple(range(stack.heads)))
     chosen = torch.zeros(stack.heads, 1, dtype=torch.bool, device=factor.device)
     chosen[list(named)] = True
     factor = factor if factor.dim() == 3 else factor[:, None]
     return torch.where(chosen, factor, torch.ones_like(factor))
 
 
-def _checked_indices(
+def checked_indices(
     name: str, given: Iterable[int] | None, known: tuple[int, ...]
 ) -> tuple[int, ...]:
     """Indices of layers or heads, each of which must exist."""
