@@ -2,7 +2,8 @@
 
 Validation, backend choice and registration live here; the mathematics lives in ``kernels/``.
 
-Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv value dim.
+Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
+value dim.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .kernels.portable import attention_portable
+from .kernels.portable_prefix import attention_portable_prefix
 from .kernels.reference import attention_reference
 
 MODES = ("multiplicative", "min_shift", "min_shift_full", "log_additive")
@@ -44,6 +46,7 @@ def attention(
     sinks: Tensor | None = ...,
     position_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
+    prefix: tuple[Tensor, Tensor] | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -65,6 +68,7 @@ def attention(
     sinks: Tensor | None = ...,
     position_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
+    prefix: tuple[Tensor, Tensor] | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -85,6 +89,7 @@ def attention(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -117,6 +122,11 @@ def attention(
         sinks: ``[Hq]`` floating logits that take part in the normaliser only.
         position_bias: ``[B|1, Hq|1, Tq|1, Tk]`` floating (ALiBi, T5), never manipulated.
         mask: bool, True = visible: ``[B, Tk]`` padding or ``[B|1, Hq|1, Tq, Tk]``.
+        prefix: key ``[1, Hk, Tp, D]`` and value ``[1, Hk, Tp, Dv]`` in ``query.dtype``, which every
+            batch row has in front of its own ``key`` and ``value``; any strides, so a view of a
+            longer cache will do. ``Tk`` above then reads ``Tp + Tk`` wherever keys are counted
+            (``key_factor``, ``query_offset``, ``window``, ``position_bias``, ``mask``); a
+            ``key_factor`` of length ``Tk`` leaves the prefix alone.
         return_lse: also return the log-sum-exp of each row (natural log, sinks included).
         backend: ``auto`` is ``torch`` on CPU and where ``triton`` cannot serve (float64, head dims
             over 256, gradients), ``triton`` on a GPU otherwise. Any other name is taken at its
@@ -145,14 +155,19 @@ def attention(
         sinks=sinks,
         position_bias=position_bias,
         mask=mask,
+        prefix=prefix,
         backend=backend,
     )
+    if prefix is not None and prefix[0].shape[2] == 0:
+        prefix = None
     head_dim = query.shape[-1]
     score_scale = head_dim**-0.5 if scale is None else scale
-    query_offset = key.shape[2] - query.shape[2] if query_offset is None else query_offset
-    tensors = (query, key, value, key_factor, sinks, position_bias)
+    if query_offset is None:
+        prefix_tokens = 0 if prefix is None else prefix[0].shape[2]
+        query_offset = prefix_tokens + key.shape[2] - query.shape[2]
+    tensors = (query, key, value, key_factor, sinks, position_bias, *(prefix or ()))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    chosen = _choose_backend(query, value, mode, backend, needs_grad)
+    chosen = _choose_backend(query, value, mode, prefix is not None, backend, needs_grad)
 
     if chosen == "triton":
         padding = mask if mask is not None and mask.dim() == 2 else None
@@ -187,12 +202,18 @@ def attention(
             "position_bias": position_bias,
             "mask": mask,
         }
-        if chosen == "torch":
+        if chosen == "reference":
+            output, lse = attention_reference(
+                query, key, value, key_factor, **features, prefix=prefix
+            )
+        elif prefix is not None:
+            output, lse = attention_portable_prefix(
+                query, key, value, key_factor, *prefix, **features, return_lse=return_lse
+            )
+        else:
             output, lse = attention_portable(
                 query, key, value, key_factor, **features, return_lse=return_lse
             )
-        else:
-            output, lse = attention_reference(query, key, value, key_factor, **features)
     if not return_lse:
         return output
     assert lse is not None  # every backend computes it when it is asked for
@@ -206,7 +227,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
+def _why_not_triton(query: Tensor, value: Tensor, mode: str, has_prefix: bool) -> str | None:
     """Why the fused kernel cannot serve this call; ``None`` if it can."""
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed (pip install triton)"
@@ -215,6 +236,8 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
             f"needs a GPU or the interpreter (TRITON_INTERPRET=1), got tensors on {query.device}; "
             "use backend='torch'"
         )
+    if has_prefix:
+        return "cannot serve a prefix; use backend='torch'"
     if mode == "min_shift_full":
         return "cannot serve mode='min_shift_full'; use backend='reference'"
     if query.dtype not in _TRITON_DTYPES:
@@ -226,11 +249,11 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
 
 
 def _choose_backend(
-    query: Tensor, value: Tensor, mode: str, backend: str, needs_grad: bool
+    query: Tensor, value: Tensor, mode: str, has_prefix: bool, backend: str, needs_grad: bool
 ) -> Literal["triton", "torch", "reference"]:
     """Resolve ``auto``; refuse an explicit backend that cannot serve the call."""
     if backend == "triton":
-        reason = _why_not_triton(query, value, mode)
+        reason = _why_not_triton(query, value, mode, has_prefix)
         if reason is not None:
             raise ValueError(f"backend='triton' {reason}.")
         return "triton"
@@ -244,7 +267,7 @@ def _choose_backend(
         )
     if backend == "torch" or needs_grad or query.device.type != "cuda":
         return "torch"
-    return "torch" if _why_not_triton(query, value, mode) is not None else "triton"
+    return "torch" if _why_not_triton(query, value, mode, has_prefix) is not None else "triton"
 
 
 # --- validation ---------------------------------------------------------------------------------
@@ -265,6 +288,7 @@ def _check(
     sinks: Tensor | None,
     position_bias: Tensor | None,
     mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
     backend: str,
 ) -> None:
     """Refuse what would otherwise give a wrong answer or an obscure error."""
@@ -301,6 +325,10 @@ def _check(
         )
     if value.shape[-1] < 1:
         raise ValueError("value must have a head dim of at least 1, got 0.")
+    own_tokens = key_tokens
+    if prefix is not None:
+        _check_prefix(prefix, query, key, value)
+        key_tokens += prefix[0].shape[2]
     if key_factor is not None:
         _check_tensor("key_factor", key_factor, query)
         # float32 would round the factor of a float64 oracle
@@ -311,12 +339,13 @@ def _check(
             raise TypeError(
                 f"key_factor must be torch.float32, got {key_factor.dtype}; use key_factor.float()."
             )
-        shapes = ([batch, key_tokens], [batch, query_heads, key_tokens])
+        shapes = [[batch, key_tokens], [batch, query_heads, key_tokens]]
+        text = f"{shapes[0]} or {shapes[1]}"
+        if prefix is not None:
+            shapes += [[batch, own_tokens], [batch, query_heads, own_tokens]]
+            text += f", or {shapes[2]} or {shapes[3]} without the prefix"
         if list(key_factor.shape) not in shapes:
-            raise ValueError(
-                f"key_factor must have shape {shapes[0]} or {shapes[1]}, "
-                f"got {list(key_factor.shape)}."
-            )
+            raise ValueError(f"key_factor must have shape {text}, got {list(key_factor.shape)}.")
     if isinstance(query_offset, Tensor):
         _check_tensor("query_offset", query_offset, query)
         if query_offset.is_floating_point() or query_offset.numel() != 1:
@@ -365,6 +394,27 @@ def _check(
             _check_broadcast("mask", mask, full)
             if list(mask.shape[2:]) != [query_tokens, key_tokens]:
                 raise ValueError(f"mask must have shape {list(full)}, got {list(mask.shape)}.")
+
+
+def _check_prefix(prefix: tuple[Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor) -> None:
+    if not isinstance(prefix, tuple) or len(prefix) != 2:
+        came = f"a tuple of {len(prefix)}" if isinstance(prefix, tuple) else type(prefix).__name__
+        raise TypeError(f"prefix must be a tuple (key, value), got {came}.")
+    for name, tensor in zip(("prefix key", "prefix value"), prefix, strict=True):
+        _check_tensor(name, tensor, query)
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name} must have query's dtype {query.dtype}, got {tensor.dtype}.")
+    shared_key, shared_value = prefix
+    heads, head_dim, value_dim = key.shape[1], key.shape[-1], value.shape[-1]
+    fits = shared_key.dim() == 4 and shared_key.shape[:2] == (1, heads)
+    if not fits or shared_key.shape[-1] != head_dim:
+        raise ValueError(
+            f"prefix key must have shape [1, {heads}, Tp, {head_dim}], "
+            f"got {list(shared_key.shape)}."
+        )
+    wanted = [1, heads, shared_key.shape[2], value_dim]
+    if list(shared_value.shape) != wanted:
+        raise ValueError(f"prefix value must have shape {wanted}, got {list(shared_value.shape)}.")
 
 
 def _check_int(name: str, value: object) -> None:

@@ -95,6 +95,7 @@ def attention_reference(
     sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention whose pre-softmax scores are manipulated by one factor per key.
 
@@ -111,11 +112,21 @@ def attention_reference(
         sinks: ``[Hq]`` logits that take part in the normaliser only.
         position_bias: broadcastable to ``[B, Hq, Tq, Tk]``, added after the manipulation.
         causal, query_offset, window, mask: see :func:`visible_keys`.
+        prefix: key ``[1, Hk, Tp, D]`` and value ``[1, Hk, Tp, Dv]`` in front of every batch row's
+            own; everything above then spans ``Tp + Tk`` keys. A ``key_factor`` of length Tk has
+            ones on the prefix.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype`` and log-sum-exp ``[B, Hq, Tq]`` (natural
         log, sinks included). A row that sees no key gives 0 and -inf (the sink, if there is one).
     Source: AtMan (arXiv 2301.08110), Eq. 4.
     """
     batch, query_heads, query_tokens, head_dim = query.shape
+    if prefix is not None:
+        prefix_key, prefix_value = (tensor.expand(batch, -1, -1, -1) for tensor in prefix)
+        if key_factor is not None and key_factor.shape[-1] == key.shape[2]:
+            ones = key_factor.new_ones(*key_factor.shape[:-1], prefix_key.shape[2])
+            key_factor = torch.cat([ones, key_factor], dim=-1)
+        key = torch.cat([prefix_key, key.expand(batch, -1, -1, -1)], dim=2)
+        value = torch.cat([prefix_value, value.expand(batch, -1, -1, -1)], dim=2)
     key_heads, key_tokens = key.shape[1], key.shape[2]
     group = query_heads // key_heads
     key = key.expand(batch, -1, -1, -1).repeat_interleave(group, dim=1)  # [B, Hq, Tk, D]
