@@ -1,8 +1,8 @@
 """The result of an explanation: which units of the input supported which target tokens.
 
-Legend: U units (what was suppressed, one at a time), T target tokens (what was scored).
-Log-probabilities and scores are in nats. ``token`` and ``tokens`` count tokens of the model input
-from 0; ``start`` and ``stop`` count characters of ``Explanation.text`` from 0, ``stop`` exclusive.
+Legend: K targets (answers that were explained), T target tokens (what was scored, those of all
+targets in order), U units (what was suppressed, one at a time). Log-probabilities and scores are in
+nats.
 """
 
 from __future__ import annotations
@@ -11,95 +11,63 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+from .pieces import (
+    LeftOut,
+    Target,
+    Unit,
+    check_branches,
+    check_names,
+    check_pieces,
+)
+from .saving import from_json, load, save, to_json
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation", "LeftOut", "Target", "Unit", "load"]
+__all__ = ["Explanation", "LeftOut", "Target", "Unit", "from_json", "load", "to_json"]
 
-FORMAT = "atman_explanation"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A piece of the input that was suppressed as one: a token, a word, a sentence.
-
-    Args:
-        text: The piece as text; for a token that holds part of a character, what it decodes to.
-        tokens: Its positions in the model input.
-        start: First character in ``Explanation.text``; None where the piece has no place there.
-        stop: One past its last character; None together with ``start``.
-        part: Whether it belongs to the prompt or to the target.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    start: int | None
-    stop: int | None
-    part: Literal["prompt", "target"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A token whose log-probability was scored.
-
-    Args:
-        text: The token as text.
-        token: Its position in the model input (the last one is scored, but never fed to the model).
-        token_id: Its index in the vocabulary.
-        start: First character in ``Explanation.text``; None where the token has no place there.
-        stop: One past its last character; None together with ``start``.
-    """
-
-    text: str
-    token: int
-    token_id: int
-    start: int | None
-    stop: int | None
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A piece of the input that the model read but that is no unit.
-
-    Args:
-        text: The piece as text, for example ``<s>``.
-        tokens: Its positions in the model input.
-        reason: Why it was left out, for example ``special token``.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    reason: str
+METHODS = ("exact", "direct", "hybrid", "hierarchical")
 
 
 @dataclass(eq=False, repr=False)
 class Explanation:
     """What every unit of the input contributed to every target token.
 
-    ``scores[t, u]`` is the rise of the loss of target ``t`` when unit ``u`` is suppressed: positive
-    means that the unit supports the target, negative that it opposes it. NaN means not measured,
-    because the unit stands at or after the target; it never means 0.
+    ``scores[t, u]`` is the rise of the loss of target token ``t`` when unit ``u`` is suppressed:
+    positive means that the unit supports the target, negative that it opposes it. NaN means not
+    measured, because the unit stands at or after the target token or in another target; it never
+    means 0.
+
+    One target or many, the shapes follow one rule: a row per target token, those of target 0
+    first. Each target was scored as if it alone followed the prompt; ``branch(k)`` is what a
+    separate explanation of target ``k`` would have given.
 
     Args:
-        text: Prompt followed by target, as the model read them; all character spans refer to it.
-        prompt_stop: Character of ``text`` where the prompt ends and the target starts.
+        text: The prompt, then target 0, target 1 and so on; all character spans refer to it.
+        prompt_stop: Character of ``text`` where the prompt ends and target 0 starts.
         units: The ``U`` pieces that were suppressed, at least one.
-        targets: The ``T`` scored tokens, at least one.
+        targets: The ``T`` scored tokens, at least one for every target, in order.
         base_logprobs: ``[T]`` float32, nats: log p of each target token with nothing suppressed.
         suppressed_logprobs: ``[T, U]`` float32, nats: the same with one unit suppressed; NaN where
-            the unit stands at or after the target.
+            the unit stands at or after the target token, or in another target.
         reduction: How ``relevance`` goes over target tokens: ``"mean"`` (Eq. 3), ``"sum"`` (Eq. 2).
         left_out: What the model read besides the units, such as template tokens.
         provenance: How the numbers came about: model, settings, library versions. JSON values only.
+        target_stops: ``[K]``, character of ``text`` where each target ends, the last one where the
+            text ends. Empty stands for one target and becomes ``[len(text)]``.
+        method: ``"exact"`` (every unit's total effect), ``"direct"`` (every unit's direct effect),
+            ``"hybrid"`` (direct, then exact for the strongest) or ``"hierarchical"`` (large units
+            first, then what they are made of); see ``Unit.effect``.
+        coarse: The same prompt and targets by larger units, from which ``"hierarchical"`` chose
+            what to refine; it may have a ``coarse`` of its own.
 
     Tensors are kept on the CPU, detached; ``provenance`` as JSON returns it (tuples become lists).
 
@@ -118,6 +86,9 @@ class Explanation:
     reduction: Literal["mean", "sum"] = "mean"
     left_out: list[LeftOut] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    target_stops: list[int] = field(default_factory=list)
+    method: str = "exact"
+    coarse: Explanation | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -128,15 +99,26 @@ class Explanation:
             )
         if self.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         self.units, self.targets = list(self.units), list(self.targets)
         self.left_out = list(self.left_out)
-        _check_pieces("units", self.units, Unit, len(self.text))
-        _check_pieces("targets", self.targets, Target, len(self.text))
-        for index, unit in enumerate(self.units):
-            if unit.part not in ("prompt", "target"):
-                raise ValueError(
-                    f"units[{index}].part must be 'prompt' or 'target', got {unit.part!r}."
-                )
+        self.target_stops = list(self.target_stops) or [len(self.text)]
+        edges = [self.prompt_stop, *self.target_stops]
+        if edges != sorted(edges) or edges[-1] != len(self.text):
+            raise ValueError(
+                f"target_stops must rise from prompt_stop {self.prompt_stop} to the text's length "
+                f"{len(self.text)}, got {self.target_stops}."
+            )
+        check_pieces("units", self.units, Unit, len(self.text))
+        check_pieces("targets", self.targets, Target, len(self.text))
+        check_names(self.units, self.method)
+        if len(self.target_stops) == 1:
+            self.units = [
+                replace(unit, branch=0) if unit.part == "target" and unit.branch is None else unit
+                for unit in self.units
+            ]
+        check_branches(self.units, self.targets, self.prompt_stop, self.target_stops)
         shape = (len(self.targets), len(self.units))
         self.base_logprobs = _checked("base_logprobs", self.base_logprobs, shape[:1])
         self.suppressed_logprobs = _checked("suppressed_logprobs", self.suppressed_logprobs, shape)
@@ -145,32 +127,82 @@ class Explanation:
                 "base_logprobs must hold no NaN: the model returned NaN with nothing suppressed; "
                 "try another dtype."
             )
+        self._check_other_targets()
         try:
             self.provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must hold JSON values only: {error}.") from error
+        self._check_coarse()
+
+    def _check_other_targets(self) -> None:
+        """A unit of one target says nothing about another one: NaN, never a number."""
+        owners = torch.tensor([-1 if unit.branch is None else unit.branch for unit in self.units])
+        foreign = (owners >= 0) & (owners != self._branches()[:, None])  # [T, U]
+        wrong = (foreign & ~self.suppressed_logprobs.isnan()).nonzero()
+        if len(wrong):
+            target, unit = wrong[0].tolist()
+            raise ValueError(
+                f"suppressed_logprobs[{target}, {unit}] must be NaN: the unit belongs to target "
+                f"{self.units[unit].branch}, the token to target {self.targets[target].branch}."
+            )
+
+    def _check_coarse(self) -> None:
+        coarse = self.coarse
+        if coarse is None:
+            return
+        if not isinstance(coarse, Explanation):
+            raise TypeError(f"coarse must be an Explanation or None, got {type(coarse).__name__}.")
+        for name in ("text", "prompt_stop", "target_stops", "targets"):
+            if getattr(coarse, name) != getattr(self, name):
+                raise ValueError(f"coarse must explain the same prompt and targets; {name} differ.")
+
+    def _branches(self) -> Tensor:
+        """``[T]``: which target each scored token belongs to."""
+        return torch.tensor([target.branch for target in self.targets])
 
     @property
     def scores(self) -> Tensor:
         """``[T, U]`` float32, nats: loss with the unit suppressed minus loss without.
 
-        Positive: the unit supports the target. NaN: the unit stands at or after the target.
+        A row per target token, those of all targets in order. Positive: the unit supports the
+        target. NaN: the unit stands at or after the target token, or in another target.
         Source: AtMan, Eq. 3.
         """
         return self.base_logprobs[:, None] - self.suppressed_logprobs
 
     @property
+    def relevances(self) -> Tensor:
+        """``[K, U]`` float32, nats: ``scores`` averaged (or summed) over each target's tokens.
+
+        NaN counts as absent; a unit that was measured for no token of the target stays NaN.
+        Source: AtMan, Eq. 3 (mean), Eq. 2 (sum).
+        """
+        return self._reduced()[0].float()
+
+    @property
     def relevance(self) -> Tensor:
-        """``[U]`` float32, nats: ``scores`` averaged (or summed) over the target tokens.
+        """``[U]`` float32, nats: ``relevances`` averaged over the targets; of one target, its own.
 
         NaN counts as absent; a unit that was measured for no target stays NaN.
         Source: AtMan, Eq. 3 (mean), Eq. 2 (sum).
         """
+        relevances, measured = self._reduced()
+        total = relevances.where(measured, 0.0).sum(0)
+        count = measured.sum(0)
+        return (total / count).where(count > 0, torch.nan).float()
+
+    def _reduced(self) -> tuple[Tensor, Tensor]:
+        """``[K, U]`` float64 relevances, and which of them were measured."""
         scores = self.scores.double()
-        measured = (~scores.isnan()).sum(0)
-        total = scores.nansum(0)
-        reduced = total / measured if self.reduction == "mean" else total
-        return reduced.where(measured > 0, torch.nan).float()
+        measured = ~scores.isnan()
+        shape = (len(self.target_stops), len(self.units))
+        branches = self._branches()
+        total = torch.zeros(shape, dtype=torch.float64)
+        total.index_add_(0, branches, scores.where(measured, 0.0))
+        count = torch.zeros(shape, dtype=torch.float64)
+        count.index_add_(0, branches, measured.double())
+        reduced = total / count if self.reduction == "mean" else total
+        return reduced.where(count > 0, torch.nan), count > 0
 
     @property
     def prompt(self) -> str:
@@ -178,39 +210,124 @@ class Explanation:
         return self.text[: self.prompt_stop]
 
     @property
-    def answer(self) -> str:
-        """The target as text: what was explained."""
-        return self.text[self.prompt_stop :] or "".join(target.text for target in self.targets)
+    def answers(self) -> list[str]:
+        """The text of each of the ``K`` targets."""
+        names: list[list[str]] = [[] for _ in self.target_stops]
+        for target in self.targets:
+            names[target.branch].append(target.text)
+        edges = [self.prompt_stop, *self.target_stops]
+        return [
+            self.text[start:stop] or "".join(name)
+            for start, stop, name in zip(edges, edges[1:], names, strict=False)
+        ]
 
-    def ranking(self, target: int | None = None) -> list[int]:
+    @property
+    def answer(self) -> str:
+        """What was explained, as text; of several targets all, with `` | `` between them."""
+        return " | ".join(self.answers)
+
+    @property
+    def answer_logprobs(self) -> Tensor:
+        """``[K]`` float32, nats: log p of each whole target with nothing suppressed."""
+        total = torch.zeros(len(self.target_stops), dtype=torch.float64)
+        return total.index_add_(0, self._branches(), self.base_logprobs.double()).float()
+
+    @property
+    def effect(self) -> Literal["total", "direct", "mixed"]:
+        """The effect that the units' scores are, ``mixed`` if not all the same."""
+        effects = {unit.effect for unit in self.units}
+        return effects.pop() if len(effects) == 1 else "mixed"
+
+    def branch(self, index: int) -> Explanation:
+        """What a separate explanation of one of the targets gives.
+
+        Units and left-out pieces of other targets are dropped; the text is the prompt and that
+        target, the spans and token positions are those there. ``coarse`` is reduced alike,
+        ``provenance`` stays that of the whole.
+
+        Args:
+            index: Which target, from 0.
+        Raises: ValueError: if there is no such target, or none of the units belongs to it.
+        """
+        self._check_branch(index)
+        start, stop = [self.prompt_stop, *self.target_stops][index : index + 2]
+        rows = [row for row, target in enumerate(self.targets) if target.branch == index]
+        columns = [c for c, unit in enumerate(self.units) if unit.branch in (None, index)]
+        if not columns:
+            raise ValueError(f"no unit belongs to target {index} or the prompt.")
+        # Whether targets are counted on or each from the prompt's end, all end up at the latter.
+        tokens = self.targets[rows[0]].token - self.targets[0].token
+
+        def moved(piece: Any) -> Any:
+            if piece.branch is None:
+                return piece
+            place: dict[str, Any] = {"branch": 0}
+            if hasattr(piece, "tokens"):
+                place["tokens"] = tuple(token - tokens for token in piece.tokens)
+            else:
+                place["token"] = piece.token - tokens
+            if getattr(piece, "start", None) is not None:
+                by = start - self.prompt_stop
+                place |= {"start": piece.start - by, "stop": piece.stop - by}
+            return replace(piece, **place)
+
+        return replace(
+            self,
+            text=self.prompt + self.text[start:stop],
+            units=[moved(self.units[column]) for column in columns],
+            targets=[moved(self.targets[row]) for row in rows],
+            base_logprobs=self.base_logprobs[rows],
+            suppressed_logprobs=self.suppressed_logprobs[rows][:, columns],
+            left_out=[moved(p) for p in self.left_out if p.branch in (None, index)],
+            target_stops=[self.prompt_stop + stop - start],
+            coarse=None if self.coarse is None else self.coarse.branch(index),
+        )
+
+    def ranking(self, target: int | None = None, branch: int | None = None) -> list[int]:
         """Indices of the measured units, the strongest supporter first; ties stay in text order.
 
         Args:
             target: Rank by this row of ``scores`` instead of by ``relevance``.
+            branch: Rank by this row of ``relevances``.
         Raises: ValueError: if there is no such target.
         """
-        values = self.values(target).tolist()
+        values = self.values(target, branch).tolist()
         measured = [index for index, value in enumerate(values) if not math.isnan(value)]
         return sorted(measured, key=lambda index: -values[index])
 
-    def values(self, target: int | None = None) -> Tensor:
-        """``[U]`` float32, nats: ``relevance``, or one row of ``scores``.
+    def values(self, target: int | None = None, branch: int | None = None) -> Tensor:
+        """``[U]`` float32, nats: ``relevance``, or one row of ``scores`` or ``relevances``.
 
         Args:
             target: Index of a target token; None for all of them reduced.
-        Raises: ValueError: if there is no such target.
+            branch: Index of one of several targets; None for all of them.
+        Raises: ValueError: if there is no such target, or both are given.
         """
+        if target is not None and branch is not None:
+            raise ValueError(
+                f"give target (a target token) or branch (a whole target), got target={target} "
+                f"and branch={branch}."
+            )
+        if branch is not None:
+            self._check_branch(branch)
+            return self.relevances[branch]
         if target is None:
             return self.relevance
         if not 0 <= target < len(self.targets):
             raise ValueError(f"target must lie in [0, {len(self.targets) - 1}], got {target}.")
         return self.scores[target]
 
+    def _check_branch(self, index: int) -> None:
+        if not 0 <= index < len(self.target_stops):
+            raise ValueError(f"branch must lie in [0, {len(self.target_stops) - 1}], got {index}.")
+
     def to_dataframe(self, top_k: int | None = None) -> pandas.DataFrame:
-        """One row per unit: text, part, start, stop, relevance, rank (1 = strongest supporter).
+        """One row per unit: text, part, start, stop, relevance, rank (1 = best), effect, level.
 
         With several target tokens, a column for each one's scores follows: ``"0: text"``,
-        ``"1: text"`` and so on. The index is the unit's number.
+        ``"1: text"`` and so on. With several targets these columns are the ``relevances`` for each
+        target instead (``branch(k).to_dataframe()`` tells its tokens apart), and ``branch`` says
+        which target a unit belongs to. The index is the unit's number.
 
         Args:
             top_k: Keep so many units, the most relevant first; None keeps all in text order.
@@ -235,10 +352,18 @@ class Explanation:
             "stop": integers["stop"],
             "relevance": self.relevance.numpy(),
             "rank": integers["rank"],
+            "effect": [unit.effect for unit in self.units],
+            "level": [unit.level for unit in self.units],
         }
-        if len(self.targets) > 1:
-            for index, (target, row) in enumerate(zip(self.targets, self.scores, strict=True)):
-                columns[f"{index}: {target.text}"] = row.numpy()
+        if len(self.target_stops) > 1:
+            owners = [unit.branch for unit in self.units]
+            columns["branch"] = pandas.array(owners, dtype="Int64")
+            names, rows = self.answers, self.relevances
+        else:
+            names, rows = [target.text for target in self.targets], self.scores
+        if len(names) > 1:
+            for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+                columns[f"{index}: {name}"] = row.numpy()
         frame = pandas.DataFrame(columns, index=pandas.RangeIndex(len(self.units), name="unit"))
         return frame if top_k is None else frame.loc[order[:top_k]]
 
@@ -293,7 +418,7 @@ class Explanation:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON, which ``load`` reads back exactly."""
-        Path(path).write_text(json.dumps(to_json(self), allow_nan=False) + "\n", encoding="utf-8")
+        save(self, path)
 
     def __eq__(self, other: object) -> bool:
         """Equal in every field; NaN equals NaN."""
@@ -302,92 +427,12 @@ class Explanation:
         return to_json(self) == to_json(other)
 
     def __repr__(self) -> str:
+        count = len(self.target_stops)
+        what = f"answer={self.answer!r}" if count == 1 else f"answers={count}"
         return (
-            f"Explanation(answer={self.answer!r}, units={len(self.units)}, "
-            f"targets={len(self.targets)}, reduction={self.reduction!r})"
+            f"Explanation({what}, units={len(self.units)}, targets={len(self.targets)}, "
+            f"reduction={self.reduction!r}, method={self.method!r})"
         )
-
-
-def load(path: str | os.PathLike[str]) -> Explanation:
-    """Read an explanation that ``Explanation.save`` wrote.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is no saved explanation, is damaged, or was written by a newer version.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no saved explanation: it is not text.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is no complete JSON file (line {error.lineno}, column {error.colno}: "
-            f"{error.msg}); it may be cut short."
-        ) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f'{path} is no saved explanation: it lacks "format": "{FORMAT}".')
-    version = data.get("version")
-    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path} is damaged: version must be a positive integer, got {version!r}.")
-    if version > VERSION:
-        raise ValueError(
-            f"{path} has version {version}, this release reads up to version {VERSION}: "
-            "upgrade atman_triton."
-        )
-    try:
-        return from_json(data)
-    except KeyError as error:
-        raise ValueError(f"{path} is damaged: it lacks {error.args[0]!r}.") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def to_json(explanation: Explanation) -> dict[str, Any]:
-    """The explanation as JSON values: NaN is null, infinities are strings, float32 stays exact."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "text": explanation.text,
-        "prompt_stop": explanation.prompt_stop,
-        "units": [_piece(unit) for unit in explanation.units],
-        "targets": [asdict(target) for target in explanation.targets],
-        "base_logprobs": _numbers(explanation.base_logprobs),
-        "suppressed_logprobs": [_numbers(row) for row in explanation.suppressed_logprobs],
-        "reduction": explanation.reduction,
-        "left_out": [_piece(piece) for piece in explanation.left_out],
-        "provenance": explanation.provenance,
-    }
-
-
-def from_json(data: dict[str, Any]) -> Explanation:
-    """The inverse of ``to_json``.
-
-    Raises: KeyError, TypeError or ValueError: if a field is missing or wrong, naming the field.
-    """
-    units = [_unit(f"units[{i}]", item) for i, item in enumerate(_list("units", data["units"]))]
-    targets = [
-        _target(f"targets[{i}]", item) for i, item in enumerate(_list("targets", data["targets"]))
-    ]
-    rows = _list("suppressed_logprobs", data["suppressed_logprobs"], len(targets))
-    suppressed = [
-        _tensor(f"suppressed_logprobs[{i}]", row, len(units)) for i, row in enumerate(rows)
-    ]
-    if not isinstance(data["provenance"], dict):
-        raise ValueError(f"provenance must be an object, got {data['provenance']!r}.")
-    return Explanation(
-        text=_str("text", data["text"]),
-        prompt_stop=_int("prompt_stop", data["prompt_stop"]),
-        units=units,
-        targets=targets,
-        base_logprobs=_tensor("base_logprobs", data["base_logprobs"]),
-        suppressed_logprobs=torch.stack(suppressed) if suppressed else torch.empty(0, len(units)),
-        reduction=cast(Any, _str("reduction", data["reduction"])),
-        left_out=[
-            _left_out(f"left_out[{i}]", item)
-            for i, item in enumerate(_list("left_out", data["left_out"]))
-        ],
-        provenance=data["provenance"],
-    )
 
 
 def import_extra(module: str, extra: str) -> Any:
@@ -421,121 +466,3 @@ def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}.")
     return value.detach().cpu()
-
-
-def _check_pieces(name: str, pieces: list[Any], kind: type, length: int) -> None:
-    if not pieces:
-        raise ValueError(f"{name} must hold at least one {kind.__name__}, got none.")
-    for index, piece in enumerate(pieces):
-        if not isinstance(piece, kind):
-            raise TypeError(
-                f"{name}[{index}] must be a {kind.__name__}, got {type(piece).__name__}."
-            )
-        start, stop = piece.start, piece.stop
-        if start is None and stop is None:
-            continue
-        if start is None or stop is None or not 0 <= start <= stop <= length:
-            raise ValueError(
-                f"{name}[{index}] must span characters within [0, {length}], got {start}:{stop}."
-            )
-
-
-def _piece(piece: Unit | LeftOut) -> dict[str, Any]:
-    return asdict(piece) | {"tokens": list(piece.tokens)}
-
-
-def _numbers(values: Tensor) -> list[float | str | None]:
-    """float32 values as JSON: 9 significant digits tell any two float32 apart."""
-    return [
-        float(f"{value:.9g}") if math.isfinite(value) else None if math.isnan(value) else str(value)
-        for value in values.tolist()
-    ]
-
-
-def _unit(name: str, data: Any) -> Unit:
-    piece = _object(name, data, Unit)
-    return Unit(
-        text=_str(f"{name}.text", piece["text"]),
-        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
-        start=_place(f"{name}.start", piece["start"]),
-        stop=_place(f"{name}.stop", piece["stop"]),
-        part=cast(Any, _str(f"{name}.part", piece["part"])),
-    )
-
-
-def _target(name: str, data: Any) -> Target:
-    piece = _object(name, data, Target)
-    return Target(
-        text=_str(f"{name}.text", piece["text"]),
-        token=_int(f"{name}.token", piece["token"]),
-        token_id=_int(f"{name}.token_id", piece["token_id"]),
-        start=_place(f"{name}.start", piece["start"]),
-        stop=_place(f"{name}.stop", piece["stop"]),
-    )
-
-
-def _left_out(name: str, data: Any) -> LeftOut:
-    piece = _object(name, data, LeftOut)
-    return LeftOut(
-        text=_str(f"{name}.text", piece["text"]),
-        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
-        reason=_str(f"{name}.reason", piece["reason"]),
-    )
-
-
-def _object(name: str, value: Any, kind: type[Unit] | type[Target] | type[LeftOut]) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be an object, got {value!r}.")
-    known = [each.name for each in fields(kind)]
-    for key in known:
-        if key not in value:
-            raise ValueError(f"{name} lacks {key!r}.")
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{name} has the unknown field {key!r}.")
-    return value
-
-
-def _list(name: str, value: Any, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, got {value!r}.")
-    if length is not None and len(value) != length:
-        raise ValueError(f"{name} must have length {length}, got {len(value)}.")
-    return value
-
-
-def _str(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a str, got {value!r}.")
-    return value
-
-
-def _int(name: str, value: Any, kind: str = "an int") -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be {kind}, got {value!r}.")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}.")
-    return value
-
-
-def _place(name: str, value: Any) -> int | None:
-    return None if value is None else _int(name, value, "an int or null")
-
-
-def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(_int(f"{name}[{i}]", token) for i, token in enumerate(_list(name, value)))
-
-
-def _tensor(name: str, values: Any, length: int | None = None) -> Tensor:
-    """The inverse of ``_numbers``."""
-    numbers = []
-    for index, value in enumerate(_list(name, values, length)):
-        if value is None:
-            numbers.append(math.nan)
-        elif value in ("inf", "-inf") or (
-            isinstance(value, int | float) and not isinstance(value, bool)
-        ):
-            numbers.append(float(value))
-        else:
-            raise ValueError(f"{name}[{index}] must be a number, got {value!r}.")
-    return torch.tensor(numbers, dtype=torch.float32)

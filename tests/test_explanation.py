@@ -1,15 +1,22 @@
-"""The data model: numbers, validation, data frames, files."""
+"""The data model: numbers, validation, several targets, data frames."""
 
 import dataclasses
-import json
+import re
 import sys
 from typing import Any
 
 import pytest
 import torch
-from toy_explanations import HOSTILE, explain
+from toy_explanations import (
+    coarser,
+    explain,
+    explain_several,
+    hierarchical,
+    merge,
+    with_effects,
+)
 
-from atman_triton.explanation import Explanation, LeftOut, Target, Unit, from_json, load, to_json
+from atman_triton.explanation import Explanation, LeftOut, Target, Unit
 
 NAN, INF = float("nan"), float("inf")
 
@@ -50,7 +57,9 @@ def test_a_unit_that_was_never_measured_stays_nan(reduction):
 def test_prompt_answer_and_repr():
     explanation = small()
     assert (explanation.prompt, explanation.answer) == ("a", " b c")
-    assert repr(explanation) == ("Explanation(answer=' b c', units=2, targets=2, reduction='mean')")
+    assert repr(explanation) == (
+        "Explanation(answer=' b c', units=2, targets=2, reduction='mean', method='exact')"
+    )
     loose = small(
         text="",
         prompt_stop=0,
@@ -151,7 +160,7 @@ def test_data_frame_has_a_row_per_unit():
     explanation = explain()
     frame = explanation.to_dataframe()
     assert list(frame.columns) == [
-        *("text", "part", "start", "stop", "relevance", "rank"),
+        *("text", "part", "start", "stop", "relevance", "rank", "effect", "level"),
         *("0:  34", "1:  dollars"),
     ]
     assert frame["text"].tolist() == [unit.text for unit in explanation.units]
@@ -171,7 +180,7 @@ def test_data_frame_of_the_top():
 
 def test_data_frame_of_one_target_and_of_units_without_a_place():
     explanation = explain(answer=" 34")
-    assert "rank" in explanation.to_dataframe().columns[-1]
+    assert explanation.to_dataframe().columns[-1] == "level"
     loose = small(units=[UNIT, Unit("?", (1,), None, None, "target")])
     assert loose.to_dataframe()["start"].isna().tolist() == [False, True]
 
@@ -186,40 +195,6 @@ def test_a_missing_library_names_the_extra(monkeypatch, module, extra, call):
         call(explain())
 
 
-def test_saved_and_loaded_is_exactly_equal(tmp_path):
-    bits = torch.randint(-(2**31), 2**31 - 1, (4000,), dtype=torch.int32)
-    numbers = bits.view(torch.float32)
-    numbers[:6] = torch.tensor([NAN, INF, -INF, 1e-45, -0.0, 3.4028235e38])
-    units = [Unit(HOSTILE[:9], (index, 7), 0, 1, "prompt") for index in range(2000)]
-    explanation = small(
-        numbers.view(2, 2000).tolist(),
-        text="é\ud800<",
-        units=units,
-        targets=[Target("x", 1, 7, None, None), Target(HOSTILE, 2, 8, 1, 3)],
-        base_logprobs=torch.tensor([-INF, 0.1]),
-        left_out=[LeftOut("<s>", (0, 1), "special token")],
-        provenance={"model": "ü", "layers": (1, 2), "factor": 0.1},
-    )
-    path = tmp_path / "saved.json"
-    explanation.save(path)
-    loaded = load(path)
-    assert loaded == explanation
-    actual, expected = loaded.suppressed_logprobs, explanation.suppressed_logprobs
-    assert torch.equal(actual.isnan(), expected.isnan())
-    known = ~expected.isnan()
-    assert torch.equal(actual.view(torch.int32)[known], expected.view(torch.int32)[known])
-    assert loaded.units == explanation.units
-    assert loaded.left_out == explanation.left_out
-
-
-def test_the_file_is_strict_json_with_a_version(tmp_path):
-    path = tmp_path / "saved.json"
-    small().save(path)
-    data = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert (data["format"], data["version"]) == ("atman_explanation", 1)
-    assert data["suppressed_logprobs"][0] == [-2.0, None]
-
-
 def test_equality_looks_at_every_field():
     assert small() == small()
     assert small() != "small"
@@ -229,106 +204,292 @@ def test_equality_looks_at_every_field():
         {"reduction": "sum"},
         {"provenance": {"factor": 0.2}},
         {"left_out": [LeftOut("<s>", (0,), "special token")]},
+        {"method": "hierarchical"},
+        {"coarse": small()},
+        {"units": [dataclasses.replace(UNIT, level="word"), small().units[1]]},
     ]
     for change in changes:
         assert small(**change) != small()
+    direct = [dataclasses.replace(unit, effect="direct") for unit in small().units]
+    assert small(units=direct, method="hybrid") != small(method="hybrid")
+    two = {"target_stops": [3, 5], "targets": [small().targets[0], TARGET_C], **ONLY_PROMPT}
+    assert small(**two) != small(**two | {"targets": small().targets, "target_stops": []})
 
 
-def damage(text, **changes):
-    return json.dumps(json.loads(text) | changes)
+# Several targets.
+
+ONLY_PROMPT: dict[str, Any] = {
+    "units": [Unit("a", (0,), 0, 1, "prompt")],
+    "suppressed_logprobs": torch.tensor([[-2.0], [-0.5]]),
+}
+TARGET_C = Target(" c", 1, 8, 3, 5, branch=1)
+
+
+def test_one_target_is_the_target_that_all_belong_to():
+    explanation = small()
+    assert explanation.target_stops == [5]
+    assert [unit.branch for unit in explanation.units] == [None, 0]
+    assert explanation.answers == [explanation.answer]
+    assert explanation == small(target_stops=[5])
+    same(explanation.relevances, [explanation.relevance.tolist()])
+    assert explanation.branch(0) == explanation
+
+
+def test_one_row_per_token_of_all_targets_in_order():
+    explanation = explain_several()
+    assert explanation.scores.shape == (5, len(explanation.units))
+    assert [target.branch for target in explanation.targets] == [0, 0, 1, 1, 2]
+    assert explanation.answers == [" 34 dollars", " 51 dollars", " no"]
+    assert explanation.answer == " 34 dollars |  51 dollars |  no"
+    assert repr(explanation).startswith("Explanation(answers=3, units=18, targets=5, ")
+    same(explanation.answer_logprobs, [-0.75, -0.75, -0.25])
+
+
+def test_answers_without_text_are_made_of_their_tokens():
+    loose = small(
+        text="",
+        prompt_stop=0,
+        target_stops=[0, 0],
+        units=[Unit("a", (0,), None, None, "prompt")],
+        suppressed_logprobs=torch.zeros(2, 1),
+        targets=[Target("x", 1, 1, None, None), Target("y", 1, 1, None, None, 1)],
+    )
+    assert loose.answers == ["x", "y"]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_each_branch_is_what_a_separate_explanation_gives(reduction):
+    separate = [
+        explain(answer=" 34 dollars", scores={"34": 2.0, "pay": 1.0}, reduction=reduction),
+        explain(answer=" 51 dollars", scores={"51": 1.5, "34": -0.5}, reduction=reduction),
+        explain(answer=" 9 to 5", scores={"hour.": 0.25, "9": 0.75}, reduction=reduction),
+    ]
+    several = merge(separate)
+    for branch, each in enumerate(separate):
+        each = dataclasses.replace(each, provenance=several.provenance)
+        assert several.branch(branch) == each
+        columns = [
+            index for index, unit in enumerate(several.units) if unit.branch in (None, branch)
+        ]
+        same(several.relevances[branch][columns], each.relevance.tolist())
+        rest = set(range(len(several.units))) - set(columns)
+        assert several.relevances[branch][list(rest)].isnan().all()
+
+
+def test_a_branch_counts_tokens_from_the_end_of_the_prompt():
+    one = explain_several()
+    by = {0: 0, 1: 2, 2: 4}  # the same targets, numbered on instead
+    units = [
+        dataclasses.replace(unit, tokens=(unit.tokens[0] + by[unit.branch or 0],))
+        for unit in one.units
+    ]
+    targets = [dataclasses.replace(t, token=t.token + by[t.branch]) for t in one.targets]
+    other = dataclasses.replace(one, units=units, targets=targets)
+    assert [other.branch(k) for k in range(3)] == [one.branch(k) for k in range(3)]
+
+
+def test_a_branch_keeps_what_is_left_out_of_it_and_its_coarse_explanation():
+    pieces = [LeftOut("<s>", (0,), "special"), LeftOut("2", (17,), "not asked for", branch=1)]
+    explanation = explain_several(left_out=pieces)
+    explanation = dataclasses.replace(explanation, coarse=coarser(explanation))
+    assert explanation.branch(0).left_out == pieces[:1]
+    assert [piece.text for piece in explanation.branch(1).left_out] == ["<s>", "2"]
+    assert explanation.branch(1).left_out[1].branch == 0
+    assert explanation.coarse
+    assert explanation.branch(1).coarse == explanation.coarse.branch(1)
+
+
+def test_relevance_of_several_targets_is_the_mean_of_those_that_measured_it():
+    suppressed = torch.tensor([[-2.0, NAN], [-4.0, NAN], [-1.5, -3.0]])
+    explanation = small(
+        text="a b c d",
+        target_stops=[5, 7],
+        units=[Unit("a", (0,), 0, 1, "prompt"), Unit(" d", (1,), 5, 7, "target", branch=1)],
+        targets=[Target(" b", 1, 7, 1, 3), Target(" c", 2, 8, 3, 5), Target(" d", 2, 9, 5, 7, 1)],
+        base_logprobs=-torch.ones(3),
+        suppressed_logprobs=suppressed,
+    )
+    same(explanation.relevances, [[2.0, NAN], [0.5, 2.0]])
+    same(explanation.relevance, [1.25, 2.0])
+    same(explanation.values(branch=1), [0.5, 2.0])
+    assert explanation.ranking() == [1, 0]
+    assert explanation.ranking(branch=0) == [0]
+    explanation = dataclasses.replace(explanation, reduction="sum")
+    same(explanation.relevances, [[4.0, NAN], [0.5, 2.0]])
+    same(explanation.relevance, [2.25, 2.0])
+
+
+def test_an_infinite_score_stays_infinite():
+    explanation = small(((-INF, NAN), (-0.5, -3.0)))
+    same(explanation.relevance, [INF, 2.0])
 
 
 @pytest.mark.parametrize(
-    ("edit", "message"),
+    ("arguments", "message"),
     [
-        (lambda text: text[:200], "is no complete JSON file (line 1, column "),
-        (lambda text: "", "it may be cut short."),
-        (lambda text: "[1, 2]", 'is no saved explanation: it lacks "format": "atman_explanation".'),
-        (lambda text: damage(text, format="png"), 'it lacks "format": "atman_explanation".'),
+        ({"branch": 3}, "branch must lie in [0, 2], got 3."),
+        ({"branch": -1}, "branch must lie in [0, 2], got -1."),
         (
-            lambda text: damage(text, version=2),
-            "has version 2, this release reads up to version 1: upgrade atman_triton.",
+            {"target": 0, "branch": 1},
+            "give target (a target token) or branch (a whole target), got target=0 and branch=1.",
         ),
-        (
-            lambda text: damage(text, version="1"),
-            "is damaged: version must be a positive integer, got '1'.",
-        ),
-        (lambda text: damage(text, base_logprobs=[0.0]), "base_logprobs must have shape [2]"),
-        (lambda text: damage(text, suppressed_logprobs=[[0.0, 0.0], [0.0]]), "is damaged: "),
-        (lambda text: damage(text, suppressed_logprobs=[]), "is damaged: "),
-        (lambda text: damage(text, units=[3]), "is damaged: "),
-        (lambda text: damage(text, units=[{"text": "a"}]), "is damaged: units[0] lacks 'tokens'."),
-        (lambda text: text.replace("prompt_stop", "stop_prompt"), "it lacks 'prompt_stop'."),
     ],
 )
-def test_a_file_that_cannot_be_loaded_says_why(tmp_path, edit, message):
-    path = tmp_path / "saved.json"
-    small().save(path)
-    path.write_text(edit(path.read_text()))
-    with pytest.raises(ValueError, match=r"saved\.json") as caught:
-        load(path)
-    assert message in str(caught.value)
+def test_there_must_be_such_a_branch(arguments, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        explain_several().values(**arguments)
+
+
+def test_a_branch_needs_units():
+    explanation = explain_several()
+    assert explanation.units[-1].branch == 1
+    alone = dataclasses.replace(
+        explanation,
+        units=explanation.units[-1:],
+        suppressed_logprobs=explanation.suppressed_logprobs[:, -1:],
+    )
+    with pytest.raises(ValueError, match=r"^no unit belongs to target 2 or the prompt\.$"):
+        alone.branch(2)
+    with pytest.raises(ValueError, match=r"^branch must lie in \[0, 2\], got 3\.$"):
+        alone.branch(3)
+
+
+def test_data_frame_of_several_targets_has_a_column_for_each():
+    explanation = explain_several()
+    frame = explanation.to_dataframe()
+    assert list(frame.columns[6:]) == [
+        *("effect", "level", "branch", "0:  34 dollars", "1:  51 dollars", "2:  no")
+    ]
+    assert frame["branch"].dropna().tolist() == [0, 1]
+    same(torch.tensor(frame["1:  51 dollars"].to_numpy()), explanation.relevances[1].tolist())
+
+
+def test_data_frame_tells_effects_and_levels():
+    mixed = with_effects(explain(), {"pay", "is"})
+    assert set(mixed.to_dataframe().query("effect == 'direct'")["text"]) == {" pay", " is"}
+    assert set(hierarchical().to_dataframe()["level"]) == {"word", "sentence"}
+
+
+def test_effect_names_what_all_units_have():
+    units = [dataclasses.replace(unit, effect="direct") for unit in small().units]
+    assert small().effect == "total"
+    assert small(units=units, method="direct").effect == "direct"
+    assert with_effects(explain(), {"pay"}).effect == "mixed"
+
+
+SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "message"),
+    ("changes", "error", "message"),
     [
-        (["version"], True, "version must be a positive integer, got True."),
-        (["text"], 5, "text must be a str, got 5."),
-        (["prompt_stop"], 1.0, "prompt_stop must be an int, got 1.0."),
-        (["prompt_stop"], True, "prompt_stop must be an int, got True."),
-        (["reduction"], ["mean"], "reduction must be a str, got ['mean']."),
-        (["units"], {}, "units must be a list, got {}."),
-        (["units", 1], "ab", "units[1] must be an object, got 'ab'."),
-        (["units", 0, "text"], 5, "units[0].text must be a str, got 5."),
-        (["units", 0, "tokens"], "ab", "units[0].tokens must be a list, got 'ab'."),
-        (["units", 0, "tokens"], [0, True], "units[0].tokens[1] must be an int, got True."),
-        (["units", 0, "tokens"], [-1], "units[0].tokens[0] must be at least 0, got -1."),
-        (["units", 1, "start"], "1", "units[1].start must be an int or null, got '1'."),
-        (["units", 1, "stop"], 2.5, "units[1].stop must be an int or null, got 2.5."),
-        (["units", 1, "part"], ["target"], "units[1].part must be a str, got ['target']."),
-        (["units", 1, "colour"], 1, "units[1] has the unknown field 'colour'."),
-        (["targets", 0, "token"], "1", "targets[0].token must be an int, got '1'."),
-        (["targets", 0, "token_id"], None, "targets[0].token_id must be an int, got None."),
-        (["targets", 1, "text"], None, "targets[1].text must be a str, got None."),
-        (["base_logprobs"], 1, "base_logprobs must be a list, got 1."),
-        (["base_logprobs", 1], "x", "base_logprobs[1] must be a number, got 'x'."),
-        (["base_logprobs", 1], True, "base_logprobs[1] must be a number, got True."),
-        (["base_logprobs", 1], 10**400, "int too large to convert to float"),
-        (["suppressed_logprobs"], "ab", "suppressed_logprobs must be a list, got 'ab'."),
-        (["suppressed_logprobs"], [[1], [1, 2]], "suppressed_logprobs[0] must have length 2"),
-        (["suppressed_logprobs"], [], "suppressed_logprobs must have length 2, got 0."),
-        (["suppressed_logprobs", 1], "ab", "suppressed_logprobs[1] must be a list, got 'ab'."),
-        (["suppressed_logprobs", 1, 0], [], "suppressed_logprobs[1][0] must be a number, got []."),
-        (["left_out"], None, "left_out must be a list, got None."),
-        (["left_out", 0, "reason"], 1, "left_out[0].reason must be a str, got 1."),
-        (["provenance"], [1], "provenance must be an object, got [1]."),
+        (
+            {"method": "fast"},
+            ValueError,
+            "method must be one of exact, direct, hybrid, hierarchical, got 'fast'.",
+        ),
+        (
+            {"target_stops": [3]},
+            ValueError,
+            "target_stops must rise from prompt_stop 1 to the text's length 5, got [3].",
+        ),
+        ({"target_stops": [3, 2, 5]}, ValueError, "target_stops must rise from prompt_stop 1"),
+        ({"target_stops": [0, 5]}, ValueError, "target_stops must rise from prompt_stop 1"),
+        (
+            {"target_stops": [3, 5]},
+            ValueError,
+            "targets must belong to targets 0 to 1 in order, at least one token each, got branches "
+            "[0, 0].",
+        ),
+        (
+            {"targets": [TARGET_C, TARGET], "target_stops": [3, 5]},
+            ValueError,
+            "targets must belong to targets 0 to 1 in order, at least one token each, got branches "
+            "[1, 0].",
+        ),
+        (
+            {"targets": [TARGET, TARGET_C]},
+            ValueError,
+            "targets must belong to targets 0 to 0 in order",
+        ),
+        (
+            {"units": [UNIT, dataclasses.replace(UNIT, branch=0)]},
+            ValueError,
+            "units[1].branch must be None for a piece of the prompt, got 0.",
+        ),
+        (
+            {"units": [UNIT, SECOND], "targets": [TARGET, TARGET_C], "target_stops": [3, 5]},
+            ValueError,
+            "units[1].branch must lie in [0, 1], got None.",
+        ),
+        (
+            {"units": [UNIT, dataclasses.replace(SECOND, branch=1)]},
+            ValueError,
+            "units[1].branch must lie in [0, 0], got 1.",
+        ),
+        (
+            {
+                "units": [UNIT, dataclasses.replace(SECOND, branch=1)],
+                "targets": [TARGET, TARGET_C],
+                "target_stops": [3, 5],
+            },
+            ValueError,
+            "units[1] must span characters of target 1, within [3, 5], got 1:3.",
+        ),
+        (
+            {
+                "units": [UNIT, dataclasses.replace(UNIT, stop=2)],
+                "targets": [TARGET, TARGET_C],
+                "target_stops": [3, 5],
+            },
+            ValueError,
+            "units[1] must span characters of the prompt, within [0, 1], got 0:2.",
+        ),
+        (
+            {
+                "units": [UNIT, dataclasses.replace(SECOND, branch=0)],
+                "targets": [TARGET, TARGET_C],
+                "target_stops": [3, 5],
+            },
+            ValueError,
+            "suppressed_logprobs[1, 1] must be NaN: the unit belongs to target 0, the token to "
+            "target 1.",
+        ),
+        (
+            {"units": [UNIT, dataclasses.replace(UNIT, effect="indirect")]},
+            ValueError,
+            "units[1].effect must be 'total' or 'direct', got 'indirect'.",
+        ),
+        (
+            {"units": [UNIT, dataclasses.replace(UNIT, effect="direct")]},
+            ValueError,
+            "units[1].effect must be 'total' where method is 'exact', got 'direct'.",
+        ),
+        (
+            {"method": "direct"},
+            ValueError,
+            "units[0].effect must be 'direct' where method is 'direct', got 'total'.",
+        ),
+        (
+            {"units": [UNIT, dataclasses.replace(UNIT, level="page")]},
+            ValueError,
+            "units[1].level must be one of token, word, sentence, paragraph, chunk, got 'page'.",
+        ),
+        ({"coarse": {}}, TypeError, "coarse must be an Explanation or None, got dict."),
+        (
+            {"coarse": explain()},
+            ValueError,
+            "coarse must explain the same prompt and targets; text differ.",
+        ),
+        (
+            {"coarse": small(targets=[TARGET, dataclasses.replace(TARGET, token_id=9)])},
+            ValueError,
+            "coarse must explain the same prompt and targets; targets differ.",
+        ),
     ],
-    ids=str,
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
-def test_a_field_of_the_wrong_type_is_named(tmp_path, path, value, message):
-    file = tmp_path / "saved.json"
-    small(left_out=[LeftOut("<s>", (0,), "special token")]).save(file)
-    data = json.loads(file.read_text())
-    place = data
-    for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    file.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match="is damaged: ") as caught:
-        load(file)
-    assert str(caught.value).startswith(f"{file} is damaged: {message}")
-
-
-def test_a_whole_number_is_a_log_probability():
-    data = to_json(small()) | {"base_logprobs": [-1, -1]}
-    assert from_json(data) == small()
-
-
-def test_other_files_cannot_be_loaded(tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"picture.png is no saved explanation: it is not text\.$"):
-        load(path)
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "missing.json")
+def test_bad_fields_of_several_targets_and_methods_are_refused(changes, error, message):
+    with pytest.raises(error) as caught:
+        small(**changes)
+    assert str(caught.value).startswith(message)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,4 +64,107 @@ def explain(
             "seconds": 0.5,
         }
         | provenance,
+    )
+
+
+def merge(explanations, **changes):
+    """Several explanations of one prompt as one of several targets: what ``branch`` undoes."""
+    first = explanations[0]
+    stop = first.prompt_stop
+    units = [unit for unit in first.units if unit.part == "prompt"]
+    text, stops, targets, rows, left_out = first.prompt, [], [], [], list(first.left_out)
+    blocks = []
+    for branch, each in enumerate(explanations):
+        assert each.prompt == first.prompt
+        by = len(text) - stop
+        text += each.text[stop:]
+        stops.append(len(text))
+        own = [
+            replace(unit, branch=branch, start=unit.start + by, stop=unit.stop + by)
+            for unit in each.units
+            if unit.part == "target"
+        ]
+        targets += [
+            replace(target, branch=branch, start=target.start + by, stop=target.stop + by)
+            for target in each.targets
+        ]
+        blocks.append((len(units), len(own)))
+        units += own
+    for each, (start, count) in zip(explanations, blocks, strict=True):
+        scores = torch.full((len(each.targets), len(units)), math.nan)
+        prompt = len(each.units) - count
+        scores[:, :prompt] = each.suppressed_logprobs[:, :prompt]
+        scores[:, start : start + count] = each.suppressed_logprobs[:, prompt:]
+        rows.append(scores)
+    fields = {
+        "text": text,
+        "target_stops": stops,
+        "units": units,
+        "targets": targets,
+        "base_logprobs": torch.cat([each.base_logprobs for each in explanations]),
+        "suppressed_logprobs": torch.cat(rows),
+        "left_out": left_out,
+    }
+    return replace(first, **fields | changes)
+
+
+def explain_several(count=None, **changes):
+    """One contract, several questions' answers: three by hand, or ``count`` of one word each."""
+    if count is not None:
+        words = [f" {index}" for index in range(count)]
+        return merge([explain(answer=w, scores={"34": 0.01 * i}) for i, w in enumerate(words)])
+    answers = {
+        " 34 dollars": {"34": 2.0, "pay": 1.0},
+        " 51 dollars": {"51": 1.5, "Overtime": 1.0, "34": -0.5},
+        " no": {"hour.": 0.25},
+    }
+    return merge(
+        [explain(answer=text, scores=scores) for text, scores in answers.items()], **changes
+    )
+
+
+def with_effects(explanation, direct, method="hybrid"):
+    """The same with the named words' effect direct, all others' total."""
+    units = [
+        replace(unit, effect="direct" if unit.text.strip() in direct else "total")
+        for unit in explanation.units
+    ]
+    return replace(explanation, units=units, method=method)
+
+
+def coarser(explanation, level="sentence", pattern=r"[^\n.]*[\n.]+|[^\n.]+$", **changes):
+    """The same prompt and targets by larger units, each the sum of what it is made of."""
+    spans = [match.span() for match in re.finditer(pattern, explanation.prompt)]
+    units, columns = [], []
+    for start, stop in spans:
+        inside = [
+            index
+            for index, unit in enumerate(explanation.units)
+            if unit.part == "prompt" and start <= unit.start < stop
+        ]
+        tokens = tuple(token for index in inside for token in explanation.units[index].tokens)
+        units.append(Unit(explanation.text[start:stop], tokens, start, stop, "prompt", level=level))
+        columns.append(explanation.scores[:, inside].sum(1))
+    suppressed = explanation.base_logprobs[:, None] - torch.stack(columns, 1)
+    fields = {"units": units, "suppressed_logprobs": suppressed, "method": "exact"}
+    return replace(explanation, **fields | changes)
+
+
+def hierarchical():
+    """Words of the sentences that mattered, chosen from sentences, chosen from paragraphs."""
+    words = explain(scores={"34": 2.0, "pay": 1.0, "dollars": 0.25, "51": -0.5})
+    sentences = coarser(words)
+    paragraphs = coarser(words, "paragraph", r"[^\n]*\n|[^\n]+$")
+    kept = [index for index, unit in enumerate(words.units) if unit.start < 31 or unit.branch == 0]
+    refined = [replace(words.units[index], level="word") for index in kept]
+    rest = sentences.units[1:]
+    suppressed = [words.suppressed_logprobs[:, kept], sentences.suppressed_logprobs[:, 1:]]
+    first = sum(unit.part == "prompt" for unit in refined)
+    order = [*range(first), *range(len(kept), len(kept) + len(rest)), *range(first, len(kept))]
+    return replace(
+        words,
+        units=[(refined + rest)[index] for index in order],
+        suppressed_logprobs=torch.cat(suppressed, 1)[:, order],
+        method="hierarchical",
+        coarse=replace(sentences, method="hierarchical", coarse=paragraphs),
     )
