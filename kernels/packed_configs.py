@@ -1,0 +1,59 @@
+"""Tile sizes and split counts of the packed-prefix kernel: data with reasons.
+
+Legend: block_m packed query rows and block_n keys of one tile.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .configs import TileConfig
+
+_TILES_PER_SPLIT = 4  # below that, storing and merging a partial state costs more than it saves
+_PROGRAMS_PER_PROCESSOR = 2
+
+
+@lru_cache
+def packed_config(
+    architecture: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mode: str,
+    packed_rows: int,
+    load: int,
+) -> TileConfig:
+    """Tile sizes for one kind of problem; arguments as of ``configs.forward_config``.
+
+    Args:
+        packed_rows: query rows that share a key head: batch · heads of a group · tokens.
+        load: see ``configs.extra_load``.
+    """
+    if architecture == "interpreter":
+        # Its cost is per operation: few large tiles, small enough to have edges.
+        return TileConfig(32 if packed_rows <= 32 else 64, 64, num_warps=4, num_stages=1)
+    width = max(head_dim, value_dim)
+    rows = max(16, 1 << (packed_rows - 1).bit_length())  # of fewer rows, no more than needed
+    if dtype == torch.float32:
+        block_m = 32 if width <= 128 else 16
+        block_n = 16 if architecture.startswith("gfx") and width > 128 else 32
+        warps = 4 if architecture.startswith("gfx") else 8
+        return TileConfig(min(rows, block_m), block_n, num_warps=warps, num_stages=1)
+    block_n = 64 if width <= 128 and not load else 32
+    if rows <= 32:
+        return TileConfig(rows, block_n, num_warps=4, num_stages=2)
+    return TileConfig(64, block_n, num_warps=8, num_stages=2)
+
+
+def split_count(programs: int, tiles: int, processors: int) -> int:
+    """Over how many programs the prefix of one packed tile is split.
+
+    Args:
+        programs: packed tiles of all key heads, each of which walks over the prefix.
+        tiles: key tiles of the prefix.
+        processors: multiprocessors of the device.
+    """
+    wanted = processors * _PROGRAMS_PER_PROCESSOR // max(programs, 1)
+    return max(1, min(wanted, tiles // _TILES_PER_SPLIT))

@@ -1,0 +1,541 @@
+"""Device code of the packed-prefix attention; derived in packed_prefix.py.
+
+Legend: B batch, Hq/Hk query/key heads, Tq query tokens, Tp/Tk keys of the prefix and of a row's
+own, D head dim, Dv value dim. BLOCK_M packed rows and BLOCK_N keys make a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from .primitives import dot, in_band, key_tiles, softmax_step, tanh
+
+
+@dataclass(frozen=True)
+class PackedVariant:
+    """Everything the kernel knows at compile time; head dims are split as D = d0 + d1."""
+
+    stage: str  # whole, or with split keys first partial, then merge
+    mode: str
+    causal: bool
+    has_window: bool
+    has_key_factor: bool
+    prefix_factor: bool  # the factors span the prefix too
+    factor_per_head: bool
+    has_softcap: bool
+    has_bias: bool
+    has_padding: bool
+    has_mask: bool
+    has_sinks: bool
+    offset_in_memory: bool  # query_offset is a pointer
+    scaled: bool  # scores become base-2 logits before, not within, the softmax's exp2
+    wide: bool  # offsets within a tile exceed 32 bits
+    block_m: int
+    block_n: int
+    edge_stages: int
+    head_dim: int
+    d0: int
+    d1: int
+    value_dim: int
+    v0: int
+    v1: int
+
+
+@triton.jit
+def _gather_columns(
+    matrix_ptr,
+    offs_row,
+    stride,
+    inside,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """``[len(offs_row), WIDTH]``: columns from FIRST of the rows that start at ``offs_row``.
+
+    0 beyond column SIZE, and with CHECK_ROWS where a row is not ``inside``.
+    """
+    columns = FIRST + tl.arange(0, WIDTH).to(offs_row.dtype)
+    pointers = matrix_ptr + offs_row[:, None] + columns[None, :] * stride
+    if CHECK_ROWS:
+        if FIRST + WIDTH > SIZE:
+            return tl.load(pointers, mask=inside[:, None] & (columns[None, :] < SIZE), other=0.0)
+        else:
+            return tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        if FIRST + WIDTH > SIZE:
+            return tl.load(pointers, mask=columns[None, :] < SIZE, other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def _scatter_columns(
+    matrix_ptr,
+    values,
+    offs_row,
+    stride,
+    inside,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Inverse of :func:`_gather_columns`: only ``inside`` rows are written."""
+    columns = FIRST + tl.arange(0, WIDTH).to(offs_row.dtype)
+    pointers = matrix_ptr + offs_row[:, None] + columns[None, :] * stride
+    shown = inside[:, None]
+    if FIRST + WIDTH > SIZE:
+        shown = shown & (columns[None, :] < SIZE)
+    tl.store(pointers, values.to(matrix_ptr.dtype.element_ty), mask=shown)
+
+
+@triton.jit
+def _manipulate_each(scores, factor, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
+    """``primitives.manipulate`` with a factor of its own for every row and key of the tile."""
+    if MODE == "multiplicative":
+        return scores * factor
+    elif MODE == "log_additive":
+        logarithm = tl.log2(tl.where(factor > 0, factor, 1.0))
+        return scores + tl.where(factor > 0, logarithm, float("-inf"))
+    elif VISIT == "ones":
+        return tl.where(factor == 1.0, scores, float("-inf"))
+    else:
+        tl.static_assert(MODE == "min_shift" and VISIT == "deferred")
+        moved = row_min[:, None] + factor * (scores - row_min[:, None])
+        return tl.where(factor != 1.0, moved, float("-inf"))
+
+
+@triton.jit
+def _visit_tile(
+    acc0,
+    acc1,
+    row_max,
+    row_sum,
+    row_min,
+    tile,
+    queries,
+    packed,
+    pointers,
+    strides,
+    features,
+    feature_strides,
+    sizes,
+    units,
+    SPEC: tl.constexpr,
+    VISIT: tl.constexpr,
+    OWN: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Add one key tile to the softmax state of BLOCK_M packed rows.
+
+    VISIT says which columns: ``every``, or for ``min_shift`` first the ``ones`` (while tracking
+    the row minimum of all visible columns), then the ``deferred`` rest. OWN tiles lay the keys of
+    the block's batch rows end to end, each seen by its own rows only. Tiles that are no EDGE are
+    prefix tiles whose factors are all 1, seen by every row entirely.
+    """
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    BLOCK_N: tl.constexpr = SPEC.block_n
+    MASKED: tl.constexpr = EDGE or SPEC.has_mask
+    FACTORS: tl.constexpr = EDGE and (SPEC.prefix_factor or (OWN and SPEC.has_key_factor))
+    key_ptr, value_ptr = pointers
+    stride_key, stride_value = strides
+    factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = features
+    stride_factor, stride_bias, stride_padding, stride_mask = feature_strides
+    positions, row_batch, factor_rows, bias_rows, padding_rows, mask_rows = packed
+    first_batch, prefix_keys, own_keys, own_columns, factor_start, window = sizes
+    unit, inner_scale = units
+
+    start_n = tile * BLOCK_N
+    offs_n = tl.arange(0, BLOCK_N)
+    column = start_n + offs_n
+    if OWN:
+        inside = column < own_columns
+        key_batch = first_batch + column // own_keys  # [BLOCK_N]
+        own = column % own_keys
+        offs_k = prefix_keys + own  # key index, as masks and factors count
+        key_batch_wide = key_batch.to(tl.int64)
+        offs_key = key_batch_wide * stride_key[0] + own.to(tl.int64) * stride_key[2]
+        offs_value = key_batch_wide * stride_value[0] + own.to(tl.int64) * stride_value[2]
+    else:
+        inside = column < prefix_keys
+        offs_k = column
+        if SPEC.wide:
+            offs_n = offs_n.to(tl.int64)
+        key_ptr += start_n.to(tl.int64) * stride_key[2]
+        value_ptr += start_n.to(tl.int64) * stride_value[2]
+        offs_key = offs_n * stride_key[2]
+        offs_value = offs_n * stride_value[2]
+    offs_wide = offs_k.to(tl.int64)
+
+    key0 = _gather_columns(
+        key_ptr, offs_key, stride_key[3], inside, 0, SPEC.d0, SPEC.head_dim, EDGE
+    )
+    scores = dot(queries[0], tl.trans(key0), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    if SPEC.d1 > 0:
+        key1 = _gather_columns(
+            key_ptr, offs_key, stride_key[3], inside, SPEC.d0, SPEC.d1, SPEC.head_dim, EDGE
+        )
+        scores = dot(queries[1], tl.trans(key1), scores)
+    if SPEC.has_softcap:
+        scores = tanh(scores * inner_scale, queries[0].dtype == tl.float32)
+    if SPEC.scaled:
+        scores = scores * unit
+
+    if EDGE:
+        end = prefix_keys + own_keys if OWN else prefix_keys
+        visible = in_band(positions, offs_k, end, window, SPEC.causal, SPEC.has_window)
+        if OWN:
+            visible = visible & (row_batch[:, None] == key_batch[None, :]) & inside[None, :]
+        if SPEC.has_padding:
+            pointer = padding_ptr + padding_rows[:, None] + (offs_wide * stride_padding[1])[None, :]
+            visible = visible & (tl.load(pointer, mask=inside[None, :], other=0) != 0)
+    if SPEC.has_mask:
+        pointer = mask_ptr + mask_rows[:, None] + (offs_wide * stride_mask[3])[None, :]
+        shown = tl.load(pointer, mask=inside[None, :], other=0) != 0  # [BLOCK_M, BLOCK_N]
+        if EDGE:
+            visible = visible & shown
+        else:
+            visible = shown
+
+    HIDE_FIRST: tl.constexpr = MASKED and VISIT == "ones"  # nothing is multiplied in this visit
+    if HIDE_FIRST:
+        scores = tl.where(visible, scores, float("-inf"))
+        lowest = tl.min(tl.where(scores == float("-inf"), float("inf"), scores), 1)
+        row_min = tl.minimum(row_min, lowest)
+    elif VISIT == "ones":
+        row_min = tl.minimum(row_min, tl.min(scores, 1))
+    if FACTORS:
+        needed = inside[None, :]
+        if not OWN:  # nothing is read of an edge tile whose factors are all 1
+            needed = needed & (tl.load(before_ptr + tile + 1) != tl.load(before_ptr + tile))
+        offs_factor = (offs_wide - factor_start) * stride_factor[2]
+        pointer = factor_ptr + factor_rows[:, None] + offs_factor[None, :]
+        factor = tl.load(pointer, mask=needed, other=1.0)  # [BLOCK_M, BLOCK_N]
+        scores = _manipulate_each(scores, factor, row_min, SPEC.mode, VISIT)
+    if SPEC.has_bias:
+        pointer = bias_ptr + bias_rows[:, None] + (offs_wide * stride_bias[3])[None, :]
+        bias = tl.load(pointer, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        scores += bias.to(tl.float32) * 1.4426950408889634  # log2(e)
+    if MASKED and not HIDE_FIRST:
+        scores = tl.where(visible, scores, float("-inf"))
+
+    weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, unit, SPEC.scaled)
+    weights = weights.to(queries[0].dtype)
+    value0 = _gather_columns(
+        value_ptr, offs_value, stride_value[3], inside, 0, SPEC.v0, SPEC.value_dim, EDGE
+    )
+    acc0 = dot(weights, value0, acc0 * rescale[:, None])
+    if SPEC.v1 > 0:
+        value1 = _gather_columns(
+            value_ptr, offs_value, stride_value[3], inside, SPEC.v0, SPEC.v1, SPEC.value_dim, EDGE
+        )
+        acc1 = dot(weights, value1, acc1 * rescale[:, None])
+    return acc0, acc1, row_max, row_sum, row_min
+
+
+@triton.jit
+def _prefix_tiles(
+    first_position,
+    last_position,
+    range_ptr,
+    row_batch,
+    prefix_keys,
+    window,
+    SPEC: tl.constexpr,
+):
+    """Prefix tiles ``[low, high)`` that some packed row sees, and those that all see entirely."""
+    low, high, inner_low, inner_high = key_tiles(
+        first_position, last_position, 0, prefix_keys, window,
+        SPEC.causal, SPEC.has_window, SPEC.block_n,
+    )  # fmt: skip
+    if SPEC.has_padding:
+        first = tl.load(range_ptr + row_batch * 3)  # [BLOCK_M]
+        stop = tl.load(range_ptr + row_batch * 3 + 1)
+        whole = tl.load(range_ptr + row_batch * 3 + 2)
+        low = tl.minimum(tl.maximum(low, tl.min(first, 0) // SPEC.block_n), high)
+        high = tl.maximum(low, tl.minimum(high, tl.cdiv(tl.max(stop, 0), SPEC.block_n)))
+        inner_low = tl.maximum(inner_low, tl.cdiv(tl.max(first, 0), SPEC.block_n))
+        inner_low = tl.minimum(tl.maximum(inner_low, low), high)
+        inner_high = tl.minimum(inner_high, tl.min(stop, 0) // SPEC.block_n)
+        inner_high = tl.where(tl.min(whole, 0) != 0, inner_high, inner_low)
+        inner_high = tl.minimum(tl.maximum(inner_high, inner_low), high)
+    return low, high, inner_low, inner_high
+
+
+@triton.jit
+def _merge_partials(
+    acc0,
+    acc1,
+    row_max,
+    row_sum,
+    row_min,
+    partial_ptr,  # [splits, Hk, packed rows, Dv]
+    stats_ptr,  # [3, splits, Hk, packed rows]: maximum, sum, minimum
+    row,
+    rows_per_split,
+    splits,
+    inside,
+    SPEC: tl.constexpr,
+):
+    """Add the partial states of all splits to a state; minima are merged, maxima rescaled."""
+    for split in range(0, splits):
+        part = row + split * rows_per_split  # [BLOCK_M], int64
+        pointer = stats_ptr + part
+        part_max = tl.load(pointer)
+        part_sum = tl.load(pointer + splits * rows_per_split)
+        row_min = tl.minimum(row_min, tl.load(pointer + 2 * splits * rows_per_split))
+        new_max = tl.maximum(row_max, part_max)
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        rescale = tl.exp2(row_max - shift)
+        share = tl.exp2(part_max - shift)
+        row_sum = row_sum * rescale + part_sum * share
+        offs = part * SPEC.value_dim
+        part0 = _gather_columns(partial_ptr, offs, 1, inside, 0, SPEC.v0, SPEC.value_dim, False)
+        acc0 = acc0 * rescale[:, None] + part0 * share[:, None]
+        if SPEC.v1 > 0:
+            part1 = _gather_columns(
+                partial_ptr, offs, 1, inside, SPEC.v0, SPEC.v1, SPEC.value_dim, False
+            )
+            acc1 = acc1 * rescale[:, None] + part1 * share[:, None]
+        row_max = new_max
+    return acc0, acc1, row_max, row_sum, row_min
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_offset", "batch", "rows", "prefix_keys", "own_keys", "heads", "group", "splits",
+        "factor_start", "window",
+    ]
+)  # fmt: skip
+def _packed_prefix_fwd_kernel(
+    out_ptr,  # [B, Hq, Tq, Dv]
+    lse_ptr,  # [B, Hq, Tq], contiguous
+    partial_ptr,  # [splits, Hk, B · group · Tq, Dv]
+    stats_ptr,  # [3, splits, Hk, B · group · Tq]
+    query_ptr,  # [B, Hq, Tq, D]
+    key_ptr,  # [B, Hk, Tk, D]
+    value_ptr,  # [B, Hk, Tk, Dv]
+    prefix_key_ptr,  # [1, Hk, Tp, D]
+    prefix_value_ptr,  # [1, Hk, Tp, Dv]
+    factor_ptr,  # [B, Hq, Tp + Tk], or [B, Hq, Tk] with factor_start = Tp
+    before_ptr,  # [Hk or 1, blocks, tiles + 1], see packed_tiles
+    tiles_ptr,  # [Hk or 1, blocks, tiles]
+    bias_ptr,  # [B, Hq, Tq, Tp + Tk]
+    padding_ptr,  # [B, Tp + Tk]
+    range_ptr,  # [B, 3], see key_ranges
+    mask_ptr,  # [B, Hq, Tq, Tp + Tk]
+    sinks_ptr,  # [Hq]
+    query_offset,  # a number or a pointer to one
+    batch,
+    rows,
+    prefix_keys,
+    own_keys,
+    heads,
+    group,  # query heads per key head
+    splits,
+    factor_start,  # key index of the first factor
+    window,
+    unit,  # base-2 logits per raw score
+    inner_scale,  # of q·k inside the softcap's tanh
+    stride_out,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_prefix_key,
+    stride_prefix_value,
+    stride_factor,
+    stride_bias,
+    stride_padding,
+    stride_mask,
+    SPEC: tl.constexpr,
+):
+    """Output and log-sum-exp of BLOCK_M packed rows of one key head, or a part of their state."""
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    BLOCK_N: tl.constexpr = SPEC.block_n
+    UNUSED: tl.constexpr = 16  # width of an accumulator that is never touched and compiled away
+    V0: tl.constexpr = SPEC.v0
+    V1: tl.constexpr = SPEC.v1 if SPEC.v1 > 0 else UNUSED
+    DEFERS: tl.constexpr = SPEC.has_key_factor and SPEC.mode == "min_shift"
+    FIRST_VISIT: tl.constexpr = "ones" if DEFERS else "every"
+    packed_rows = batch * group * rows
+    blocks = tl.cdiv(packed_rows, BLOCK_M)
+    program = tl.program_id(0)
+    # neighbours read the same keys at the same time
+    block = program % blocks
+    split = 0
+    key_head = program // blocks
+    if SPEC.stage == "partial":
+        split = key_head % splits
+        key_head = key_head // splits
+    if SPEC.offset_in_memory:
+        query_offset = tl.load(query_offset).to(tl.int32)
+
+    # rows beyond the last repeat it and are not stored
+    start_m = block * BLOCK_M
+    stop_m = tl.minimum(start_m + BLOCK_M, packed_rows)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    inside_m = offs_m < packed_rows
+    offs_m = tl.minimum(offs_m, packed_rows - 1)
+    token = (offs_m % rows).to(tl.int64)
+    row_batch = offs_m // rows // group
+    head = (key_head * group + offs_m // rows % group).to(tl.int64)
+    row_batch_wide = row_batch.to(tl.int64)
+    positions = query_offset + offs_m % rows
+    first_batch = start_m // rows // group
+    own_columns = ((stop_m - 1) // rows // group - first_batch + 1) * own_keys
+    partial_row = key_head.to(tl.int64) * packed_rows + offs_m
+    rows_per_split = (heads // group).to(tl.int64) * packed_rows
+
+    acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
+    row_min = tl.full([BLOCK_M], float("inf"), tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    if SPEC.has_sinks and SPEC.stage != "partial":  # one more logit, without a value
+        row_max = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        row_sum += 1.0
+    if SPEC.stage == "merge":
+        acc0, acc1, row_max, row_sum, row_min = _merge_partials(
+            acc0, acc1, row_max, row_sum, row_min,
+            partial_ptr, stats_ptr, partial_row, rows_per_split, splits, inside_m, SPEC,
+        )  # fmt: skip
+
+    if SPEC.stage != "merge" or DEFERS:
+        key_head = key_head.to(tl.int64)
+        offs_query = row_batch_wide * stride_query[0] + head * stride_query[1]
+        offs_query += token * stride_query[2]
+        query0 = _gather_columns(
+            query_ptr, offs_query, stride_query[3], inside_m, 0, SPEC.d0, SPEC.head_dim, False
+        )
+        queries = (query0,)
+        if SPEC.d1 > 0:
+            query1 = _gather_columns(
+                query_ptr, offs_query, stride_query[3], inside_m,
+                SPEC.d0, SPEC.d1, SPEC.head_dim, False,
+            )  # fmt: skip
+            queries = (query0, query1)
+        factor_rows = row_batch_wide * stride_factor[0] + head * stride_factor[1]
+        bias_rows = row_batch_wide * stride_bias[0] + head * stride_bias[1] + token * stride_bias[2]
+        padding_rows = row_batch_wide * stride_padding[0]
+        mask_rows = row_batch_wide * stride_mask[0] + head * stride_mask[1] + token * stride_mask[2]
+        packed = (positions, row_batch, factor_rows, bias_rows, padding_rows, mask_rows)
+        prefix = (
+            prefix_key_ptr + key_head * stride_prefix_key[1],
+            prefix_value_ptr + key_head * stride_prefix_value[1],
+        )
+        own = (key_ptr + key_head * stride_key[1], value_ptr + key_head * stride_value[1])
+        prefix_strides = (stride_prefix_key, stride_prefix_value)
+        own_strides = (stride_key, stride_value)
+        tiles = tl.cdiv(prefix_keys, BLOCK_N)
+        if SPEC.prefix_factor:
+            tile_row = block.to(tl.int64)
+            if SPEC.factor_per_head:
+                tile_row += key_head * blocks
+            before_ptr += tile_row * (tiles + 1)
+            tiles_ptr += tile_row * tiles
+        features = (factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr)
+        feature_strides = (stride_factor, stride_bias, stride_padding, stride_mask)
+        sizes = (
+            first_batch, prefix_keys, tl.maximum(own_keys, 1), own_columns, factor_start, window
+        )  # fmt: skip
+        units = (unit, inner_scale)
+        low, high, inner_low, inner_high = _prefix_tiles(
+            query_offset, query_offset + rows - 1, range_ptr, row_batch, prefix_keys, window, SPEC
+        )
+        own_tiles = tl.cdiv(own_columns, BLOCK_N)
+
+        if SPEC.stage != "merge":
+            start = low
+            stop = high
+            if SPEC.stage == "partial":
+                share = tl.cdiv(high - low, splits)
+                start = tl.minimum(low + split * share, high)
+                stop = tl.minimum(start + share, high)
+                inner_low = tl.minimum(tl.maximum(inner_low, start), stop)
+                inner_high = tl.minimum(tl.maximum(inner_high, inner_low), stop)
+                own_tiles = tl.where(split == splits - 1, own_tiles, 0)
+            first_plain = inner_low
+            stop_plain = inner_high
+            first_flagged = 0
+            flagged = 0
+            if SPEC.prefix_factor:
+                first_flagged = tl.load(before_ptr + inner_low)
+                flagged = tl.load(before_ptr + inner_high) - first_flagged
+                first_plain -= first_flagged
+                stop_plain -= first_flagged + flagged
+            for index in range(first_plain, stop_plain):
+                tile = index
+                if SPEC.prefix_factor:  # plain tiles are listed from the end
+                    tile = tl.load(tiles_ptr + tiles - 1 - index)
+                acc0, acc1, row_max, row_sum, row_min = _visit_tile(
+                    acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
+                    prefix, prefix_strides, features, feature_strides, sizes, units,
+                    SPEC, FIRST_VISIT, False, False,
+                )  # fmt: skip
+            # the edge tiles on the left and on the right, then the flagged ones between them
+            left = inner_low - start
+            edges = left + stop - inner_high
+            for index in tl.range(0, edges + flagged, num_stages=SPEC.edge_stages):
+                tile = tl.where(index < left, start + index, inner_high + index - left)
+                if SPEC.prefix_factor:
+                    pointer = tiles_ptr + first_flagged + index - edges
+                    tile = tl.load(pointer, mask=index >= edges, other=tile)
+                acc0, acc1, row_max, row_sum, row_min = _visit_tile(
+                    acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
+                    prefix, prefix_strides, features, feature_strides, sizes, units,
+                    SPEC, FIRST_VISIT, False, True,
+                )  # fmt: skip
+            for tile in tl.range(0, own_tiles, num_stages=1):
+                acc0, acc1, row_max, row_sum, row_min = _visit_tile(
+                    acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
+                    own, own_strides, features, feature_strides, sizes, units,
+                    SPEC, FIRST_VISIT, True, True,
+                )  # fmt: skip
+        if DEFERS and SPEC.stage != "partial":
+            # a row that sees no key has no minimum; any finite number serves
+            row_min = tl.where(row_min == float("inf"), 0.0, row_min)
+            if SPEC.prefix_factor:
+                first_flagged = tl.load(before_ptr + low)
+                for index in tl.range(first_flagged, tl.load(before_ptr + high), num_stages=1):
+                    tile = tl.load(tiles_ptr + index)
+                    acc0, acc1, row_max, row_sum, row_min = _visit_tile(
+                        acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
+                        prefix, prefix_strides, features, feature_strides, sizes, units,
+                        SPEC, "deferred", False, True,
+                    )  # fmt: skip
+            for tile in tl.range(0, own_tiles, num_stages=1):
+                acc0, acc1, row_max, row_sum, row_min = _visit_tile(
+                    acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
+                    own, own_strides, features, feature_strides, sizes, units,
+                    SPEC, "deferred", True, True,
+                )  # fmt: skip
+
+    if SPEC.stage == "partial":
+        part = partial_row + split * rows_per_split
+        stats_ptr += part
+        tl.store(stats_ptr, row_max, mask=inside_m)
+        tl.store(stats_ptr + splits * rows_per_split, row_sum, mask=inside_m)
+        tl.store(stats_ptr + 2 * splits * rows_per_split, row_min, mask=inside_m)
+        offs = part * SPEC.value_dim
+        _scatter_columns(partial_ptr, acc0, offs, 1, inside_m, 0, V0, SPEC.value_dim)
+        if SPEC.v1 > 0:
+            _scatter_columns(partial_ptr, acc1, offs, 1, inside_m, V0, V1, SPEC.value_dim)
+    else:
+        dead = row_sum == 0.0
+        row_sum = tl.where(dead, 1.0, row_sum)
+        lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453  # ln 2
+        lse = tl.where(dead, float("-inf"), lse)
+        tl.store(lse_ptr + (row_batch_wide * heads + head) * rows + token, lse, mask=inside_m)
+        offs = row_batch_wide * stride_out[0] + head * stride_out[1] + token * stride_out[2]
+        share = (1.0 / row_sum)[:, None]
+        _scatter_columns(
+            out_ptr, acc0 * share, offs, stride_out[3], inside_m, 0, V0, SPEC.value_dim
+        )
+        if SPEC.v1 > 0:
+            _scatter_columns(
+                out_ptr, acc1 * share, offs, stride_out[3], inside_m, V0, V1, SPEC.value_dim
+            )

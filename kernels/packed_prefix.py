@@ -1,0 +1,371 @@
+"""Attention of a few query tokens per batch row over a prefix that all rows share.
+
+Legend: B batch, Hq/Hk query/key heads, Tq query tokens, Tp keys of the prefix, Tk keys of a row's
+own, D head dim, Dv value dim, m factor of a key, c minimum of a row.
+
+**Packing.** A tile of the plain kernel holds rows of one head of one batch row: with 4 query
+tokens, 12 of its 16 rows are padding, and the prefix is read once per batch row and head. Here all
+``R = B · (Hq / Hk) · Tq`` query rows of one key head form one matrix, row r being
+
+    r = (batch · group + head in group) · Tq + token
+
+so that a tile is full and reads the prefix once for many batch rows. A tile's rows differ in
+batch and head, so everything that belongs to them (query, factors, masks, output) is gathered by
+row; only keys and values of the prefix are common. All R rows stand at the same Tq positions, so
+the band of visible prefix tiles is the same for every tile of rows.
+
+**Own keys** follow in the same walk: those of a tile's batch rows, laid end to end, make a few
+more key tiles, and a row sees the columns of its own batch row (a block-diagonal mask). With
+Tk = Tq that is at most one column per row and one or two tiles.
+
+**Factors.** A factor row per batch row (and head) would cost more bytes than the keys. A prepass
+lists for each tile of rows the key tiles where *any* of its rows has some m ≠ 1. The others run
+without factors; only the listed ones gather ``[BLOCK_M, BLOCK_N]`` of them. With one suppressed
+key per batch row, in order, that is one or two tiles.
+
+**min_shift** needs c over all visible keys of all parts. A state therefore holds the softmax of
+the columns with m = 1 and the minimum of all visible scores; only when every part is in, the
+listed tiles and the own keys are visited again for the deferred columns (m ≠ 1).
+
+**Split keys.** Where R is small, the prefix is split over several programs, the last of which
+takes the own keys too. Each stores its state ``(M, L, O, c)`` in float32, and a second launch
+merges them: with M = max Mᵢ,
+
+    L = Σ exp(Mᵢ − M) Lᵢ     O = Σ exp(Mᵢ − M) Oᵢ     c = min cᵢ
+
+then adds the sink and the deferred columns, and normalises. Where R is large, one launch does all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import TileConfig, device_architecture, extra_load, split_head_dim
+from .packed_configs import packed_config, split_count
+from .packed_kernel import PackedVariant, _packed_prefix_fwd_kernel
+from .prepass import factor_tiles, key_ranges
+
+_LOG2_E = math.log2(math.e)
+_FAR = 1 << 30  # a window that hides nothing; position + window stays within int32
+_TILES_PER_STEP = 16
+
+
+@triton.jit(do_not_specialize=["tiles", "batch", "rows", "heads", "group"])
+def _packed_tiles_kernel(
+    before_ptr,  # [B, Hq or 1, tiles + 1], see factor_tiles
+    packed_before_ptr,  # [Hk or 1, blocks, tiles + 1]
+    packed_tiles_ptr,  # [Hk or 1, blocks, tiles]
+    tiles,
+    batch,
+    rows,
+    heads,
+    group,
+    PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """One block of packed rows: partition the key tiles by whether some row flags them."""
+    block = tl.program_id(0)
+    key_head = tl.program_id(1)
+    offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.minimum(offs_m, batch * group * rows - 1) // rows
+    factor_row = offs_m // group
+    if PER_HEAD:
+        factor_row = factor_row * heads + key_head * group + offs_m % group
+    before_ptr += factor_row.to(tl.int64)[:, None] * (tiles + 1)  # [BLOCK_M, 1]
+    packed_row = (key_head * tl.num_programs(0) + block).to(tl.int64)
+    packed_before_ptr += packed_row * (tiles + 1)
+    packed_tiles_ptr += packed_row * tiles
+    count = tl.zeros([], tl.int32)
+    tl.store(packed_before_ptr, count)
+    for first in range(0, tiles, BLOCK_T):
+        offs_t = first + tl.arange(0, BLOCK_T)
+        known = offs_t < tiles
+        before = tl.load(before_ptr + offs_t[None, :], mask=known[None, :], other=0)
+        after = tl.load(before_ptr + offs_t[None, :] + 1, mask=known[None, :], other=0)
+        flag = tl.max((before != after).to(tl.int32), 0)  # [BLOCK_T]
+        upto = count + tl.cumsum(flag, 0)  # each tile included
+        tl.store(packed_before_ptr + 1 + offs_t, upto, mask=known)
+        place = tl.where(flag == 1, upto - 1, tiles - (offs_t + 1 - upto))
+        tl.store(packed_tiles_ptr + place, offs_t, mask=known)
+        count += tl.sum(flag, 0)
+
+
+def packed_tiles(
+    key_factor: Tensor, rows: int, heads: int, key_heads: int, config: TileConfig
+) -> tuple[Tensor, Tensor]:
+    """Partition the key tiles of each block of packed rows: some factor is not 1, or all are 1.
+
+    Args:
+        key_factor: ``[B, H, Tp]`` float32, any strides; H = 1 if all heads share a row, else Hq.
+        rows: query tokens per batch row.
+    Returns: int32 ``[Hk or 1, blocks, tiles + 1]``, the number of flagged tiles before each tile,
+        and int32 ``[Hk or 1, blocks, tiles]``, first the flagged tiles in ascending order, then
+        the others in descending order.
+    """
+    batch, factor_heads, _ = key_factor.shape
+    before, _ = factor_tiles(key_factor, config.block_n)
+    tiles = before.shape[2] - 1
+    group = heads // key_heads
+    blocks = triton.cdiv(batch * group * rows, config.block_m)
+    sharing = key_heads if factor_heads > 1 else 1
+    packed_before = before.new_empty(sharing, blocks, tiles + 1)
+    packed = before.new_empty(sharing, blocks, tiles)
+    _packed_tiles_kernel[(blocks, sharing)](
+        before,
+        packed_before,
+        packed,
+        tiles,
+        batch,
+        rows,
+        heads,
+        group,
+        PER_HEAD=factor_heads > 1,
+        BLOCK_M=config.block_m,
+        BLOCK_T=_TILES_PER_STEP,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return packed_before, packed
+
+
+def packed_variant(
+    config: TileConfig,
+    head_dim: int,
+    value_dim: int,
+    mode: str,
+    features: Collection[str],
+    *,
+    stage: str = "whole",
+    prefix_factor: bool = True,
+    factor_per_head: bool = False,
+    offset_in_memory: bool = False,
+    positive_unit: bool = True,
+    wide: bool = False,
+) -> PackedVariant:
+    """What the kernel is compiled for.
+
+    Args:
+        mode: ``plain`` without factors, else the op's mode.
+        features: of ``causal``, ``window``, ``softcap``, ``bias``, ``padding``, ``mask``,
+            ``sinks``.
+        stage: ``whole``, or with split keys ``partial`` and then ``merge``.
+        prefix_factor: the factors span the prefix too, not only a row's own keys.
+        positive_unit: scores need no scaling before the softmax to keep their order.
+    """
+    d0, d1 = split_head_dim(head_dim)
+    v0, v1 = split_head_dim(value_dim)
+    return PackedVariant(
+        stage=stage,
+        mode=mode,
+        causal="causal" in features,
+        has_window="window" in features,
+        has_key_factor=mode != "plain",
+        prefix_factor=mode != "plain" and prefix_factor,
+        factor_per_head=factor_per_head,
+        has_softcap="softcap" in features,
+        has_bias="bias" in features,
+        has_padding="padding" in features,
+        has_mask="mask" in features,
+        has_sinks="sinks" in features,
+        offset_in_memory=offset_in_memory,
+        # exp2's multiply-add applies a positive unit for nothing, where nothing is added before it
+        scaled="bias" in features or mode == "log_additive" or not positive_unit,
+        wide=wide,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        edge_stages=config.edge_stages,
+        head_dim=head_dim,
+        d0=d0,
+        d1=d1,
+        value_dim=value_dim,
+        v0=v0,
+        v1=v1,
+    )
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors to keep busy; the interpreter has one."""
+    if triton.knobs.runtime.interpret:
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def packed_prefix_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    key_factor: Tensor | None = None,
+    *,
+    mode: str = "multiplicative",
+    causal: bool = False,
+    query_offset: int | Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    block_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a shared prefix, then each row's own keys. Arguments are taken as validated.
+
+    Made for few query tokens in many batch rows; right for any number. Nothing is copied: batch 1,
+    broadcast dimensions and any strides are read in place.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``, fp16, bf16 or fp32; D and Dv at most 256.
+        key, value: ``[B|1, Hk, Tk, D]`` and ``[B|1, Hk, Tk, Dv]``; Hk divides Hq. Tk may be 0.
+        prefix_key, prefix_value: ``[1, Hk, Tp, D]`` and ``[1, Hk, Tp, Dv]``. Tp may be 0.
+        key_factor: ``[B, Tp + Tk]`` or ``[B, Hq, Tp + Tk]`` float32; 1 keeps a key, < 1 suppresses
+            it. Of length Tk, the prefix has ones.
+        mode: ``multiplicative``, ``min_shift`` or ``log_additive``.
+        query_offset: key index at which query row 0 stands, a number or a 0-d integer tensor on
+            the device (read there, never on the host); ``None`` means ``Tp + Tk - Tq``.
+        window: a query at position p sees keys j with ``p - j < window`` (``|p - j|`` if not
+            causal).
+        softcap: scores become ``softcap · tanh(score / softcap)`` before the manipulation.
+        sinks: ``[Hq]`` logits that take part in the normaliser only.
+        position_bias: broadcastable to ``[B, Hq, Tq, Tp + Tk]``, added after the manipulation.
+        key_padding: bool ``[B, Tp + Tk]``, True = visible.
+        block_mask: bool ``[B|1, Hq|1, Tq, Tp + Tk]``, True = visible.
+    Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype``, laid out in memory as
+        ``[B, Tq, Hq, Dv]``, and log-sum-exp ``[B, Hq, Tq]`` float32, natural log. A row that sees
+        no key gives 0 and -inf (with a sink: the sink).
+    """
+    batch, heads, rows, head_dim = query.shape
+    key_heads, own_keys, value_dim = value.shape[1:]
+    prefix_keys = prefix_value.shape[2]
+    keys = prefix_keys + own_keys
+    out = query.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    if batch * heads * rows == 0:
+        return out, lse
+
+    kind = "plain" if key_factor is None else mode
+    optional = {
+        "causal": causal or None,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "bias": position_bias,
+        "padding": key_padding,
+        "mask": block_mask,
+    }
+    features = {name for name, feature in optional.items() if feature is not None}
+    packed_rows = batch * (heads // key_heads) * rows
+    config = packed_config(
+        device_architecture(query.device, triton.knobs.runtime.interpret),
+        head_dim,
+        value_dim,
+        query.dtype,
+        kind,
+        packed_rows,
+        load=extra_load(kind, features),
+    )
+    key = key.expand(batch, -1, -1, -1)
+    value = value.expand(batch, -1, -1, -1)
+    shape = (batch, heads, rows, keys)
+    before = tiles = None
+    per_head = prefix_factor = False
+    if key_factor is not None:
+        if key_factor.dim() == 2:
+            key_factor = key_factor[:, None]  # [B, 1, Tp + Tk or Tk]
+        per_head = key_factor.shape[1] > 1
+        prefix_factor = key_factor.shape[2] > own_keys
+        if prefix_factor:
+            before, tiles = packed_tiles(
+                key_factor[..., :prefix_keys], rows, heads, key_heads, config
+            )
+        key_factor = key_factor.expand(batch, heads, -1)
+    if position_bias is not None:
+        position_bias = position_bias.expand(shape)
+    if block_mask is not None:
+        block_mask = block_mask.view(torch.uint8).expand(shape)
+    ranges = None
+    if key_padding is not None:
+        key_padding = key_padding.view(torch.uint8)
+        ranges = key_ranges(key_padding)
+    if query_offset is None:
+        query_offset = keys - rows
+    if scale is None:
+        scale = head_dim**-0.5
+    unit = (scale if softcap is None else softcap) * _LOG2_E
+
+    programs = triton.cdiv(packed_rows, config.block_m) * key_heads
+    prefix_tiles = triton.cdiv(prefix_keys, config.block_n)
+    splits = split_count(programs, prefix_tiles, _processors(query.device))
+    partial = stats = None
+    if splits > 1:
+        state = (splits, key_heads, packed_rows)
+        partial = torch.empty(*state, value_dim, dtype=torch.float32, device=query.device)
+        stats = torch.empty(3, *state, dtype=torch.float32, device=query.device)
+    longest = max(abs(stride) for t in (prefix_key, prefix_value) for stride in t.stride()[-2:])
+    for stage in ("partial", "merge") if splits > 1 else ("whole",):
+        spec = packed_variant(
+            config,
+            head_dim,
+            value_dim,
+            kind,
+            features,
+            stage=stage,
+            prefix_factor=prefix_factor,
+            factor_per_head=per_head,
+            offset_in_memory=isinstance(query_offset, Tensor),
+            positive_unit=unit > 0,
+            wide=longest * 256 >= 1 << 31,
+        )
+        _packed_prefix_fwd_kernel[(programs * splits if stage == "partial" else programs,)](
+            out,
+            lse,
+            partial,
+            stats,
+            query,
+            key,
+            value,
+            prefix_key,
+            prefix_value,
+            key_factor,
+            before,
+            tiles,
+            position_bias,
+            key_padding,
+            ranges,
+            block_mask,
+            None if sinks is None else sinks.contiguous(),
+            query_offset,
+            batch,
+            rows,
+            prefix_keys,
+            own_keys,
+            heads,
+            heads // key_heads,
+            splits,
+            0 if prefix_factor else prefix_keys,
+            _FAR if window is None else min(window, _FAR),
+            unit,
+            0.0 if softcap is None else scale / softcap,
+            out.stride(),
+            query.stride(),
+            key.stride(),
+            value.stride(),
+            prefix_key.stride(),
+            prefix_value.stride(),
+            (0, 0, 0) if key_factor is None else key_factor.stride(),
+            (0, 0, 0, 0) if position_bias is None else position_bias.stride(),
+            (0, 0) if key_padding is None else key_padding.stride(),
+            (0, 0, 0, 0) if block_mask is None else block_mask.stride(),
+            SPEC=spec,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=True,
+        )
+    return out, lse
