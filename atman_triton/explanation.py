@@ -235,8 +235,8 @@ class Explanation:
     @property
     def effect(self) -> Literal["total", "direct", "mixed"]:
         """The effect that the units' scores are, ``mixed`` if not all the same."""
-        effects = {unit.effect for unit in self.units}
-        return effects.pop() if len(effects) == 1 else "mixed"
+        first = self.units[0].effect
+        return first if all(unit.effect == first for unit in self.units) else "mixed"
 
     def branch(self, index: int) -> Explanation:
         """What a separate explanation of one of the targets gives.

@@ -155,17 +155,21 @@ def check_branches(
             )
     if count == 1:
         return
+    _check_places("units", units, prompt_stop, stops)
+    _check_places("targets", targets, prompt_stop, stops)
+
+
+def _check_places(name: str, pieces: Sequence[Any], prompt_stop: int, stops: Sequence[int]) -> None:
     starts = [prompt_stop, *stops]
-    for name, pieces in (("units", units), ("targets", targets)):
-        for index, piece in enumerate(pieces):
-            branch = piece.branch
-            low, high = (0, prompt_stop) if branch is None else (starts[branch], stops[branch])
-            if piece.start is not None and not low <= piece.start <= piece.stop <= high:
-                whose = "the prompt" if branch is None else f"target {branch}"
-                raise ValueError(
-                    f"{name}[{index}] must span characters of {whose}, within [{low}, {high}], "
-                    f"got {piece.start}:{piece.stop}."
-                )
+    for index, piece in enumerate(pieces):
+        branch = piece.branch
+        low, high = (0, prompt_stop) if branch is None else (starts[branch], stops[branch])
+        if piece.start is not None and not low <= piece.start <= piece.stop <= high:
+            whose = "the prompt" if branch is None else f"target {branch}"
+            raise ValueError(
+                f"{name}[{index}] must span characters of {whose}, within [{low}, {high}], "
+                f"got {piece.start}:{piece.stop}."
+            )
 
 
 def _short(values: Sequence[int]) -> str:
