@@ -1,4 +1,4 @@
-"""What the compiler says about the forward kernel: registers, spills, shared memory.
+"""What the compiler says about the attention kernels: registers, spills, shared memory.
 
 Needs no GPU, but a process without TRITON_INTERPRET::
 
@@ -49,6 +49,7 @@ class Case:
 
     architecture: str
     head_dim: int
+    kernel: str = "attention"  # | shared_prefix
     dtype: str = "bfloat16"
     mode: str = "multiplicative"
     value_dim: int | None = None
@@ -63,6 +64,7 @@ class Report:
     """What was compiled and what came of it; ``spills`` are bytes of stack, or AMD VGPRs."""
 
     triton: str
+    kernel: str
     architecture: str
     head_dim: int
     value_dim: int
@@ -84,38 +86,44 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
 
-def signature(spec: Any, dtype: str) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+def signature(
+    kernel: Any, spec: Any, dtype: str, prefix_spec: Any
+) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and attributes that the launcher's arguments would specialise to.
 
     Tensors are 16-byte aligned with a last stride of 1, as models pass them.
     """
-    from atman_triton.kernels.forward import _attention_fwd_kernel
-
     short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
     aligned = [["tt.divisibility", 16]]
-    pointers = {
+    pointers: dict[str, str | None] = {
         "out_ptr": short,
         "lse_ptr": "*fp32",
         "query_ptr": short,
         "key_ptr": short,
         "value_ptr": short,
+        "prefix_key_ptr": short,
+        "prefix_value_ptr": short,
         "factor_ptr": "*fp32" if spec.has_key_factor else None,
-        "before_ptr": "*i32" if spec.has_key_factor else None,
-        "flagged_ptr": "*i32" if spec.has_key_factor else None,
         "bias_ptr": short if spec.has_bias else None,
         "padding_ptr": "*u8" if spec.has_padding else None,
-        "range_ptr": "*i32" if spec.has_padding else None,
         "mask_ptr": "*u8" if spec.has_mask else None,
         "sinks_ptr": short if spec.has_sinks else None,
         "query_offset": "*i64" if spec.offset_in_memory else "i32",
     }
-    scalars = dict.fromkeys(("rows", "keys", "heads", "group", "window"), "i32")
+    for prefix, segment in (("", spec), ("prefix_", prefix_spec)):
+        lists = "*i32" if segment.mode == "min_shift" or segment.skip_plain else None
+        pointers[f"{prefix}before_ptr"] = lists if segment.has_key_factor else None
+        pointers[f"{prefix}flagged_ptr"] = lists if segment.has_key_factor else None
+        pointers[f"{prefix}range_ptr"] = "*i32" if spec.has_padding else None
+    scalars = dict.fromkeys(("rows", "keys", "prefix_keys", "heads", "group", "window"), "i32")
     scalars |= {"unit": "fp32", "inner_scale": "fp32"}
     strides = {
         "stride_out": 4,
         "stride_query": 4,
         "stride_key": 4,
         "stride_value": 4,
+        "stride_prefix_key": 4,
+        "stride_prefix_value": 4,
         "stride_factor": 3,
         "stride_tiles": 2,
         "stride_bias": 4,
@@ -125,10 +133,10 @@ def signature(spec: Any, dtype: str) -> tuple[dict[str, Any], dict[Any, Any], di
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
-    for index, name in enumerate(_attention_fwd_kernel.arg_names):
-        if name == "SPEC":
+    for index, name in enumerate(kernel.arg_names):
+        if name in ("SPEC", "PREFIX"):
             types[name] = "constexpr"
-            constants[(index,)] = spec
+            constants[(index,)] = spec if name == "SPEC" else prefix_spec
         elif name in strides:
             inner = strides[name] - 1
             types[name] = ("i32",) * inner + ("constexpr",)
@@ -147,6 +155,17 @@ def signature(spec: Any, dtype: str) -> tuple[dict[str, Any], dict[Any, Any], di
     return types, constants, attributes
 
 
+def _family(name: str) -> tuple[Any, Any]:
+    """The kernel of that name and the function that chooses its tiles."""
+    from atman_triton.kernels import configs, forward
+
+    if name == "attention":
+        return forward._attention_fwd_kernel, configs.forward_config
+    from atman_triton.kernels import shared_prefix
+
+    return shared_prefix._shared_prefix_fwd_kernel, configs.shared_prefix_config
+
+
 def compile_case(case: Case) -> Report:
     """Compile one variant and read its figures; what breaks a rule goes to ``problems``."""
     import torch
@@ -154,22 +173,16 @@ def compile_case(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from atman_triton.kernels.configs import (
-        TileConfig,
-        extra_load,
-        forward_config,
-        split_head_dim,
-    )
-    from atman_triton.kernels.forward import Variant, _attention_fwd_kernel
+    from atman_triton.kernels.configs import TileConfig, extra_load
+    from atman_triton.kernels.launch import make_variant
 
+    kernel, choose_config = _family(case.kernel)
     value_dim = case.value_dim or case.head_dim
-    dtype = getattr(torch, case.dtype)
-    has = {name: name in case.features for name in FEATURES}
-    config = forward_config(
+    config = choose_config(
         case.architecture,
         case.head_dim,
         value_dim,
-        dtype,
+        getattr(torch, case.dtype),
         case.mode,
         case.queries,
         load=extra_load(case.mode, case.features),
@@ -178,40 +191,14 @@ def compile_case(case: Case) -> Report:
         config = TileConfig(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
-    d0, d1 = split_head_dim(case.head_dim)
-    v0, v1 = split_head_dim(value_dim)
-    spec = Variant(
-        mode=case.mode,
-        causal=has["causal"],
-        has_window=has["window"],
-        has_key_factor=case.mode != "plain",
-        has_softcap=has["softcap"],
-        has_bias=has["bias"] or has["alibi"],
-        bias_per_key=has["alibi"],
-        has_padding=has["padding"],
-        has_mask=has["mask"],
-        has_sinks=has["sinks"],
-        offset_in_memory=False,
-        skip_plain=config.skip_plain_tiles,
-        scaled=has["bias"] or has["alibi"] or case.mode == "log_additive",
-        wide=False,
-        block_m=config.block_m,
-        block_n=config.block_n,
-        edge_stages=config.edge_stages,
-        head_dim=case.head_dim,
-        d0=d0,
-        d1=d1,
-        value_dim=value_dim,
-        v0=v0,
-        v1=v1,
-    )
-    types, constants, attributes = signature(spec, case.dtype)
+    spec = make_variant(config, case.mode, case.features, case.head_dim, value_dim)
+    types, constants, attributes = signature(kernel, spec, case.dtype, spec)
     if case.architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(case.architecture[3:]), 32)
     else:
         target = GPUTarget("hip", case.architecture, 64)
     compiled = triton.compile(
-        ASTSource(_attention_fwd_kernel, types, constants, attributes),
+        ASTSource(kernel, types, constants, attributes),
         target=target,
         options={
             "num_warps": config.num_warps,
@@ -219,11 +206,12 @@ def compile_case(case: Case) -> Report:
             "enable_fp_fusion": True,
         },
     )
-    registers, spills = _resource_usage(compiled.asm)
+    registers, spills = _resource_usage(compiled.asm, kernel.__name__)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     matrix = re.findall(MATRIX_INSTRUCTION[case.architecture], text)
     report = Report(
         triton=triton.__version__,
+        kernel=case.kernel,
         architecture=case.architecture,
         head_dim=case.head_dim,
         value_dim=value_dim,
@@ -252,7 +240,7 @@ def compile_case(case: Case) -> Report:
     return report
 
 
-def _resource_usage(asm: dict[str, Any]) -> tuple[int, int]:
+def _resource_usage(asm: dict[str, Any], name: str) -> tuple[int, int]:
     """Registers per thread and spills, as the assembler counted them."""
     if "amdgcn" in asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
@@ -262,7 +250,7 @@ def _resource_usage(asm: dict[str, Any]) -> tuple[int, int]:
         cubin.write_bytes(asm["cubin"])
         command = [_cuobjdump(), "--dump-resource-usage", str(cubin)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"_attention_fwd_kernel:\s*REG:(\d+) STACK:(\d+)", text)
+    found = re.search(rf"{name}:\s*REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no registers and stack: {text!r}")
     return int(found[1]), int(found[2])
@@ -308,8 +296,8 @@ def _line(result: Report | str) -> str:
         + "+skip" * r.skip_plain
     )
     return (
-        f"{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} {r.features:28} q{r.queries:<5} "
-        f"{tiles:16} regs {r.registers:3} spills {r.spills:3} shared {r.shared:6} "
+        f"{r.kernel:14}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} {r.features:28} "
+        f"q{r.queries:<5} {tiles:16} regs {r.registers:3} spills {r.spills:3} shared {r.shared:6} "
         f"{r.matrix_kind} {r.matrix_instructions} {', '.join(r.problems)}"
     )
 
@@ -320,12 +308,12 @@ def table() -> list[Case]:
     for architecture in ARCHITECTURES:
         for head_dim in (64, 128, 256):
             for dtype in ("bfloat16", "float16"):
-                cases += [Case(architecture, head_dim, dtype, mode) for mode in MODES]
+                cases += [Case(architecture, head_dim, dtype=dtype, mode=mode) for mode in MODES]
             for mode in ("multiplicative", "min_shift"):
                 cases += [Case(architecture, head_dim, mode=mode, features=f) for f in FAMILIES]
             cases.append(Case(architecture, head_dim, mode="min_shift", features=()))
             cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
-            cases.append(Case(architecture, head_dim, "float32", mode="min_shift"))
+            cases.append(Case(architecture, head_dim, dtype="float32", mode="min_shift"))
         cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
         cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]
     return cases

@@ -131,3 +131,16 @@ def _nvidia_forward(
     if architecture == "sm_90" and not deferred and not load:
         return TileConfig(128, 32, num_warps=8, num_stages=2)
     return TileConfig(64, 16 if load else 32, num_warps=8, num_stages=2)
+
+
+def shared_prefix_config(
+    architecture: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mode: str,
+    queries: int,
+    load: int,
+) -> TileConfig:
+    """Tile sizes of the shared-prefix kernel; arguments as in :func:`forward_config`."""
+    return forward_config(architecture, head_dim, value_dim, dtype, mode, queries, load)

@@ -47,6 +47,7 @@ def key_tiles(
         inner_high_key = tl.minimum(inner_high_key, first_position + 1)
     if HAS_WINDOW:
         low_key = tl.maximum(low_key, first_position - window + 1)
+        low_key = tl.minimum(low_key, tl.maximum(keys, first_key))  # rows may be far behind
         inner_low_key = tl.maximum(inner_low_key, last_position - window + 1)
         if not CAUSAL:
             high_key = tl.minimum(high_key, last_position + window)
