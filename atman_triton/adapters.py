@@ -190,7 +190,7 @@ class AtmanBloomAttention(BloomAttention):
             attention_mask,
             dropout=self.attention_dropout.p if self.training else 0.0,
             scaling=self.inv_norm_factor,
-            position_bias=_fit(alibi, batch, self.num_heads, key.shape[2]),
+            position_bias=_fit(alibi, batch, self.num_heads, attention_mask.key_tokens),
         )
         output = self.dense(output.reshape(batch, query_tokens, -1))
         return dropout_add(output, residual, self.hidden_dropout, self.training), None
@@ -241,7 +241,8 @@ class AtmanFalconAttention(falcon.FalconAttention):
         if alibi is not None:
             dropout = self.attention_dropout.p if self.training else 0.0
             if isinstance(attention_mask, AttentionMask):
-                bias = _fit(alibi, batch, self.num_heads, key.shape[2]) * self.inv_norm_factor
+                bias = _fit(alibi, batch, self.num_heads, attention_mask.key_tokens)
+                bias = bias * self.inv_norm_factor
         output = _attend(
             self,
             query,

@@ -1,36 +1,52 @@
-"""Runs a model once per perturbation, in batches that fit in memory.
+"""Runs a model once per perturbation and does only the work that the result needs.
 
-One row of a batch is the same input with one unit suppressed; row 0 of a run has nothing
-suppressed. Rows have equal length, so there is no padding.
+Four savings, none of which changes a number: logits at target positions only; perturbations in
+batches; a shared prefix (what stands before the first suppressed token is run once); and many
+targets behind one prompt. A perturbation is run in one of two ways: *total*, suppressed in every
+row, or *direct*, suppressed only in the rows that predict the targets.
 
-Legend: U units, T target tokens, S input tokens (prompt and target without its last token),
+Legend: U units, K targets, M scored tokens of all targets, S input columns, P prompt tokens,
 V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .integration import UnsupportedModelError, manipulate
+from . import memory
+from .branches import Branches, TreeMask
+from .capabilities import device_of, dtype_of, why_not_branches, why_not_prefix
+from .integration import UnsupportedModelError, run_as_atman
+from .layers import Manipulation
+from .plan import Batch, plan_batches, wasted_share
+from .prefix import PrefixStore
+from .replay import Replay
+from .stacks import find_stack
 
-# Share of the free memory that one batch may take; the estimate of a row is a rough one.
-_MEMORY_SHARE = 0.5
-# Where a larger batch no longer makes a token cheaper. On a CPU (one thread, models of 1M and 50M
-# parameters, inputs of 128 and 512 tokens) that was at 1000 to 2000 tokens; up to 18% was lost at
-# more. With two threads and 34M parameters 2072 tokens took 0 to 9% less time than 777.
-_TOKENS_PER_BATCH = {"cpu": 2048}
-_TOKENS_PER_BATCH_ELSEWHERE = 65536
+SAVINGS = ("target_logits", "batching", "shared_prefix", "one_pass")
+"""What ``Settings.without`` can switch off, to measure what each is worth."""
+
+Effect = Literal["total", "direct"]
+
+# Tokens of the base run that go through the model at once, so that no activation of a long prompt
+# grows with its length times the width of the feed-forward layers.
+_PIECE = {"cpu": 1024}
+_PIECE_ELSEWHERE = 8192
 # Vocabulary-sized float32 copies are made for so many bytes of rows at a time.
 _REDUCTION_BYTES = 1 << 26
+# A first pass in two pieces must give the logits of one in a whole. A model that does not split is
+# off by about the spread of its logits; rounding stays far below these shares of it.
+_PROBE_TOKENS = 16
+_PROBE_SHARE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_PROBE_SHARE_HALF = 0.15
 
 
 class RunFailed(ValueError):
@@ -39,7 +55,10 @@ class RunFailed(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """How every row of a run is perturbed and how large batches are; names as in ``Explainer``."""
+    """How every row of a run is perturbed and how large batches are; names as in ``Explainer``.
+
+    ``without`` names savings to leave out, see ``SAVINGS``.
+    """
 
     factor: float
     mode: str
@@ -47,92 +66,418 @@ class Settings:
     heads: Sequence[int] | None = None
     backend: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
+    without: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.without - set(SAVINGS))
+        if unknown:
+            raise ValueError(
+                f"without must name savings among {', '.join(SAVINGS)}, got {unknown}."
+            )
 
 
 @dataclass(frozen=True)
-class Run:
-    """What came out, and how it was done.
+class Unit:
+    """What one perturbation suppresses.
 
     Args:
-        base_logprobs: ``[T]`` float32, nats, nothing suppressed.
-        suppressed_logprobs: ``[T, U]`` float32, nats; also where a unit cannot reach a target.
-        batch_sizes: Rows of each forward pass that was finished.
-        seconds: Wall time of all passes.
-        logits: Whether the model computed logits for the targets alone.
+        positions: Tokens, counted in the prompt followed by the unit's target alone.
+        branch: The target that the tokens belong to; None if all stand in the prompt.
     """
 
-    base_logprobs: Tensor
-    suppressed_logprobs: Tensor
-    batch_sizes: list[int]
-    seconds: float
-    logits: Literal["target positions", "all positions"]
+    positions: tuple[int, ...]
+    branch: int | None = None
 
 
-def run_perturbations(
-    model: nn.Module,
-    input_ids: Sequence[int],
-    target_ids: Sequence[int],
-    units: Sequence[Sequence[int]],
-    settings: Settings,
-    advance: Callable[[int], None] = lambda tokens: None,
-) -> Run:
-    """Log-probabilities of the targets with each unit suppressed in turn, and with none.
+@dataclass
+class Record:
+    """What was done, for the result's provenance.
+
+    Args:
+        batch_sizes: Rows of each finished pass, the base runs included.
+        tokens: Tokens that all passes ran.
+        runs: Perturbations finished, by effect.
+        wasted: Share of the total runs' tokens that stood before their row's first suppressed one.
+        runners: How each pass over a prompt was run, ``shared_prefix`` or ``full``.
+        reasons: Why not all shared a prefix; empty if they did.
+        logits: Where the model computed logits.
+        prefix_bytes: Bytes of keys and values that were kept.
+        seconds: Wall time of all passes.
+    """
+
+    batch_sizes: list[int] = field(default_factory=list)
+    tokens: int = 0
+    runs: dict[str, int] = field(default_factory=lambda: {"total": 0, "direct": 0})
+    wasted: float = 0.0
+    runners: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    logits: str = "target positions"
+    prefix_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Engine:
+    """One prompt and its targets, of which any units can be suppressed.
 
     Args:
         model: A causal language model, in evaluation mode (see ``undisturbed``).
-        input_ids: ``S`` tokens, the last ``T`` of which predict the targets.
-        target_ids: ``T`` tokens.
-        units: Token positions of each unit.
+        inputs: What its forward takes for the prompt alone: ``input_ids`` ``[1, P]``, and where
+            there is more than text, all that belongs to it.
+        targets: ``K`` sequences of token ids to score behind the prompt.
         settings: How to perturb.
-        advance: Called with the number of tokens that each finished batch read.
+        expect: Called with the number of tokens that will be run, once it is known.
+        advance: Called with the number of tokens that each finished batch ran.
     Raises:
-        ValueError: if the model gives NaN, or no chance at all to a target token.
+        RunFailed: if the model gives NaN, or no chance at all to a target token.
         torch.OutOfMemoryError: if not even one row fits; with a fixed batch size, if one batch
             does not.
     """
-    device = _device(model)
-    inputs = torch.tensor(input_ids, device=device)[None]  # [1, S]
-    targets = torch.tensor(target_ids)
-    keeps = keeps_logits(model)
-    rows = len(units) + 1
-    logprobs = torch.empty(rows, len(target_ids))  # [U + 1, T]
-    size = settings.batch_size
-    if size == "auto":
-        size = automatic_batch_size(model, len(input_ids), len(target_ids))
-    batch_sizes: list[int] = []
-    started = time.perf_counter()
-    done = 0
-    while done < rows:
-        stop = min(done + size, rows)
-        factors = _factor_rows([(), *units][done:stop], len(input_ids), settings.factor)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        targets: Sequence[Sequence[int]],
+        settings: Settings,
+        expect: Callable[[int], None] = lambda tokens: None,
+        advance: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self.record = Record()
+        self.targets = [tuple(target) for target in targets]
+        self.rows = _slices(self.targets)  # of each target, its rows among the M
+        prompt = inputs["input_ids"].shape[1]
+        self.prompt_tokens = prompt
+        self._passes: list[_Pass] = []
+        with _timed(self.record):
+            for chosen in self._partition(model, inputs, settings):
+                branches = Branches(prompt, tuple(self.targets[k] for k in chosen))
+                self._passes.append(
+                    _Pass(model, inputs, branches, chosen, settings, self.record, expect, advance)
+                )
+        base = torch.cat([each.base for each in self._passes])
+        order = [row for each in self._passes for k in each.chosen for row in self.rows[k]]
+        self.base_logprobs = torch.empty_like(base)
+        """``[M]`` float32, nats: nothing suppressed, one target after the other."""
+        self.base_logprobs[order] = base
+        _check(self.base_logprobs, dtype_of(model))
+
+    def perturb(self, units: Sequence[Unit], effect: Effect = "total") -> Tensor:
+        """Log-probabilities of all scored tokens with each unit suppressed in turn.
+
+        Args:
+            units: What to suppress.
+            effect: ``total``: in every row of every layer. ``direct``: only in the rows that
+                predict the targets; the prompt's own keys and values stay those of the base run.
+        Returns: ``[U, M]`` float32, nats; NaN where a unit does not stand before the scored token
+            in the token's own target.
+        Raises:
+            UnsupportedModelError: if the direct effect is asked of a model whose perturbations
+                cannot share a prefix.
+        """
+        result = torch.full((len(units), len(self.base_logprobs)), torch.nan)
+        with _timed(self.record):
+            for each in self._passes:
+                mine = [
+                    u
+                    for u, unit in enumerate(units)
+                    if unit.branch is None or unit.branch in each.chosen
+                ]
+                found = each.perturb([units[u] for u in mine], effect)  # [mine, M of the pass]
+                if mine:
+                    rows = [row for k in each.chosen for row in self.rows[k]]
+                    result[torch.tensor(mine)[:, None], torch.tensor(rows)] = found
+        for u, unit in enumerate(units):
+            for k, rows in enumerate(self.rows):
+                reached = max(unit.positions) - self.prompt_tokens + 1  # tokens at or before it
+                hidden = len(rows) if unit.branch not in (None, k) else max(0, reached)
+                result[u, rows[:hidden]] = torch.nan
+        return result
+
+    def _partition(
+        self, model: nn.Module, inputs: Mapping[str, Any], settings: Settings
+    ) -> list[list[int]]:
+        """Targets that go through the model together."""
+        everything = list(range(len(self.targets)))
+        single = [k for k in everything if len(self.targets[k]) == 1]
+        several = [k for k in everything if len(self.targets[k]) > 1]
+        if "one_pass" in settings.without:
+            return [[k] for k in everything]
+        if len(several) < 2:
+            return [everything]
+        reason = why_not_branches(model)
+        if reason is None:
+            reason = why_not_prefix(model, self.prompt_tokens + max(map(len, self.targets)) - 1)
+        if reason is None and settings.mode == "min_shift_full":
+            reason = "min_shift_full looks at the other targets' keys too"
+        padding = inputs.get("attention_mask")
+        if reason is None and padding is not None and "position_ids" not in inputs:
+            if not bool(padding.bool().all()):
+                reason = "the prompt is padded and comes without position_ids"
+        if reason is None:
+            return [everything]
+        self.record.reasons.append(f"targets of several tokens ran separately: {reason}")
+        return [*([single] if single else []), *([k] for k in several)]
+
+
+class _Pass:
+    """Targets that stand behind one prompt at the same time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        branches: Branches,
+        chosen: list[int],
+        settings: Settings,
+        record: Record,
+        expect: Callable[[int], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        self.model = model
+        self.branches = branches
+        self.chosen = chosen
+        self.settings = settings
+        self.record = record
+        self.expect = expect
+        self.advance = advance
+        self.device = device_of(model)
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        self.replay = Replay(model, inputs, branches)
+        self.ids = torch.tensor(branches.scored_ids)
+        self.predictors = torch.tensor(branches.predictors)
+        self.tail = branches.prompt_tokens - 1  # first column whose logits are read
+        self.store = PrefixStore(branches.length)
+        if not branches.linear:
+            self.store.tree = TreeMask(branches, self.device)
+        if not self.replay.keeps_logits or "target_logits" in settings.without:
+            record.logits = "all positions"
+        reason = self._why_full()
+        if reason is None:
+            self.base = self._base_in_pieces()
+            if self.store.looks_ahead and not self.replay.prepared:
+                reason = f"earlier tokens of {type(model).__name__} see later ones"
+        self.reason = reason
+        if reason is not None:
+            self.store = PrefixStore(branches.length)
+            self.base = self._run_rows([()], Batch(0, (0,)), "total")[0]
+            if reason not in record.reasons:
+                record.reasons.append(reason)
+        record.runners.append("full" if reason is not None else "shared_prefix")
+        record.prefix_bytes = max(record.prefix_bytes, self.store.bytes())
+
+    # --- runs ------------------------------------------------------------------------------------
+
+    def perturb(self, units: Sequence[Unit], effect: Effect) -> Tensor:
+        """``[U, M]`` of this pass's targets; the base run's where a unit comes too late."""
+        if effect == "direct" and self.reason is not None:
+            raise UnsupportedModelError(
+                f"method='direct' keeps the prompt's keys and values of the base run, but "
+                f"{self.reason}; use method='exact'."
+            )
+        columns = [
+            self.branches.columns(self._branch(unit), sorted(unit.positions)) for unit in units
+        ]
+        starts = [self._start(own, effect) for own in columns]
+        result = torch.empty(len(units), len(self.ids))
+        if not units:
+            return result
+        size = self.settings.batch_size
+        rows = 1 if "batching" in self.settings.without else None if size == "auto" else size
+        tokens = self._tokens_per_batch(starts) if rows is None else None
+        pending = plan_batches(starts, self.branches.length, tokens=tokens, rows=rows)
+        if effect == "total" and self.reason is None:
+            self.record.wasted = wasted_share(pending, starts, self.branches.length)
+        self.expect(sum(batch.tokens(self.branches.length) for batch in pending))
+        while pending:
+            batch = pending[0]
+            try:
+                found = self._run_rows([columns[row] for row in batch.rows], batch, effect)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.out_of_memory(error):
+                    raise
+                refused = str(error)
+            else:
+                result[list(batch.rows)] = found
+                self.record.runs[effect] += len(batch.rows)
+                pending = pending[1:]
+                continue
+            # Outside the except block, so that the failed pass's tensors are gone by now.
+            most = self._smaller(batch, refused)
+            pending = [part for each in pending for part in each.split(self.branches.length, most)]
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        _check_nan(result, dtype_of(self.model))
+        return result
+
+    def _branch(self, unit: Unit) -> int | None:
+        return None if unit.branch is None else self.chosen.index(unit.branch)
+
+    def _start(self, columns: Sequence[int], effect: Effect) -> int:
+        """The first column that a perturbation has to run."""
+        if effect == "direct":
+            return self.tail
+        if self.reason is not None:
+            return 0
+        start = self.replay.closed_start(columns[0])
+        # the tree mask is made from that of the prompt's end
+        return start if self.branches.linear else min(start, self.branches.prompt_tokens)
+
+    def _base_in_pieces(self) -> Tensor:
+        """The base run, its keys and values kept: log-probabilities ``[M]``."""
+        length, store = self.branches.length, self.store
+        size = _PIECE.get(self.device.type, _PIECE_ELSEWHERE)
+        last = self.replay.closed_start(self.tail)
+        cuts = [0]
+        while length - cuts[-1] > size and cuts[-1] < last:
+            cut = min(self.replay.closed_stop(cuts[-1] + size), last)
+            cuts.append(cut)
+        store.recording = True
+        self.expect(length)
+        for start, stop in zip(cuts, [*cuts[1:], length], strict=True):
+            store.tokens = start
+            kept = length - self.tail if stop == length else 1
+            with self._manipulated(None):
+                logits = self.replay.run(start, stop, 1, self._logits(kept))
+            if stop == length:
+                base = self._logprobs(logits, self.tail)[0]
+            self.advance(stop - start)
+            self._count(1, stop - start)
+        store.recording = False
+        return base
+
+    def _run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
+        """One batch: log-probabilities ``[rows, M]`` on the CPU."""
+        length, start = self.branches.length, batch.start
+        factors = torch.ones(len(rows), length)
+        for factor, columns in zip(factors, rows, strict=True):
+            factor[list(columns)] = self.settings.factor
+        kept = length - max(start, self.tail)
+        whole = self.reason is not None
+        self.store.tokens = start
+        self.store.own_factors_only = effect == "total" and self._alone
+        with self._manipulated(factors.to(self.device)):
+            logits = self.replay.run(start, length, len(rows), self._logits(kept), cached=not whole)
+        result = self._logprobs(logits, length - kept)
+        if start > self.tail:  # what the first of them predict is as in the base run
+            early = self.predictors < start
+            result[:, early] = self.base[early]
+        self.advance(len(rows) * (length - start))
+        self._count(len(rows), length - start)
+        return result
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no manipulation of the user's is around this run."""
+        return find_stack(self.model)[1].current.manipulation is None
+
+    @contextmanager
+    def _manipulated(self, factors: Tensor | None) -> Iterator[Manipulation]:
+        settings = self.settings
+        if factors is not None and settings.heads is not None:
+            heads = find_stack(self.model)[1].heads
+            per_head = factors[:, None].expand(-1, heads, -1).clone()
+            per_head[:, [head for head in range(heads) if head not in settings.heads]] = 1.0
+            factors = per_head
+        with run_as_atman(
+            self.model, factors, settings.mode, settings.layers, settings.backend, self.store
+        ) as manipulation:
+            yield manipulation
+
+    def _logits(self, kept: int) -> int | None:
+        return None if "target_logits" in self.settings.without else kept
+
+    def _logprobs(self, logits: Tensor, first: int) -> Tensor:
+        """Of the scored tokens that columns from ``first`` on predict; others stay 0."""
+        logits = logits[:, first - self.branches.length :]
+        here = self.predictors >= first
+        found = torch.zeros(len(logits), len(self.ids))
+        found[:, here] = target_logprobs(
+            logits, (self.predictors[here] - first).to(logits.device), self.ids[here]
+        ).cpu()
+        return found
+
+    def _count(self, rows: int, tokens: int) -> None:
+        self.record.batch_sizes.append(rows)
+        self.record.tokens += rows * tokens
+
+    # --- choices ---------------------------------------------------------------------------------
+
+    def _why_full(self) -> str | None:
+        """Why perturbations must run over the whole input; None if they can share a prefix."""
+        if "shared_prefix" in self.settings.without:
+            return "the shared prefix is switched off"
+        if self.settings.mode == "min_shift_full":
+            return "mode='min_shift_full' looks at future keys"
+        return why_not_prefix(self.model, self.branches.length) or self._probe()
+
+    def _probe(self) -> str | None:
+        """Run the start of the input whole and in two pieces, once per model."""
+        stack, _ = find_stack(self.model)
+        if stack in _PROBED:
+            return _PROBED[stack]
+        replay = self.replay
+        shown = replay.first_shown()
+        stop = replay.closed_stop(min(shown + _PROBE_TOKENS, self.branches.prompt_tokens))
+        half = replay.closed_start(shown + (stop - shown) // 2)
+        if not shown < half < stop:
+            return None  # nothing to share
+        store, self.store = self.store, PrefixStore(self.branches.length)
+        self.store.tree = store.tree
         try:
-            batch = _forward(model, inputs, targets, factors.to(device), settings, keeps)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
-                raise
-            refused = str(error)
-        else:
-            logprobs[done:stop] = batch
-            batch_sizes.append(stop - done)
-            advance((stop - done) * len(input_ids))
-            done = stop
-            continue
-        # Outside the except block, so that the failed pass's tensors are gone by now.
-        size = _smaller(stop - done, len(input_ids), settings.batch_size, refused)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    if bool(logprobs.isnan().any()):
-        raise RunFailed(f"the model returns NaN in {_dtype(model)}; try another dtype.")
-    if not bool(logprobs[0].isfinite().all()):
-        token = int((~logprobs[0].isfinite()).nonzero()[0])
-        raise RunFailed(f"the model gives target token {token} probability 0: nothing to explain.")
-    return Run(
-        base_logprobs=logprobs[0].clone(),
-        suppressed_logprobs=logprobs[1:].T.contiguous(),
-        batch_sizes=batch_sizes,
-        seconds=time.perf_counter() - started,
-        logits="target positions" if keeps else "all positions",
-    )
+            with self._manipulated(None):
+                whole = replay.run(0, stop, 1, 1)
+            self.store.recording = True
+            for self.store.tokens, end in ((0, half), (half, stop)):
+                with self._manipulated(None):
+                    pieces = replay.run(self.store.tokens, end, 1, 1)
+        finally:
+            self.store = store
+        error = (whole - pieces).double().abs().max()
+        allowed = _PROBE_SHARE.get(whole.dtype, _PROBE_SHARE_HALF) * whole.double().std()
+        if bool(error > allowed):
+            _PROBED[stack] = (
+                f"{type(self.model).__name__} gives other logits when its input comes in two "
+                f"pieces (by {float(error):.2g})"
+            )
+        elif not bool(error.isnan()):  # NaN tells nothing; the run itself will refuse it
+            _PROBED[stack] = None
+        return _PROBED.get(stack)
+
+    def _tokens_per_batch(self, starts: Sequence[int]) -> int:
+        """As many as the free memory holds, up to where more bring no more speed."""
+        length = self.branches.length
+        most = memory.tokens_per_batch(self.device)
+        free = memory.free_memory(self.model)
+        if free is None:
+            return most
+        longest = length - min(starts)
+        kept = longest
+        if self.replay.keeps_logits and "target_logits" not in self.settings.without:
+            kept = length - self.tail
+        row = memory.bytes_per_row(self.model, longest, kept, length)
+        return min(most, max(1, int(free * memory.SHARE) // row) * longest)
+
+    def _smaller(self, batch: Batch, refused: str) -> int:
+        """The most tokens of a batch to go on with after ``batch`` did not fit."""
+        own = self.branches.length - batch.start
+        size = self.settings.batch_size
+        if size != "auto":
+            raise torch.OutOfMemoryError(
+                f"batch_size {len(batch.rows)} with {own} tokens each does not fit in memory: "
+                f"lower it or use batch_size='auto'. ({refused})"
+            )
+        if len(batch.rows) == 1:
+            raise torch.OutOfMemoryError(
+                f"not even one row of {own} tokens fits in memory: shorten the prompt, use a "
+                f"smaller dtype or free some memory. ({refused})"
+            )
+        return len(batch.rows) // 2 * own
+
+
+_PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -153,198 +498,49 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def automatic_batch_size(model: nn.Module, input_tokens: int, target_tokens: int) -> int:
-    """Rows per batch: as many as the free memory holds, up to where more bring no more speed."""
-    device = _device(model)
-    limit = _TOKENS_PER_BATCH.get(device.type, _TOKENS_PER_BATCH_ELSEWHERE)
-    size = max(1, limit // input_tokens)
-    free = _free_memory(model)
-    if free is not None:
-        row = _bytes_per_row(model, input_tokens, target_tokens)
-        size = min(size, max(1, int(free * _MEMORY_SHARE) // row))
-    return size
+def target_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """``log softmax(logits[:, row])[id]`` in float32 (float64 for float64), some rows at a time.
 
-
-def keeps_logits(model: nn.Module) -> bool:
-    """Whether the model's forward can be told to compute logits at the last positions only."""
-    original = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if hasattr(original, "get_base_model"):  # adapters (PEFT)
-        original = original.get_base_model()  # pyright: ignore[reportCallIssue]
-    return "logits_to_keep" in inspect.signature(original.forward).parameters
-
-
-def _forward(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    factors: Tensor,
-    settings: Settings,
-    keeps: bool,
-) -> Tensor:
-    """One batch through the model's own forward: log-probabilities ``[rows, T]`` on the CPU."""
-    wanted = {"logits_to_keep": len(targets)} if keeps else {}
-    with manipulate(
-        model,
-        factors,
-        mode=settings.mode,
-        layers=settings.layers,
-        heads=settings.heads,
-        backend=settings.backend,
-    ):
-        output = model(
-            input_ids=inputs.repeat(len(factors), 1), use_cache=False, return_dict=True, **wanted
-        )
-    logits = output.logits  # [rows, T, V]; [rows, S, V] where the model keeps all
-    if logits.dim() != 3 or logits.shape[1] < len(targets):
-        raise TypeError(
-            f"{type(model).__name__} must give logits [rows, tokens, vocabulary], "
-            f"got {list(logits.shape)}."
-        )
-    return _target_logprobs(logits[:, -len(targets) :], targets.to(logits.device)).cpu()
-
-
-def _target_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """``log softmax(logits)[target]`` in float32 (float64 for float64), some rows at a time.
-
-    Returns: ``[rows, T]`` float32.
+    Args:
+        logits: ``[B, N, V]``.
+        rows: ``[M]``, in ``[0, N)``; each row is normalised once, however many ids read it.
+        ids: ``[M]``.
+    Returns: ``[B, M]`` float32.
     """
-    rows, count, vocabulary = logits.shape
+    batch, count, vocabulary = logits.shape
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    chosen = logits.gather(-1, targets.expand(rows, count)[..., None])[..., 0].to(dtype)
-    flat = logits.flatten(0, 1)  # [rows · T, V]
+    chosen = logits[:, rows, ids.to(logits.device)].to(dtype)
+    flat = logits.flatten(0, 1)  # [B · N, V]
     step = max(1, _REDUCTION_BYTES // (4 * vocabulary))
     normaliser = torch.cat([part.to(dtype).logsumexp(-1) for part in flat.split(step)])
-    return (chosen - normaliser.view(rows, count)).float()
+    return (chosen - normaliser.view(batch, count)[:, rows]).float()
 
 
-def _factor_rows(units: Sequence[Sequence[int]], length: int, factor: float) -> Tensor:
-    """``[rows, length]`` float32: ``factor`` at each row's own tokens, 1 elsewhere."""
-    rows = torch.ones(len(units), length)
-    for row, tokens in zip(rows, units, strict=True):
-        row[list(tokens)] = factor
-    return rows
+def _slices(targets: Sequence[Sequence[int]]) -> list[range]:
+    slices, first = [], 0
+    for target in targets:
+        slices.append(range(first, first + len(target)))
+        first += len(target)
+    return slices
 
 
-# --- memory -------------------------------------------------------------------------------------
+@contextmanager
+def _timed(record: Record) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        record.seconds += time.perf_counter() - started
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    """CPU allocations fail with a plain RuntimeError that only its text tells apart."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return any(
-        words in text for words in ("out of memory", "not enough memory", "can't allocate memory")
-    )
+def _check(base: Tensor, dtype: torch.dtype) -> None:
+    """Refuse base runs that cannot be explained."""
+    _check_nan(base, dtype)
+    if not bool(base.isfinite().all()):
+        token = int((~base.isfinite()).nonzero()[0])
+        raise RunFailed(f"the model gives target token {token} probability 0: nothing to explain.")
 
 
-def _smaller(failed: int, input_tokens: int, asked: int | Literal["auto"], refused: str) -> int:
-    """The batch size to go on with after ``failed`` rows did not fit."""
-    if asked != "auto":
-        raise torch.OutOfMemoryError(
-            f"batch_size {failed} with {input_tokens} tokens each does not fit in memory: lower it "
-            f"or use batch_size='auto'. ({refused})"
-        )
-    if failed == 1:
-        raise torch.OutOfMemoryError(
-            f"not even one row of {input_tokens} tokens fits in memory: shorten the prompt, use a "
-            f"smaller dtype or free some memory. ({refused})"
-        )
-    return failed // 2
-
-
-def _bytes_per_row(model: nn.Module, input_tokens: int, target_tokens: int) -> int:
-    """A rough estimate of what one row allocates at the widest point of a forward pass."""
-    config = _text_config(model)
-    hidden = int(getattr(config, "hidden_size", 1024))
-    inner = getattr(config, "intermediate_size", None)
-    inner = max(inner) if isinstance(inner, (list, tuple)) else inner or 4 * hidden
-    element = _dtype(model).itemsize
-    positions = target_tokens if keeps_logits(model) else input_tokens
-    # Residual stream, its norm, queries, keys, values, output; the gated products of the MLP.
-    layer = input_tokens * element * (6 * hidden + 3 * inner)
-    # The portable backend holds float32 scores for blocks of 64 query rows.
-    heads = int(getattr(config, "num_attention_heads", 1))
-    scores = 3 * 4 * heads * min(input_tokens, 64) * input_tokens
-    logits = 3 * positions * vocabulary_size(model) * element
-    return layer + scores + logits
-
-
-def _free_memory(model: nn.Module) -> int | None:
-    """Bytes that can still be allocated on the fullest of the model's devices; None if unknown."""
-    devices = {parameter.device for parameter in model.parameters()}
-    known = [free for device in devices if (free := _free_on(device)) is not None]
-    return min(known, default=None)
-
-
-def _free_on(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + reserved
-    if device.type == "cpu" and "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
-
-
-# --- what the model says of itself --------------------------------------------------------------
-
-
-def check_causal(model: Any) -> None:
-    """Refuse what is no causal language model.
-
-    Raises:
-        TypeError: if it is no transformers model.
-        UnsupportedModelError: naming the class and what is missing.
-    """
-    name = type(getattr(model, "_orig_mod", model)).__name__
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise TypeError(f"model must be a transformers causal language model, got {name}.")
-    config: Any = model.config
-    can_generate: Any = getattr(model, "can_generate", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"model must be a decoder alone, but {name} has an encoder and a decoder, which is "
-            "not supported."
-        )
-    if can_generate is None or not can_generate():
-        raise UnsupportedModelError(
-            f"model must be a causal language model, but {name} does not predict next tokens; "
-            "load it with AutoModelForCausalLM."
-        )
-    # GPT-NeoX leaves is_decoder False and is causal all the same; its layers say so.
-    two_sided = any(getattr(module, "is_causal", None) is False for module in model.modules())
-    if getattr(_text_config(model), "is_decoder", None) is False and two_sided:
-        raise UnsupportedModelError(
-            f"model must be causal, but the attention of this {name} looks both ways; load it "
-            "with is_decoder=True."
-        )
-
-
-def context_window(model: nn.Module) -> int | None:
-    """The most tokens the model can read; None if it names no limit, as with ALiBi."""
-    config = _text_config(model)
-    for name in ("max_position_embeddings", "max_seq_len"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """How many token ids the model's input embedding knows."""
-    embedding: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return int(embedding.weight.shape[0])
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config(decoder=True)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next(model.parameters()).dtype
+def _check_nan(logprobs: Tensor, dtype: torch.dtype) -> None:
+    if bool(logprobs.isnan().any()):
+        raise RunFailed(f"the model returns NaN in {dtype}; try another dtype.")

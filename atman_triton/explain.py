@@ -15,29 +15,31 @@ from torch import Tensor
 
 from ._version import __version__
 from .attention import BACKENDS, MODES
-from .engine import (
-    Run,
-    RunFailed,
-    Settings,
-    check_causal,
-    context_window,
-    run_perturbations,
-    undisturbed,
-    vocabulary_size,
-)
+from .capabilities import check_causal, context_window, vocabulary_size
+from .engine import Engine, Record, RunFailed, Settings, undisturbed
 from .explanation import Explanation, LeftOut
 from .integration import checked_indices
+from .methods import DEFAULT_BUDGET, METHODS, Method, Outcome, measure
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack
 from .tokens import Tokens, border, encode_prompt, encode_target, tokens_of_ids
 from .units import Layout, lay_out
 
+EFFECTS = {
+    "exact": "total effect: each unit was suppressed in every row of every layer",
+    "direct": "direct effect: each unit was suppressed only in the rows that predict the target, "
+    "so what reached the answer through other tokens is not counted",
+    "hybrid": "total effect of the most promising units, direct effect of the others",
+    "hierarchical": "total effect: each unit was suppressed in every row of every layer",
+}
+"""What the scores of each method are."""
+
 END_OF_TEXT = "end of text, generated and not explained"
 
 _NEW_TOKENS = 32  # how many are generated where there is room and nothing else is said
 
-Granularity = Literal["token"]
+Granularity = Literal["token", "sentence", "paragraph"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -72,6 +74,23 @@ class Explainer:
             paper's suppression factor is 1 - factor. None is the preset's.
         mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
             (see ``atman_triton.attention``). None is the preset's.
+        method: Which perturbations are run, and what a score is:
+
+            - ``exact``: every unit is suppressed in every row of every layer. The score is its
+              *total* effect (the paper's), what other tokens took over from it included. One run
+              per unit, each from the unit on.
+            - ``direct``: every unit is suppressed only in the rows that predict the target; the
+              prompt's own representations stay those of the unperturbed run. The score is the
+              unit's *direct* effect: another quantity than the total one, without what reached the
+              answer through other tokens. Every unit costs the target's tokens instead of a run.
+            - ``hybrid``: direct effects first, then total ones for the units that stand highest;
+              the others keep their direct effect, and ``Unit.effect`` says which is which.
+            - ``hierarchical``: total effects of paragraphs (or sentences, or chunks where there are
+              none), then again and again of the parts of the best one, down to tokens. The units
+              of the result differ in size; ``Explanation.coarse`` is where it started.
+        budget: The most exact runs of ``hybrid`` (None: a fifth) and ``hierarchical`` (None: a
+            quarter): a float is a share of the runs that ``exact`` would need, an int a count. The
+            base run and direct effects do not count.
         layers: Suppress in these layers only; None is all.
         heads: Suppress in these query heads only; None is all.
         batch_size: Perturbations per forward pass. ``"auto"`` takes what memory holds and halves
@@ -94,6 +113,8 @@ class Explainer:
         preset: str = "default",
         factor: float | None = None,
         mode: str | None = None,
+        method: Method = "exact",
+        budget: float | int | None = None,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         batch_size: int | Literal["auto"] = "auto",
@@ -105,11 +126,19 @@ class Explainer:
         chosen = PRESETS[preset]
         mode = chosen.mode if mode is None else mode
         _check_one_of("mode", mode, MODES)
+        _check_one_of("method", method, METHODS)
         _check_one_of("backend", backend, BACKENDS)
+        if mode == "min_shift_full" and method in ("direct", "hybrid"):
+            raise ValueError(
+                f"method={method!r} keeps the prompt's keys of the base run, which "
+                "mode='min_shift_full' does not allow; take method='exact' or mode='min_shift'."
+            )
         _, stack = find_stack(model)
         self.model = model
         self.tokenizer = tokenizer
         self.preset = preset
+        self.method: Method = method
+        self.budget = _checked_budget(method, budget)
         self.progress = progress
         self.settings = Settings(
             factor=_checked_factor(chosen.factor if factor is None else factor),
@@ -126,6 +155,7 @@ class Explainer:
         target: Any = None,
         granularity: Granularity = "token",
         *,
+        targets: Sequence[Any] | None = None,
         explain_only: Sequence[int] | None = None,
         reduction: Reduction = "mean",
         separator: str | None = None,
@@ -145,7 +175,14 @@ class Explainer:
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
                 end-of-text token.
-            granularity: What one unit is: ``token``.
+            granularity: What one unit is: ``token``, ``sentence`` or ``paragraph``. Sentences end
+                as Unicode says (in any script), paragraphs at blank lines, or at line ends in a
+                text without any.
+            targets: Several answers instead of one, each explained as if it alone followed the
+                prompt, for little more than the price of one: answers of one token (class names)
+                are read off the same softmax, longer ones go through the model side by side.
+                ``scores`` has the rows of all their tokens, one answer after the other, and
+                ``Explanation.branch(k)`` is what a call for the k-th alone gives.
             explain_only: Indices of the units to explain, counted as an explanation without this
                 argument counts them; None is all.
             reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
@@ -171,57 +208,108 @@ class Explainer:
         _check_sequence("explain_only", explain_only)
         if separator is not None and not isinstance(separator, str):
             raise TypeError(f"separator must be a str or None, got {separator!r}.")
-        _check_generation(target, max_new_tokens, generation_kwargs)
+        several = _checked_targets(target, targets)
+        _check_generation(several, max_new_tokens, generation_kwargs)
+        if self.method == "hierarchical" and granularity != "token":
+            raise ValueError(
+                f"method='hierarchical' chooses the size of units itself, got "
+                f"granularity={granularity!r}; leave it out."
+            )
         vocabulary = vocabulary_size(self.model)
         words = encode_prompt(prompt, self.tokenizer, vocabulary)
         facts: dict[str, Any] = {"target": "given"}
         end: list[LeftOut] = []
         with undisturbed(self.model):
-            if target is None:
+            if several is None:
                 if max_new_tokens is None:
                     max_new_tokens = self._default_new_tokens(len(words))
                 self._check_length(len(words), max_new_tokens, "max_new_tokens")
                 generation = {"max_new_tokens": max_new_tokens} | generation_kwargs
                 answer, end = self._generate(words, generation)
+                answers = [answer]
                 facts = {"target": "generated"}
                 facts["generation"] = {name: _plain(value) for name, value in generation.items()}
             else:
-                if separator is None:
-                    separator = border(prompt, words, target)
-                answer = encode_target(target, words, self.tokenizer, vocabulary, separator)
-                if isinstance(target, str):
-                    facts["separator"] = separator
-                self._check_length(len(words), len(answer), "the target's")
-            layout = lay_out(words, answer, explain_only)
-            tokens = (len(layout.units) + 1) * len(layout.input_ids)
-            with token_progress("Explaining", tokens, self.progress) as advance:
-                run = run_perturbations(
+                answers, separators = self._encode_targets(prompt, words, several, separator)
+                if separators:
+                    facts["separator"] = separators[0] if targets is None else separators
+            layout = lay_out(
+                words,
+                answers,
+                granularity,
+                explain_only,
+                is_text=self.tokenizer is not None,
+            )
+            with token_progress("Explaining", self.progress) as bar:
+                engine = Engine(
                     self.model,
-                    layout.input_ids,
+                    {"input_ids": torch.tensor([layout.prompt_ids])},
                     layout.target_ids,
-                    [unit.tokens for unit in layout.units],
                     self.settings,
-                    advance,
+                    bar.expect,
+                    bar.advance,
                 )
+                outcome = measure(self.method, engine, layout, self.budget, reduction)
             if self.settings.mode == "multiplicative":
                 facts["negative_scores"] = negative_share(
                     self.model,
-                    layout.input_ids,
+                    layout.prompt_ids + layout.target_ids[0][:-1],
                     self.settings.layers,
                     self.settings.heads,
                     self.settings.backend,
                 )
+        return self._explanation(
+            layout,
+            outcome,
+            engine.base_logprobs,
+            reduction,
+            layout.left_out + end,
+            self._provenance(engine.record, granularity, len(layout.prompt_ids)) | facts,
+        )
+
+    def _explanation(
+        self,
+        layout: Layout,
+        outcome: Outcome,
+        base_logprobs: Tensor,
+        reduction: Reduction,
+        left_out: list[LeftOut],
+        provenance: dict[str, Any],
+    ) -> Explanation:
+        coarse = None
+        if outcome.coarse is not None:
+            coarse = self._explanation(
+                layout, outcome.coarse, base_logprobs, reduction, left_out, provenance
+            )
         return Explanation(
             text=layout.text,
             prompt_stop=layout.prompt_stop,
-            units=layout.units,
+            units=outcome.units,
             targets=layout.targets,
-            base_logprobs=run.base_logprobs,
-            suppressed_logprobs=_masked(run.suppressed_logprobs, layout),
+            base_logprobs=base_logprobs,
+            suppressed_logprobs=outcome.suppressed_logprobs,
             reduction=reduction,
-            left_out=layout.left_out + end,
-            provenance=self._provenance(run, granularity) | facts,
+            left_out=left_out,
+            provenance=provenance,
+            target_stops=layout.target_stops,
+            method=self.method,
+            coarse=coarse,
         )
+
+    def _encode_targets(
+        self, prompt: Any, words: Tokens, targets: Sequence[Any], separator: str | None
+    ) -> tuple[list[Tokens], list[str]]:
+        """Every target's tokens, and what was put in front of each str."""
+        vocabulary = vocabulary_size(self.model)
+        answers, separators = [], []
+        for target in targets:
+            between = border(prompt, words, target) if separator is None else separator
+            answer = encode_target(target, words, self.tokenizer, vocabulary, between)
+            if isinstance(target, str):
+                separators.append(between)
+            self._check_length(len(words), len(answer), "the target's")
+            answers.append(answer)
+        return answers, separators
 
     def _generate(self, prompt: Tokens, arguments: dict[str, Any]) -> tuple[Tokens, list[LeftOut]]:
         """The model's own continuation, and what of it is not explained."""
@@ -273,7 +361,7 @@ class Explainer:
         room = _NEW_TOKENS if limit is None else limit - prompt_tokens + 1
         return max(1, min(_NEW_TOKENS, room))
 
-    def _provenance(self, run: Run, granularity: str) -> dict[str, Any]:
+    def _provenance(self, record: Record, granularity: str, prompt_tokens: int) -> dict[str, Any]:
         """How the numbers came about, as JSON values."""
         model, settings = self.model, self.settings
         parameter = next(model.parameters())
@@ -289,26 +377,29 @@ class Explainer:
             "preset": self.preset,
             "mode": settings.mode,
             "factor": settings.factor,
+            "method": self.method,
+            "effect": EFFECTS[self.method],
+            "budget": self.budget,
             "layers": settings.layers,
             "heads": settings.heads,
             "backend": settings.backend,
             "granularity": granularity,
-            "runs": sum(run.batch_sizes),
-            "batch_sizes": run.batch_sizes,
-            "logits": run.logits,
-            "seconds": run.seconds,
+            "runs": sum(record.batch_sizes),
+            "exact_runs": record.runs["total"],
+            "direct_runs": record.runs["direct"],
+            "forwards": record.tokens / prompt_tokens,
+            "runner": " + ".join(sorted(set(record.runners))),
+            "runner_reasons": record.reasons,
+            "wasted_share": record.wasted,
+            "prefix_bytes": record.prefix_bytes,
+            "batch_sizes": record.batch_sizes,
+            "logits": record.logits,
+            "seconds": record.seconds,
             "device": str(parameter.device),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "versions": versions,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-
-def _masked(suppressed: Tensor, layout: Layout) -> Tensor:
-    """NaN where a unit stands at or after its target: ``[T, U]``."""
-    last = torch.tensor([max(unit.tokens) for unit in layout.units])
-    positions = torch.tensor([target.token for target in layout.targets])
-    return suppressed.masked_fill(last[None] >= positions[:, None], torch.nan)
 
 
 def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[int]:
@@ -337,10 +428,50 @@ def _checked_indices(
     return None if given is None else checked_indices(name, given, tuple(known))
 
 
-def _check_generation(target: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
-    """Refuse generation arguments beside a given target, and a length that is none."""
+def _checked_targets(target: Any, targets: Any) -> list[Any] | None:
+    """All targets, of which there must be one way to give them; None to generate one."""
+    if targets is None:
+        return None if target is None else [target]
+    if target is not None:
+        raise TypeError("target and targets exclude each other; put the one among the several.")
+    if isinstance(targets, (str, bytes)) or not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be a sequence of str or token ids, got {targets!r}.")
+    several = list(targets)
+    if not several:
+        raise ValueError("targets must hold at least one target, got none.")
+    for index, each in enumerate(several):
+        if isinstance(each, int):
+            raise TypeError(
+                f"targets[{index}] must be a str or a sequence of token ids, got {each!r}; a "
+                f"single token id is [{each!r}]."
+            )
+    return several
+
+
+def _checked_budget(method: str, budget: Any) -> float | int | None:
+    if method not in DEFAULT_BUDGET:
+        if budget is not None:
+            raise ValueError(
+                f"budget is for {' and '.join(DEFAULT_BUDGET)}, but method is {method!r}."
+            )
+        return None
+    if budget is None:
+        return DEFAULT_BUDGET[method]
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(
+            f"budget must be a float (a share), an int (a count) or None, got {budget!r}."
+        )
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget as a share must lie in (0, 1], got {budget}.")
+    if budget < 1 and isinstance(budget, int):
+        raise ValueError(f"budget as a count must be at least 1, got {budget}.")
+    return budget
+
+
+def _check_generation(targets: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
+    """Refuse generation arguments beside given targets, and a length that is none."""
     names = [*(["max_new_tokens"] if max_new_tokens is not None else []), *others]
-    if target is not None and names:
+    if targets is not None and names:
         raise TypeError(f"{', '.join(names)} would go to model.generate, but a target is given.")
     if max_new_tokens is None:
         return

@@ -24,6 +24,7 @@ from . import adapters
 from .attention import BACKENDS, MODES
 from .layers import THREAD, Manipulation, attention_forward, mask_function, present_columns
 from .masks import AttentionMask
+from .prefix import PrefixStore
 from .stacks import Stack, UnsupportedModelError, checkpoints_activations, find_stack
 
 __all__ = ["UnsupportedModelError", "manipulate"]
@@ -68,18 +69,41 @@ def manipulate(
         UnsupportedModelError: if a layer that is named would not be manipulated: on entry, or from
             the forward pass; and on exit, if no forward pass of the model ran in this thread.
     """
-    module, stack = find_stack(model)
-    outer = stack.current.manipulation
+    _, stack = find_stack(model)
     factor = _checked_factor(key_factor, mode, stack, heads)
-    device = next(module.parameters()).device
-    if device.type != "meta":
-        factor = factor.to(device)
-    elif getattr(model, "hf_device_map", None) is None:  # else offloaded, and loaded when it runs
-        raise ValueError("model is on the meta device, where it has no weights to run with.")
-    named = checked_indices("layers", layers, stack.layers)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    with run_as_atman(model, factor, mode, layers, backend):
+        yield
+
+
+@contextmanager
+def run_as_atman(
+    model: nn.Module,
+    factor: Tensor | None,
+    mode: str,
+    layers: Iterable[int] | None = None,
+    backend: str = "auto",
+    store: PrefixStore | None = None,
+) -> Iterator[Manipulation]:
+    """What :func:`manipulate` does with checked arguments; yields the manipulation.
+
+    Args:
+        factor: as :func:`manipulate` takes it; None leaves the scores alone, but checks all the
+            same that every layer named runs "atman".
+        store: keys and values in front of those of each forward pass, see :class:`PrefixStore`.
+    """
+    module, stack = find_stack(model)
+    outer = stack.current.manipulation
+    device = next(module.parameters()).device
+    if device.type == "meta":
+        if getattr(model, "hf_device_map", None) is None:  # else offloaded, loaded when it runs
+            raise ValueError("model is on the meta device, where it has no weights to run with.")
+    elif factor is not None:
+        factor = factor.to(device)
+    named = checked_indices("layers", layers, stack.layers)
     manipulation = _combine(outer, factor, mode, backend, named, 1 + max(stack.layers))
+    manipulation.store = store
 
     stacks, by_config, switched = THREAD.stacks, THREAD.by_config, THREAD.switched
     stack.install(module)
@@ -91,7 +115,7 @@ def manipulate(
         THREAD.stacks = ",".join(sorted({*filter(None, stacks.split(",")), stack.serial}))
         THREAD.by_config = {**by_config, stack.config_id: manipulation}
         THREAD.switched = {**switched, **dict.fromkeys(stack.configs, True)}
-        yield
+        yield manipulation
     except (AttributeError, TypeError) as error:
         if AttentionMask.__name__ not in str(error):
             raise
@@ -118,7 +142,7 @@ def manipulate(
 
 def _combine(
     outer: Manipulation | None,
-    factor: Tensor,
+    factor: Tensor | None,
     mode: str,
     backend: str,
     named: tuple[int, ...],
@@ -128,11 +152,13 @@ def _combine(
     if outer is None:
         slots = tuple(0 if layer in named else -1 for layer in range(layer_count))
         return Manipulation(mode, backend, (factor,), slots)
+    if factor is None:
+        mode = outer.mode
     if outer.mode != mode:
         raise ValueError(
             f"mode must be that of the context around this one, {outer.mode!r}, got {mode!r}."
         )
-    factors: list[Tensor] = []
+    factors: list[Tensor | None] = []
     known: dict[tuple[int, bool], int] = {}
     slots = []
     for layer, outer_slot in enumerate(outer.slots):
@@ -149,12 +175,10 @@ def _combine(
     return Manipulation(mode, backend, tuple(factors), tuple(slots))
 
 
-def _product(first: Tensor | None, second: Tensor | None) -> Tensor:
-    """Product of two factors of any length; ``[B, T]`` or ``[B, Hq, T]``."""
+def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Product of two factors of any length, ``[B, T]`` or ``[B, Hq, T]``; None is ones."""
     if first is None or second is None:
-        only = first if second is None else second
-        assert only is not None  # the caller skips layers without a factor
-        return only
+        return first if second is None else second
     if first.shape[0] != second.shape[0] and 1 not in (first.shape[0], second.shape[0]):
         raise ValueError(
             f"key_factor must have as many rows as that of the context around it, "

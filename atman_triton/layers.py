@@ -16,19 +16,27 @@ from transformers.masking_utils import eager_mask
 
 from . import adapters
 from .attention import attention
-from .masks import AttentionMask, dense_visibility, make_mask
+from .branches import TreeMask
+from .masks import AttentionMask, cut_mask, dense_visibility, make_mask
+from .prefix import PrefixStore
 
 
 class Manipulation:
     """Factors on their way through one text stack, in one thread."""
 
     def __init__(
-        self, mode: str, backend: str, factors: tuple[Tensor, ...], slots: tuple[int, ...]
+        self,
+        mode: str,
+        backend: str,
+        factors: tuple[Tensor | None, ...],
+        slots: tuple[int, ...],
+        store: PrefixStore | None = None,
     ) -> None:
         self.mode = mode
         self.backend = backend
-        self.factors = factors  # distinct ones, float32 [B, T] or [B, Hq, T]
+        self.factors = factors  # distinct ones, float32 [B, T] or [B, Hq, T]; None = ones
         self.slots = slots  # index into `factors` by layer, -1 = leave alone
+        self.store = store  # keys and values that come before those of this pass
         self.reached: dict[int, bool] | None = None  # layers of the latest forward pass
         self.traced = False  # marks go to `mark_while_tracing`
         self.observe: Callable[[Tensor, Tensor, AttentionMask], None] | None = None
@@ -93,43 +101,124 @@ def attention_forward(
         mask, bias = _mask_from_model(module, query, key, mask, is_causal, sliding_window)
         if bias is not None:
             position_bias = bias if position_bias is None else position_bias + bias
-    if mask.key_tokens != key.shape[2]:
+    manipulation = key_factor if key_factor is not None else mask.manipulation
+    if manipulation is not None and _is_cross_attention(module):
+        manipulation = None
+    store = None if manipulation is None else manipulation.store
+    prefix = None
+    if store is not None:
+        layer = _layer_index(module)
+        if layer is None:
+            raise ValueError(f"{type(module).__name__} does not know which layer it is.")
+        key, value, prefix = store.around(layer, key, value, mask)
+    before = 0 if prefix is None else prefix[0].shape[2]
+    if mask.key_tokens != before + key.shape[2]:
         raise ValueError(
             f"the mask of {type(module).__name__} is for {mask.key_tokens} keys, "
-            f"but it attends to {key.shape[2]}."
+            f"but it attends to {before + key.shape[2]}."
         )
-    manipulation = key_factor if key_factor is not None else mask.manipulation
     factor, mode, backend = None, "multiplicative", "auto"
-    if manipulation is not None and not _is_cross_attention(module):
+    if manipulation is not None:
         mode, backend = manipulation.mode, manipulation.backend
         factor = _factor_of_layer(manipulation, module)
         if factor is not None and manipulation.observe is not None:
             manipulation.observe(query, key, mask)
     if factor is not None:
-        factor = present_columns(factor, mask.key_offset, key.shape[2])
+        factor = present_columns(factor, mask.key_offset, mask.key_tokens)
         factor = _rows(factor, query.shape[0]).to(query.device)
-        if mode == "min_shift_full" and query.shape[2] != key.shape[2]:
+        if store is not None and store.own_factors_only:
+            factor = factor[..., before:]
+        if mode == "min_shift_full" and query.shape[2] != mask.key_tokens:
             raise ValueError(
                 "mode='min_shift_full' looks at future keys, so it cannot use a cache; "
                 "pass use_cache=False or choose mode='min_shift'."
             )
-    output = attention(
+    settings: dict[str, Any] = {
+        "mode": mode,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "backend": backend,
+    }
+    if store is None or store.tree is None:
+        output = _attend(query, key, value, factor, prefix, mask, position_bias, settings)
+    else:
+        output = _attend_in_branches(
+            store.tree, query, key, value, factor, prefix, mask, position_bias, settings
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    mask: AttentionMask,
+    position_bias: Tensor | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Call the op with what the mask says: ``[B, Hq, Tq, D]``."""
+    visible = mask.dense if mask.dense is not None else mask.padding
+    if visible is not None and visible.dim() == 2:
+        visible = visible.expand(query.shape[0], -1)
+    return attention(
         query,
         key,
         value,
         factor,
-        mode=mode,
         causal=mask.causal,
         query_offset=mask.query_offset,
-        scale=scaling,
         window=mask.window,
-        softcap=softcap,
-        sinks=s_aux,
         position_bias=position_bias,
-        mask=mask.dense if mask.dense is not None else mask.padding,
-        backend=backend,
+        mask=visible,
+        prefix=prefix,
+        **settings,
     )
-    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_in_branches(
+    tree: TreeMask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    factor: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    mask: AttentionMask,
+    position_bias: Tensor | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Rows of the prompt as the model's own mask has it, rows of the branches under the tree's.
+
+    The branches' columns are the last ones, so the prompt's rows do without them. The first row
+    stands in the prompt or is the first behind it.
+    """
+    if position_bias is not None:
+        raise ValueError("a position bias counts columns, which in branches are no positions.")
+    start = mask.key_tokens - query.shape[2]
+    rows = min(query.shape[2], tree.prompt_tokens - start)  # of the prompt
+    rest = query.shape[2] - rows
+    outputs = []
+    if rows:
+        outputs.append(
+            _attend(
+                query[:, :, :rows],
+                key[:, :, : key.shape[2] - rest],
+                value[:, :, : value.shape[2] - rest],
+                None if factor is None else factor[..., : factor.shape[-1] - rest],
+                prefix,
+                cut_mask(mask, 0, rows, mask.key_tokens - rest),
+                None,
+                settings,
+            )
+        )
+    if rest:
+        branches = tree.of_branches(mask, start)
+        outputs.append(
+            _attend(query[:, :, rows:], key, value, factor, prefix, branches, None, settings)
+        )
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def mask_function(**kwargs: Any) -> AttentionMask | Tensor:

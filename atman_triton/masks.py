@@ -102,6 +102,16 @@ def make_mask(
     return AttentionMask(kv_length, kv_offset, query_offset, causal, window, padding)
 
 
+def cut_mask(mask: AttentionMask, first: int, stop: int | None, keys: int) -> AttentionMask:
+    """Rows ``first`` to ``stop`` of a mask, over its first ``keys`` keys."""
+    return mask._replace(
+        key_tokens=keys,
+        query_offset=mask.query_offset + first if mask.causal or mask.window else 0,
+        padding=None if mask.padding is None else mask.padding[:, :keys],
+        dense=None if mask.dense is None else mask.dense[:, :, first:stop, :keys],
+    )
+
+
 def dense_visibility(mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Split a 4-D mask given by a user or a model into visibility and what it adds to scores.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,18 +18,37 @@ class _Rate(ProgressColumn):
         return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
 
 
+class TokenProgress:
+    """A bar whose length grows as more work is announced; without a bar it does nothing."""
+
+    def __init__(self, bar: Progress | None, title: str) -> None:
+        self._bar = bar
+        self._total = 0
+        self._task = None if bar is None else bar.add_task(title, total=0)
+
+    def expect(self, tokens: int) -> None:
+        """So many more tokens will be run."""
+        self._total += tokens
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=self._total)
+
+    def advance(self, tokens: int) -> None:
+        """So many more tokens are done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, tokens)
+
+
 @contextmanager
-def token_progress(title: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many more tokens are done; it draws only on a terminal.
+def token_progress(title: str, shown: bool) -> Iterator[TokenProgress]:
+    """Yield a progress bar counted in tokens; it is drawn only on a terminal.
 
     Args:
         title: What is being done.
-        total: Tokens in all.
         shown: False for no bar.
     """
     console = Console(stderr=True)
     if not (shown and console.is_terminal):
-        yield lambda tokens: None
+        yield TokenProgress(None, title)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -39,5 +58,4 @@ def token_progress(title: str, total: int, shown: bool) -> Iterator[Callable[[in
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda tokens: progress.advance(task, tokens)
+        yield TokenProgress(progress, title)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .engine import keeps_logits
+from .capabilities import keeps_logits
 from .integration import manipulate
 from .masks import AttentionMask
 from .stacks import find_stack
