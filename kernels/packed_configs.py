@@ -5,14 +5,27 @@ Legend: block_m packed query rows and block_n keys of one tile.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from .configs import TileConfig
-
 _TILES_PER_SPLIT = 4  # below that, storing and merging a partial state costs more than it saves
 _PROGRAMS_PER_PROCESSOR = 2
+
+
+@dataclass(frozen=True)
+class PackedConfig:
+    """How the work of one program is cut.
+
+    ``edge_n`` divides ``block_n``: keys of a tile that is masked or whose factors are gathered.
+    """
+
+    block_m: int
+    block_n: int
+    edge_n: int
+    num_warps: int
+    num_stages: int
 
 
 @lru_cache
@@ -24,7 +37,7 @@ def packed_config(
     mode: str,
     packed_rows: int,
     load: int,
-) -> TileConfig:
+) -> PackedConfig:
     """Tile sizes for one kind of problem; arguments as of ``configs.forward_config``.
 
     Args:
@@ -33,18 +46,18 @@ def packed_config(
     """
     if architecture == "interpreter":
         # Its cost is per operation: few large tiles, small enough to have edges.
-        return TileConfig(32 if packed_rows <= 32 else 64, 64, num_warps=4, num_stages=1)
+        return PackedConfig(32 if packed_rows <= 32 else 64, 64, 32, num_warps=4, num_stages=1)
     width = max(head_dim, value_dim)
     rows = max(16, 1 << (packed_rows - 1).bit_length())  # of fewer rows, no more than needed
     if dtype == torch.float32:
         block_m = 32 if width <= 128 else 16
         block_n = 16 if architecture.startswith("gfx") and width > 128 else 32
         warps = 4 if architecture.startswith("gfx") else 8
-        return TileConfig(min(rows, block_m), block_n, num_warps=warps, num_stages=1)
+        return PackedConfig(min(rows, block_m), block_n, 16, num_warps=warps, num_stages=1)
     block_n = 64 if width <= 128 and not load else 32
     if rows <= 32:
-        return TileConfig(rows, block_n, num_warps=4, num_stages=2)
-    return TileConfig(64, block_n, num_warps=8, num_stages=2)
+        return PackedConfig(rows, block_n, 32, num_warps=4, num_stages=2)
+    return PackedConfig(64, block_n, 32, num_warps=8, num_stages=2)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:

@@ -35,7 +35,7 @@ class PackedVariant:
     wide: bool  # offsets within a tile exceed 32 bits
     block_m: int
     block_n: int
-    edge_stages: int
+    edge_n: int
     head_dim: int
     d0: int
     d1: int
@@ -129,6 +129,7 @@ def _visit_tile(
     VISIT: tl.constexpr,
     OWN: tl.constexpr,
     EDGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Add one key tile to the softmax state of BLOCK_M packed rows.
 
@@ -138,7 +139,6 @@ def _visit_tile(
     prefix tiles whose factors are all 1, seen by every row entirely.
     """
     BLOCK_M: tl.constexpr = SPEC.block_m
-    BLOCK_N: tl.constexpr = SPEC.block_n
     MASKED: tl.constexpr = EDGE or SPEC.has_mask
     FACTORS: tl.constexpr = EDGE and (SPEC.prefix_factor or (OWN and SPEC.has_key_factor))
     key_ptr, value_ptr = pointers
@@ -146,30 +146,31 @@ def _visit_tile(
     factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = features
     stride_factor, stride_bias, stride_padding, stride_mask = feature_strides
     positions, row_batch, factor_rows, bias_rows, padding_rows, mask_rows = packed
-    first_batch, prefix_keys, own_keys, own_columns, factor_start, window = sizes
+    prefix_keys, own_keys, own_columns, factor_start, window = sizes
     unit, inner_scale = units
 
-    start_n = tile * BLOCK_N
-    offs_n = tl.arange(0, BLOCK_N)
-    column = start_n + offs_n
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if OWN:
         inside = column < own_columns
-        key_batch = first_batch + column // own_keys  # [BLOCK_N]
-        own = column % own_keys
-        offs_k = prefix_keys + own  # key index, as masks and factors count
-        key_batch_wide = key_batch.to(tl.int64)
-        offs_key = key_batch_wide * stride_key[0] + own.to(tl.int64) * stride_key[2]
-        offs_value = key_batch_wide * stride_value[0] + own.to(tl.int64) * stride_value[2]
+        start_k = prefix_keys.to(tl.int64)  # key index, as masks and factors count, of the tile
+        key_batch = column // own_keys  # [BLOCK_N], from the block's first batch row
+        offs_n = column % own_keys
     else:
         inside = column < prefix_keys
-        offs_k = column
-        if SPEC.wide:
-            offs_n = offs_n.to(tl.int64)
-        key_ptr += start_n.to(tl.int64) * stride_key[2]
-        value_ptr += start_n.to(tl.int64) * stride_value[2]
-        offs_key = offs_n * stride_key[2]
-        offs_value = offs_n * stride_value[2]
-    offs_wide = offs_k.to(tl.int64)
+        start_k = (tile * BLOCK_N).to(tl.int64)
+        offs_n = tl.arange(0, BLOCK_N)
+        key_ptr += start_k * stride_key[2]
+        value_ptr += start_k * stride_value[2]
+    offs_k = column
+    if OWN:
+        offs_k = prefix_keys + offs_n
+    if SPEC.wide:
+        offs_n = offs_n.to(tl.int64)
+    offs_key = offs_n * stride_key[2]
+    offs_value = offs_n * stride_value[2]
+    if OWN:
+        offs_key += key_batch.to(offs_n.dtype) * stride_key[0]
+        offs_value += key_batch.to(offs_n.dtype) * stride_value[0]
 
     key0 = _gather_columns(
         key_ptr, offs_key, stride_key[3], inside, 0, SPEC.d0, SPEC.head_dim, EDGE
@@ -191,11 +192,13 @@ def _visit_tile(
         if OWN:
             visible = visible & (row_batch[:, None] == key_batch[None, :]) & inside[None, :]
         if SPEC.has_padding:
-            pointer = padding_ptr + padding_rows[:, None] + (offs_wide * stride_padding[1])[None, :]
-            visible = visible & (tl.load(pointer, mask=inside[None, :], other=0) != 0)
+            padding_ptr += start_k * stride_padding[1]
+            offs = padding_rows[:, None] + (offs_n * stride_padding[1])[None, :]
+            visible = visible & (tl.load(padding_ptr + offs, mask=inside[None, :], other=0) != 0)
     if SPEC.has_mask:
-        pointer = mask_ptr + mask_rows[:, None] + (offs_wide * stride_mask[3])[None, :]
-        shown = tl.load(pointer, mask=inside[None, :], other=0) != 0  # [BLOCK_M, BLOCK_N]
+        mask_ptr += start_k * stride_mask[3]
+        offs = mask_rows[:, None] + (offs_n * stride_mask[3])[None, :]
+        shown = tl.load(mask_ptr + offs, mask=inside[None, :], other=0) != 0  # [BLOCK_M, BLOCK_N]
         if EDGE:
             visible = visible & shown
         else:
@@ -208,17 +211,22 @@ def _visit_tile(
         row_min = tl.minimum(row_min, lowest)
     elif VISIT == "ones":
         row_min = tl.minimum(row_min, tl.min(scores, 1))
+    if SPEC.has_bias:
+        bias_ptr += start_k * stride_bias[3]
     if FACTORS:
         needed = inside[None, :]
-        if not OWN:  # nothing is read of an edge tile whose factors are all 1
-            needed = needed & (tl.load(before_ptr + tile + 1) != tl.load(before_ptr + tile))
-        offs_factor = (offs_wide - factor_start) * stride_factor[2]
-        pointer = factor_ptr + factor_rows[:, None] + offs_factor[None, :]
-        factor = tl.load(pointer, mask=needed, other=1.0)  # [BLOCK_M, BLOCK_N]
+        if OWN:
+            start_k -= factor_start
+        else:  # nothing is read of an edge tile whose factors are all 1
+            before_ptr += tile * BLOCK_N // SPEC.block_n
+            needed = needed & (tl.load(before_ptr + 1) != tl.load(before_ptr))
+        factor_ptr += start_k * stride_factor[2]
+        offs = factor_rows[:, None] + (offs_n * stride_factor[2])[None, :]
+        factor = tl.load(factor_ptr + offs, mask=needed, other=1.0)  # [BLOCK_M, BLOCK_N]
         scores = _manipulate_each(scores, factor, row_min, SPEC.mode, VISIT)
     if SPEC.has_bias:
-        pointer = bias_ptr + bias_rows[:, None] + (offs_wide * stride_bias[3])[None, :]
-        bias = tl.load(pointer, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
+        offs = bias_rows[:, None] + (offs_n * stride_bias[3])[None, :]
+        bias = tl.load(bias_ptr + offs, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         scores += bias.to(tl.float32) * 1.4426950408889634  # log2(e)
     if MASKED and not HIDE_FIRST:
         scores = tl.where(visible, scores, float("-inf"))
@@ -356,6 +364,8 @@ def _packed_prefix_fwd_kernel(
     """Output and log-sum-exp of BLOCK_M packed rows of one key head, or a part of their state."""
     BLOCK_M: tl.constexpr = SPEC.block_m
     BLOCK_N: tl.constexpr = SPEC.block_n
+    EDGE_N: tl.constexpr = SPEC.edge_n  # narrower: an edge tile gathers numbers for every row
+    PARTS: tl.constexpr = BLOCK_N // EDGE_N
     UNUSED: tl.constexpr = 16  # width of an accumulator that is never touched and compiled away
     V0: tl.constexpr = SPEC.v0
     V1: tl.constexpr = SPEC.v1 if SPEC.v1 > 0 else UNUSED
@@ -376,18 +386,24 @@ def _packed_prefix_fwd_kernel(
 
     # rows beyond the last repeat it and are not stored
     start_m = block * BLOCK_M
-    stop_m = tl.minimum(start_m + BLOCK_M, packed_rows)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     inside_m = offs_m < packed_rows
     offs_m = tl.minimum(offs_m, packed_rows - 1)
-    token = (offs_m % rows).to(tl.int64)
-    row_batch = offs_m // rows // group
-    head = (key_head * group + offs_m // rows % group).to(tl.int64)
-    row_batch_wide = row_batch.to(tl.int64)
-    positions = query_offset + offs_m % rows
     first_batch = start_m // rows // group
-    own_columns = ((stop_m - 1) // rows // group - first_batch + 1) * own_keys
-    partial_row = key_head.to(tl.int64) * packed_rows + offs_m
+    last_batch = (tl.minimum(start_m + BLOCK_M, packed_rows) - 1) // rows // group
+    own_columns = (last_batch - first_batch + 1) * own_keys
+    token = offs_m % rows
+    head = offs_m // rows % group  # within the group, as row_batch within the block
+    row_batch = offs_m // rows // group - first_batch
+    positions = query_offset + token
+    if SPEC.wide:
+        token = token.to(tl.int64)
+        head = head.to(tl.int64)
+        row_batch = row_batch.to(tl.int64)
+    key_head = key_head.to(tl.int64)
+    first_head = key_head * group
+    first_batch = first_batch.to(tl.int64)
+    partial_row = key_head * packed_rows + offs_m
     rows_per_split = (heads // group).to(tl.int64) * packed_rows
 
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -396,7 +412,9 @@ def _packed_prefix_fwd_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if SPEC.has_sinks and SPEC.stage != "partial":  # one more logit, without a value
-        row_max = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        row_max = (
+            tl.load(sinks_ptr + first_head + head).to(tl.float32) * 1.4426950408889634
+        )  # log2(e)
         row_sum += 1.0
     if SPEC.stage == "merge":
         acc0, acc1, row_max, row_sum, row_min = _merge_partials(
@@ -405,29 +423,42 @@ def _packed_prefix_fwd_kernel(
         )  # fmt: skip
 
     if SPEC.stage != "merge" or DEFERS:
-        key_head = key_head.to(tl.int64)
-        offs_query = row_batch_wide * stride_query[0] + head * stride_query[1]
-        offs_query += token * stride_query[2]
+        query_ptr += first_batch * stride_query[0] + first_head * stride_query[1]
+        offs = row_batch * stride_query[0] + head * stride_query[1] + token * stride_query[2]
         query0 = _gather_columns(
-            query_ptr, offs_query, stride_query[3], inside_m, 0, SPEC.d0, SPEC.head_dim, False
+            query_ptr, offs, stride_query[3], inside_m, 0, SPEC.d0, SPEC.head_dim, False
         )
         queries = (query0,)
         if SPEC.d1 > 0:
             query1 = _gather_columns(
-                query_ptr, offs_query, stride_query[3], inside_m,
-                SPEC.d0, SPEC.d1, SPEC.head_dim, False,
-            )  # fmt: skip
+                query_ptr, offs, stride_query[3], inside_m, SPEC.d0, SPEC.d1, SPEC.head_dim, False
+            )
             queries = (query0, query1)
-        factor_rows = row_batch_wide * stride_factor[0] + head * stride_factor[1]
-        bias_rows = row_batch_wide * stride_bias[0] + head * stride_bias[1] + token * stride_bias[2]
-        padding_rows = row_batch_wide * stride_padding[0]
-        mask_rows = row_batch_wide * stride_mask[0] + head * stride_mask[1] + token * stride_mask[2]
-        packed = (positions, row_batch, factor_rows, bias_rows, padding_rows, mask_rows)
+        if SPEC.has_key_factor:
+            factor_ptr += first_batch * stride_factor[0] + first_head * stride_factor[1]
+        if SPEC.has_bias:
+            bias_ptr += first_batch * stride_bias[0] + first_head * stride_bias[1]
+        if SPEC.has_padding:
+            padding_ptr += first_batch * stride_padding[0]
+            range_ptr += first_batch * 3
+        if SPEC.has_mask:
+            mask_ptr += first_batch * stride_mask[0] + first_head * stride_mask[1]
+        packed = (
+            positions,
+            row_batch,
+            row_batch * stride_factor[0] + head * stride_factor[1],
+            row_batch * stride_bias[0] + head * stride_bias[1] + token * stride_bias[2],
+            row_batch * stride_padding[0],
+            row_batch * stride_mask[0] + head * stride_mask[1] + token * stride_mask[2],
+        )
         prefix = (
             prefix_key_ptr + key_head * stride_prefix_key[1],
             prefix_value_ptr + key_head * stride_prefix_value[1],
         )
-        own = (key_ptr + key_head * stride_key[1], value_ptr + key_head * stride_value[1])
+        own = (
+            key_ptr + first_batch * stride_key[0] + key_head * stride_key[1],
+            value_ptr + first_batch * stride_value[0] + key_head * stride_value[1],
+        )
         prefix_strides = (stride_prefix_key, stride_prefix_value)
         own_strides = (stride_key, stride_value)
         tiles = tl.cdiv(prefix_keys, BLOCK_N)
@@ -439,14 +470,13 @@ def _packed_prefix_fwd_kernel(
             tiles_ptr += tile_row * tiles
         features = (factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr)
         feature_strides = (stride_factor, stride_bias, stride_padding, stride_mask)
-        sizes = (
-            first_batch, prefix_keys, tl.maximum(own_keys, 1), own_columns, factor_start, window
-        )  # fmt: skip
+        sizes = (prefix_keys, tl.maximum(own_keys, 1), own_columns, factor_start, window)
         units = (unit, inner_scale)
         low, high, inner_low, inner_high = _prefix_tiles(
-            query_offset, query_offset + rows - 1, range_ptr, row_batch, prefix_keys, window, SPEC
-        )
-        own_tiles = tl.cdiv(own_columns, BLOCK_N)
+            query_offset, query_offset + rows - 1, range_ptr, row_batch,
+            prefix_keys, window, SPEC,
+        )  # fmt: skip
+        own_tiles = tl.cdiv(own_columns, EDGE_N)
 
         if SPEC.stage != "merge":
             start = low
@@ -474,44 +504,47 @@ def _packed_prefix_fwd_kernel(
                 acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                     acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
                     prefix, prefix_strides, features, feature_strides, sizes, units,
-                    SPEC, FIRST_VISIT, False, False,
+                    SPEC, FIRST_VISIT, False, False, BLOCK_N,
                 )  # fmt: skip
             # the edge tiles on the left and on the right, then the flagged ones between them
             left = inner_low - start
             edges = left + stop - inner_high
-            for index in tl.range(0, edges + flagged, num_stages=SPEC.edge_stages):
+            for part in tl.range(0, (edges + flagged) * PARTS, num_stages=1):
+                index = part // PARTS
                 tile = tl.where(index < left, start + index, inner_high + index - left)
                 if SPEC.prefix_factor:
                     pointer = tiles_ptr + first_flagged + index - edges
                     tile = tl.load(pointer, mask=index >= edges, other=tile)
+                tile = tile * PARTS + part % PARTS
                 acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                     acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
                     prefix, prefix_strides, features, feature_strides, sizes, units,
-                    SPEC, FIRST_VISIT, False, True,
+                    SPEC, FIRST_VISIT, False, True, EDGE_N,
                 )  # fmt: skip
             for tile in tl.range(0, own_tiles, num_stages=1):
                 acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                     acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
                     own, own_strides, features, feature_strides, sizes, units,
-                    SPEC, FIRST_VISIT, True, True,
+                    SPEC, FIRST_VISIT, True, True, EDGE_N,
                 )  # fmt: skip
         if DEFERS and SPEC.stage != "partial":
             # a row that sees no key has no minimum; any finite number serves
             row_min = tl.where(row_min == float("inf"), 0.0, row_min)
             if SPEC.prefix_factor:
-                first_flagged = tl.load(before_ptr + low)
-                for index in tl.range(first_flagged, tl.load(before_ptr + high), num_stages=1):
-                    tile = tl.load(tiles_ptr + index)
+                first_part = tl.load(before_ptr + low) * PARTS
+                stop_part = tl.load(before_ptr + high) * PARTS
+                for part in tl.range(first_part, stop_part, num_stages=1):
+                    tile = tl.load(tiles_ptr + part // PARTS) * PARTS + part % PARTS
                     acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                         acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
                         prefix, prefix_strides, features, feature_strides, sizes, units,
-                        SPEC, "deferred", False, True,
+                        SPEC, "deferred", False, True, EDGE_N,
                     )  # fmt: skip
             for tile in tl.range(0, own_tiles, num_stages=1):
                 acc0, acc1, row_max, row_sum, row_min = _visit_tile(
                     acc0, acc1, row_max, row_sum, row_min, tile, queries, packed,
                     own, own_strides, features, feature_strides, sizes, units,
-                    SPEC, "deferred", True, True,
+                    SPEC, "deferred", True, True, EDGE_N,
                 )  # fmt: skip
 
     if SPEC.stage == "partial":
@@ -529,8 +562,10 @@ def _packed_prefix_fwd_kernel(
         row_sum = tl.where(dead, 1.0, row_sum)
         lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453  # ln 2
         lse = tl.where(dead, float("-inf"), lse)
-        tl.store(lse_ptr + (row_batch_wide * heads + head) * rows + token, lse, mask=inside_m)
-        offs = row_batch_wide * stride_out[0] + head * stride_out[1] + token * stride_out[2]
+        lse_ptr += (first_batch * heads + first_head) * rows
+        tl.store(lse_ptr + (row_batch * heads + head) * rows + token, lse, mask=inside_m)
+        out_ptr += first_batch * stride_out[0] + first_head * stride_out[1]
+        offs = row_batch * stride_out[0] + head * stride_out[1] + token * stride_out[2]
         share = (1.0 / row_sum)[:, None]
         _scatter_columns(
             out_ptr, acc0 * share, offs, stride_out[3], inside_m, 0, V0, SPEC.value_dim

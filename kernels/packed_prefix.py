@@ -46,8 +46,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, device_architecture, extra_load, split_head_dim
-from .packed_configs import packed_config, split_count
+from .configs import device_architecture, extra_load, split_head_dim
+from .packed_configs import PackedConfig, packed_config, split_count
 from .packed_kernel import PackedVariant, _packed_prefix_fwd_kernel
 from .prepass import factor_tiles, key_ranges
 
@@ -98,7 +98,7 @@ def _packed_tiles_kernel(
 
 
 def packed_tiles(
-    key_factor: Tensor, rows: int, heads: int, key_heads: int, config: TileConfig
+    key_factor: Tensor, rows: int, heads: int, key_heads: int, config: PackedConfig
 ) -> tuple[Tensor, Tensor]:
     """Partition the key tiles of each block of packed rows: some factor is not 1, or all are 1.
 
@@ -136,7 +136,7 @@ def packed_tiles(
 
 
 def packed_variant(
-    config: TileConfig,
+    config: PackedConfig,
     head_dim: int,
     value_dim: int,
     mode: str,
@@ -180,7 +180,7 @@ def packed_variant(
         wide=wide,
         block_m=config.block_m,
         block_n=config.block_n,
-        edge_stages=config.edge_stages,
+        edge_n=config.edge_n,
         head_dim=head_dim,
         d0=d0,
         d1=d1,
@@ -195,6 +195,27 @@ def _processors(device: torch.device) -> int:
     if triton.knobs.runtime.interpret:
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _spans_beyond_int32(
+    packed: Collection[Tensor | None], prefix: Collection[Tensor], config: PackedConfig
+) -> bool:
+    """Whether offsets within a tile need 64 bits.
+
+    Args:
+        packed: what is gathered by row, at most ``block_m`` batch rows of it.
+        prefix: what is read ``block_n`` keys at a time.
+    """
+    spans = [
+        sum(
+            abs(stride) * min(size, config.block_m if axis == 0 else size)
+            for axis, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True))
+        )
+        for t in packed
+        if t is not None
+    ]
+    spans += [max(abs(stride) for stride in t.stride()[-2:]) * 512 for t in prefix]
+    return max(spans) >= 1 << 31
 
 
 def packed_prefix_fwd(
@@ -308,7 +329,11 @@ def packed_prefix_fwd(
         state = (splits, key_heads, packed_rows)
         partial = torch.empty(*state, value_dim, dtype=torch.float32, device=query.device)
         stats = torch.empty(3, *state, dtype=torch.float32, device=query.device)
-    longest = max(abs(stride) for t in (prefix_key, prefix_value) for stride in t.stride()[-2:])
+    wide = _spans_beyond_int32(
+        (query, out, key, value, key_factor, position_bias, block_mask, key_padding),
+        (prefix_key, prefix_value),
+        config,
+    )
     for stage in ("partial", "merge") if splits > 1 else ("whole",):
         spec = packed_variant(
             config,
@@ -321,7 +346,7 @@ def packed_prefix_fwd(
             factor_per_head=per_head,
             offset_in_memory=isinstance(query_offset, Tensor),
             positive_unit=unit > 0,
-            wide=longest * 256 >= 1 << 31,
+            wide=wide,
         )
         _packed_prefix_fwd_kernel[(programs * splits if stage == "partial" else programs,)](
             out,

@@ -1,0 +1,557 @@
+"""The packed-prefix kernel against the oracle on concatenated keys, features in combination.
+
+Runs compiled on a GPU and under Triton's interpreter elsewhere (fp32 and fp16 there: the
+interpreter's bf16 products are wrong). Legend: B batch, Hq/Hk heads, Tq query tokens, Tp/Tk keys
+of the prefix and of a row's own, D head dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from atman_triton.testing import assert_close_to_oracle
+
+pytest.importorskip("triton", reason="the fused kernels need triton")
+
+from atman_triton.kernels import packed_prefix
+from atman_triton.kernels.packed_configs import PackedConfig, packed_config, split_count
+from atman_triton.kernels.packed_prefix import packed_prefix_fwd, packed_tiles
+from atman_triton.kernels.reference import attention_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = ("multiplicative", "min_shift", "log_additive")
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Fill every ``torch.empty`` with NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; ``dims`` are (D, Dv), ``tokens`` (Tq, Tp, Tk), ``heads`` (Hq, Hk)."""
+
+    tokens: tuple[int, int, int] = (4, 150, 4)
+    dims: tuple[int, int] = (32, 32)
+    heads: tuple[int, int] = (4, 2)
+    batch: int = 5
+    dtype: torch.dtype = torch.float32
+    mode: str = "min_shift"
+    factors: str = "one"  # none | some | per_head | one | own
+    band: str = "causal"  # full | causal | offset | window | window_full
+    softcap: float | None = None
+    sinks: bool = False
+    bias: str = "none"  # none | dense | shared | alibi
+    mask: str = "none"  # none | left | right | holes | rows | heads
+    layout: str = "plain"  # plain | tokens_first | shared_keys
+    splits: int = 1
+
+    def __str__(self):
+        (rows, prefix, own), dims = self.tokens, self.dims
+        parts = [f"B{self.batch}-Hq{self.heads[0]}-Hk{self.heads[1]}"]
+        parts += [f"Tq{rows}-Tp{prefix}-Tk{own}"]
+        parts += [f"D{dims[0]}" + f"v{dims[1]}" * (dims[0] != dims[1])]
+        parts += [SHORT[self.dtype], self.band]
+        parts += [self.mode, self.factors] if self.factors != "none" else ["plain"]
+        parts += [f"cap{cap:g}" for cap in [self.softcap] if cap] + ["sinks"] * self.sinks
+        parts += [f"bias_{self.bias}"] * (self.bias != "none")
+        parts += [f"mask_{self.mask}"] * (self.mask != "none")
+        parts += [self.layout] * (self.layout != "plain") + [f"splits{self.splits}"]
+        return "-".join(parts)
+
+
+def make_inputs(case: Case, seed: int = 0) -> tuple[list, dict]:
+    """Query, key, value, prefix_key, prefix_value, key_factor and the oracle's options."""
+    generator = torch.Generator().manual_seed(seed)
+    (rows, prefix, own), (head_dim, value_dim) = case.tokens, case.dims
+    (heads, key_heads), batch, keys = case.heads, case.batch, prefix + own
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def chance(p, *shape):
+        return torch.rand(*shape, generator=generator) < p
+
+    def tensor(first, count, tokens, width):
+        if case.layout == "tokens_first":  # [B, T, H, D] with room to spare, seen as [B, H, T, D]
+            whole = randn(first, tokens, count + 1, width + 3).to(case.dtype).to(DEVICE)
+            return whole[:, :, 1:, 1 : width + 1].transpose(1, 2)
+        return randn(first, count, tokens, width).to(case.dtype).to(DEVICE)
+
+    own_batch = 1 if case.layout == "shared_keys" else batch
+    tensors: list = [
+        tensor(batch, heads, rows, head_dim),
+        tensor(own_batch, key_heads, own, head_dim),
+        tensor(own_batch, key_heads, own, value_dim),
+        tensor(1, key_heads, prefix, head_dim),
+        tensor(1, key_heads, prefix, value_dim),
+    ]
+    factor = None
+    if case.factors != "none":
+        count = own if case.factors == "own" else keys
+        shape = (batch, heads, count) if case.factors == "per_head" else (batch, count)
+        touched = chance(0.3, *shape)
+        if case.factors == "per_head":  # each head another part, so that their tiles differ
+            part = torch.arange(count) * heads // max(count, 1) == torch.arange(heads)[:, None]
+            touched = chance(0.5, *shape) & part
+        if case.factors == "one":  # row b suppresses key b of evenly spaced ones, as units do
+            touched = torch.arange(count) == (torch.arange(batch) * count // batch)[:, None]
+        low = 0.0 if case.mode == "log_additive" else -1.0
+        values = torch.rand(*shape, generator=generator) * (2 - low) + low
+        values = torch.where(chance(0.2, *shape), 0.0, values)
+        factor = torch.where(touched, values, 1.0).to(DEVICE)
+
+    options: dict = {"mode": case.mode, "softcap": case.softcap}
+    options["causal"] = case.band not in ("full", "window_full")
+    if case.band in ("offset", "window_full"):
+        options["query_offset"] = torch.tensor(keys // 2 - rows // 3, device=DEVICE)
+    if case.band in ("window", "window_full"):
+        options["window"] = max(1, keys // 2)
+    if case.sinks:
+        options["sinks"] = (randn(heads) + 1).to(case.dtype).to(DEVICE)
+    shapes = {"dense": (batch, heads, rows, keys), "shared": (1, 1, rows, keys)}
+    shapes["alibi"] = (1, heads, 1, keys)
+    if case.bias != "none":
+        options["position_bias"] = (randn(*shapes[case.bias]) * 2).to(case.dtype).to(DEVICE)
+    if case.mask in ("left", "right"):
+        length = torch.randint(0, keys + 1, (batch, 1), generator=generator)
+        column = torch.arange(keys)[None, :]
+        options["mask"] = column >= length if case.mask == "left" else column < length
+    elif case.mask == "holes":
+        options["mask"] = chance(0.7, batch, keys)
+    elif case.mask == "rows":
+        options["mask"] = chance(0.6, batch, 1, rows, keys)
+    elif case.mask == "heads":
+        options["mask"] = chance(0.6, 1, heads, rows, keys)
+        options["mask"][:, :, rows // 2] = False  # a row that sees nothing
+    if "mask" in options:
+        options["mask"] = options["mask"].to(DEVICE)
+    return [*tensors, factor], options
+
+
+def launch(tensors: list, options: dict, splits: int = 1) -> tuple[Tensor, Tensor]:
+    """Call the kernel with the oracle's arguments and a forced number of splits."""
+    options = dict(options)
+    mask = options.pop("mask", None)
+    if mask is not None:
+        options["key_padding" if mask.dim() == 2 else "block_mask"] = mask
+    stages = []
+
+    def variant(*args, stage, **kwargs):
+        stages.append(stage)
+        return build(*args, stage=stage, **kwargs)
+
+    build = packed_prefix.packed_variant
+    with (
+        patch.object(packed_prefix, "split_count", lambda *_: splits),
+        patch.object(packed_prefix, "packed_variant", variant),
+    ):
+        result = packed_prefix_fwd(*tensors, **options)
+    assert not stages or stages == (["whole"] if splits == 1 else ["partial", "merge"])
+    return result
+
+
+def reference(tensors: list, options: dict) -> tuple[Tensor, Tensor]:
+    """The oracle on each row's own copy of prefix and keys."""
+    query, key, value, prefix_key, prefix_value, factor = tensors
+    whole = [
+        torch.cat([t.expand(query.shape[0], -1, -1, -1) for t in pair], 2)
+        for pair in ((prefix_key, key), (prefix_value, value))
+    ]
+    missing = 0 if factor is None else whole[0].shape[2] - factor.shape[-1]
+    if missing:
+        factor = torch.cat([factor.new_ones(*factor.shape[:-1], missing), factor], -1)
+    return attention_reference(query, *whole, factor, **options)
+
+
+def double(values: list | dict) -> list | dict:
+    """Floating tensors in float64, everything else as it is."""
+    if isinstance(values, dict):
+        return dict(zip(values, double(list(values.values())), strict=True))
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def compare(out: Tensor, lse: Tensor, tensors: list, options: dict) -> None:
+    """The tolerance rule, for output and log-sum-exp."""
+    eager, eager_lse = reference(tensors, options)
+    oracle, oracle_lse = reference(double(tensors), double(options))
+    assert out.dtype == tensors[0].dtype
+    assert lse.dtype == torch.float32
+    assert_close_to_oracle(out, eager, oracle)
+    assert_close_to_oracle(lse, eager_lse.float(), oracle_lse, name="lse")
+
+
+def check(case: Case, seed: int = 0) -> None:
+    tensors, options = make_inputs(case, seed)
+    compare(*launch(tensors, options, case.splits), tensors, options)
+
+
+def covering_cases() -> list[Case]:
+    """Cases in which every pair of values of two fields occurs, built greedily."""
+    levels = {
+        "tokens": [(4, 150, 4), (1, 131, 3), (16, 100, 16), (3, 64, 7), (2, 130, 0), (5, 0, 9)],
+        "dims": [(40, 40), (64, 64), (80, 80), (192, 128), (256, 256)],
+        "heads": [(2, 2), (4, 2), (3, 1)],
+        "batch": [1, 4, 7],
+        "dtype": [torch.float32, torch.float16],
+        "mode": [*MODES],
+        "factors": ["none", "some", "per_head", "one", "own"],
+        "band": ["full", "causal", "offset", "window", "window_full"],
+        "softcap": [None, 2.5],
+        "sinks": [False, True],
+        "bias": ["none", "dense", "shared", "alibi"],
+        "mask": ["none", "left", "right", "holes", "rows", "heads"],
+        "layout": ["plain", "tokens_first", "shared_keys"],
+        "splits": [1, 3],
+    }
+    names = list(levels)
+
+    def pairs(row):
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+
+    wanted = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(levels[a], levels[b])
+    }
+    generator = random.Random(0)
+    cases = []
+    while wanted:
+        a, x, b, y = min(wanted, key=str)
+        rows = []
+        for _ in range(60):
+            row = {name: generator.choice(values) for name, values in levels.items()}
+            rows.append(row | {a: x, b: y})
+        best = max(rows, key=lambda row: len(pairs(row) & wanted))
+        wanted -= pairs(best)
+        cases.append(Case(**best))
+    return cases
+
+
+COVERING = covering_cases()
+
+
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_features_in_combination(case):
+    check(case)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    case=st.builds(
+        Case,
+        tokens=st.tuples(st.integers(2, 16), st.integers(0, 200), st.integers(0, 20)),
+        dims=st.tuples(st.integers(16, 256), st.integers(16, 256)),
+        heads=st.sampled_from([(1, 1), (2, 1), (6, 2)]),
+        # of few rows the largest error of eager is luck
+        batch=st.integers(4, 9),
+        dtype=st.sampled_from([torch.float32, torch.float16]),
+        mode=st.sampled_from(MODES),
+        factors=st.sampled_from(["none", "some", "per_head", "one", "own"]),
+        band=st.sampled_from(["full", "causal", "offset", "window", "window_full"]),
+        softcap=st.sampled_from([None, 0.7, 30.0]),
+        sinks=st.booleans(),
+        bias=st.sampled_from(["none", "dense", "shared", "alibi"]),
+        mask=st.sampled_from(["none", "left", "right", "holes", "rows", "heads"]),
+        layout=st.sampled_from(["plain", "tokens_first", "shared_keys"]),
+        splits=st.integers(1, 4),
+    ),
+    seed=st.integers(0, 1000),
+)
+def test_drawn_shapes_and_features(case, seed):
+    check(case, seed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_any_number_of_splits(mode, splits):
+    """Of 4 prefix tiles: even, uneven and more splits than tiles."""
+    check(Case(tokens=(4, 203, 4), batch=3, mode=mode, factors="some", splits=splits))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_direct_explanation(mode):
+    """One unit suppressed per batch row: most blocks of rows have a flagged tile or two."""
+    check(Case(tokens=(3, 300, 3), batch=30, mode=mode, dims=(64, 64)))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_ties_for_the_minimum(splits):
+    """The smallest score occurs in several parts, with and without a factor on it."""
+    case = Case(tokens=(4, 150, 6), batch=4, heads=(2, 1), mode="min_shift", band="full")
+    tensors, options = make_inputs(case)
+    query, key, value, prefix_key, prefix_value, factor = tensors
+    query[..., 0], prefix_key[..., 0], key[..., 0] = 4.0, 0.0, 0.0
+    for copies in (prefix_key[:, :, 3:4], prefix_key[:, :, 149:], key[:, :, 2:3]):
+        copies.copy_(prefix_key[:, :, :1])
+        copies[..., 0] = -20.0
+    factor.fill_(1.0)
+    factor[0, 3] = 0.2  # suppressed in one part, plain in another
+    factor[1, [3, 149, 152]] = torch.tensor([0.5, 0.0, 1.5], device=DEVICE)  # everywhere
+    factor[2, [7, 152]] = 0.3
+    compare(*launch(tensors, options, splits), tensors, options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_factor_and_none(mode):
+    """Factors 0 and above 1 on every key: no tile is plain."""
+    tensors, options = make_inputs(Case(mode=mode, dims=(64, 64)))
+    tensors[5] = torch.where(torch.arange(154, device=DEVICE) % 2 == 0, 0.0, 1.7).expand(5, -1)
+    compare(*launch(tensors, options), tensors, options)
+
+
+SMALL = Case(tokens=(3, 130, 3), batch=3)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("mode", ["multiplicative", "min_shift"])
+def test_factors_of_one_are_plain_attention(mode, splits):
+    tensors, options = make_inputs(replace(SMALL, mode=mode))
+    plain = launch([*tensors[:5], None], options, splits)
+    for count in (133, 3):  # over prefix and own keys, or own keys only
+        ones = torch.ones(3, count, device=DEVICE)
+        got = launch([*tensors[:5], ones], options, splits)
+        assert torch.equal(got[0], plain[0])
+        assert torch.equal(got[1], plain[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_own_factors_are_ones_on_the_prefix(mode):
+    tensors, options = make_inputs(replace(SMALL, mode=mode, factors="own"))
+    whole = torch.cat([torch.ones(3, 130, device=DEVICE), tensors[5]], 1)
+    expected = launch([*tensors[:5], whole], options)
+    got = launch(tensors, options)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, under the interpreter
+@pytest.mark.parametrize("mode", MODES)
+def test_factor_on_a_masked_key_is_inert(mode):
+    tensors, options = make_inputs(replace(SMALL, mode=mode, factors="some"))
+    options["mask"] = torch.ones(3, 133, dtype=torch.bool, device=DEVICE)
+    options["mask"][:, :5] = options["mask"][:, 100:131] = False
+    expected = launch(tensors, options)
+    changed = tensors[5].clone()
+    changed[:, :5] = changed[:, 100:131] = math.nan
+    got = launch([*tensors[:5], changed], options)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_permuting_batch_rows_permutes_outputs(mode):
+    """A row's neighbours in its tile change; they may change the order of sums, no more."""
+    case = Case(tokens=(3, 200, 3), batch=12, mode=mode, mask="rows", bias="dense")
+    tensors, options = make_inputs(case)
+    out, lse = launch(tensors, options)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for name in ("mask", "position_bias"):
+        options[name] = options[name][order]
+    for index in (0, 1, 2, 5):
+        tensors[index] = tensors[index][order]
+    permuted, permuted_lse = launch(tensors, options)
+    eps = 8 * torch.finfo(torch.float32).eps
+    assert (permuted - out[order]).abs().max() <= eps * out.abs().max()
+    assert (permuted_lse - lse[order]).abs().max() <= eps * lse.abs().max()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_that_see_nothing(sinks, splits):
+    tensors, options = make_inputs(replace(SMALL, sinks=sinks, factors="some"))
+    options["query_offset"] = -2  # rows 0 and 1 stand before every key
+    options["mask"] = torch.ones(3, 133, dtype=torch.bool, device=DEVICE)
+    options["mask"][1] = False  # batch row 1 is all padding
+    out, lse = launch(tensors, options, splits)
+    dead = torch.zeros(3, 4, 3, dtype=torch.bool, device=DEVICE)
+    dead[1], dead[:, :, :2] = True, True
+    expected = (
+        options["sinks"].float()[None, :, None] if sinks else torch.full((1, 1, 1), -math.inf)
+    )
+    assert (out[dead] == 0).all()
+    assert out[~dead].abs().min() > 0
+    difference = torch.where(lse == expected, 0.0, lse - expected)[dead].abs()
+    assert (difference <= 2 * torch.finfo(torch.float32).eps * 4).all()
+    assert out.isfinite().all() and lse[~dead].isfinite().all()
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_no_keys_and_no_queries(splits):
+    for empty in (replace(SMALL, tokens=(3, 0, 0)), replace(SMALL, tokens=(0, 130, 3))):
+        tensors, options = make_inputs(replace(empty, batch=2))
+        out, lse = launch(tensors, options, splits)
+        assert out.shape == tensors[0].shape
+        assert lse.shape == out.shape[:3]
+        assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_negative_and_zero_scale(mode):
+    tensors, options = make_inputs(replace(SMALL, mode=mode, batch=6))
+    for scale in (-0.2, 0.0):
+        options["scale"] = scale
+        compare(*launch(tensors, options, 2), tensors, options)
+
+
+def test_offset_in_memory_is_the_same_as_a_number():
+    tensors, options = make_inputs(SMALL)
+    expected = launch(tensors, options | {"query_offset": 37})
+    for dtype in (torch.int32, torch.int64):
+        offset = torch.tensor(37, dtype=dtype, device=DEVICE)
+        got = launch(tensors, options | {"query_offset": offset})
+        assert torch.equal(got[0], expected[0])
+        assert torch.equal(got[1], expected[1])
+
+
+def test_rows_far_apart_use_wide_offsets():
+    """Prefix rows 2^22 elements apart, from where offsets within a tile take 64 bits."""
+    tensors, options = make_inputs(replace(SMALL, tokens=(3, 5, 3), dims=(16, 16), heads=(1, 1)))
+    expected = launch(tensors, options)
+    far = torch.zeros(5 << 22, device=DEVICE).as_strided((1, 1, 5, 16), (0, 0, 1 << 22, 1))
+    far.copy_(tensors[3])
+    tensors[3] = far
+    with patch.object(packed_prefix, "_spans_beyond_int32") as wide:
+        wide.return_value = True
+        forced = launch(tensors, options)
+    got = launch(tensors, options)
+    for result in (forced, got):
+        assert torch.equal(result[0], expected[0])
+        assert torch.equal(result[1], expected[1])
+
+
+def test_which_spans_need_64_bits():
+    config = PackedConfig(64, 64, 32, num_warps=4, num_stages=1)
+    near = torch.zeros(1, 1, 1, 1)
+    spans = packed_prefix._spans_beyond_int32
+    big = torch.empty(0).as_strided((0, 3), (1 << 26, 1))
+    assert not spans((big, None), (near,), config)  # no row, no span
+    meta = torch.empty(1, device="meta")
+    assert not spans((meta.as_strided((31, 1), (1 << 26, 1)),), (near,), config)
+    assert spans((meta.as_strided((32, 1), (1 << 26, 1)),), (near,), config)
+    # of more batch rows than a tile has rows, only a tile's count
+    assert not spans((meta.as_strided((1000, 1), (1 << 24, 1)),), (near,), config)
+    assert spans((near,), (meta.as_strided((1, 1, 4, 4), (0, 0, 1 << 22, 1)),), config)
+    assert not spans((near,), (meta.as_strided((1, 1, 4, 4), (0, 0, 1 << 21, 1)),), config)
+
+
+class Allocations(TorchDispatchMode):
+    """The elements of every tensor made that is no view of a known storage."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.storages = {t.untyped_storage().data_ptr() for t in known}
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.numel():
+                pointer = tensor.untyped_storage().data_ptr()
+                if pointer not in self.storages:
+                    self.storages.add(pointer)
+                    self.sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_nothing_is_copied(splits):
+    """Strided, broadcast and shared inputs are read in place: results, states, lists of tiles."""
+    case = Case(tokens=(1, 300, 1), batch=12, bias="alibi", mask="heads", layout="tokens_first")
+    tensors, options = make_inputs(case)
+    known = [*tensors, options["position_bias"], options["mask"]]
+    with Allocations(*known) as seen:
+        out, lse = launch(tensors, options, splits)
+    states = splits * 12 * 4 * (32 + 3) if splits > 1 else 0
+    lists = 12 * (5 + 6) + 5 + 6
+    assert out.numel() + lse.numel() <= sum(seen.sizes)
+    assert sum(seen.sizes) <= out.numel() + lse.numel() + states + lists
+    assert max(seen.sizes) < 12 * 300 * 32
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("factor_heads", [1, 4])
+def test_packed_tiles(factor_heads):
+    """Flagged tiles of a block of rows are those of any of its batch rows and heads."""
+    rows, heads, key_heads, keys = 3, 4, 2, 600
+    generator = torch.Generator().manual_seed(factor_heads)
+    factor = torch.ones(7, factor_heads, keys)
+    factor[torch.rand(factor.shape, generator=generator) < 0.004] = 0.5
+    config = PackedConfig(16, 16, 16, num_warps=4, num_stages=1)
+    before, tiles = packed_tiles(factor.to(DEVICE), rows, heads, key_heads, config)
+    count = -(-keys // 16)
+    packed_rows = 7 * 2 * rows
+    blocks = -(-packed_rows // 16)
+    assert before.shape == (key_heads if factor_heads > 1 else 1, blocks, count + 1)
+    plain = 0
+    for key_head, block in itertools.product(range(before.shape[0]), range(blocks)):
+        flagged = set()
+        for r in range(block * 16, min(packed_rows, block * 16 + 16)):
+            batch, head = r // rows // 2, key_head * 2 + r // rows % 2
+            parts = factor[batch, head % factor_heads].split(16)
+            flagged |= {t for t, part in enumerate(parts) if (part != 1).any()}
+        others = sorted(set(range(count)) - flagged, reverse=True)
+        plain += len(others)
+        assert tiles[key_head, block].tolist() == sorted(flagged) + others
+        counts = [sum(t < stop for t in flagged) for stop in range(count + 1)]
+        assert before[key_head, block].tolist() == counts
+    assert plain > 0
+
+
+def test_split_counts():
+    assert split_count(programs=2000, tiles=1000, processors=132) == 1
+    assert split_count(programs=8, tiles=1000, processors=132) == 33
+    assert split_count(programs=8, tiles=10, processors=132) == 2
+    assert split_count(programs=8, tiles=0, processors=132) == 1
+    assert split_count(programs=0, tiles=10, processors=132) == 2
+
+
+@pytest.mark.parametrize("architecture", ["interpreter", "sm_80", "sm_90", "sm_100", "gfx942"])
+def test_tiles_fit_the_kernel(architecture):
+    """Powers of two of at least 16, as matrix products need, and whole edge tiles in a tile."""
+    for dim, dtype, mode, packed_rows, load in itertools.product(
+        (64, 128, 192, 256), SHORT, ("plain", *MODES), (1, 17, 40, 100, 10**5), (0, 1, 2)
+    ):
+        config = packed_config(architecture, dim, dim, dtype, mode, packed_rows, load)
+        for size in (config.block_m, config.block_n, config.edge_n):
+            assert size >= 16 and size & (size - 1) == 0
+        assert config.edge_n <= config.block_n
+        assert config.block_m <= max(32, 2 * packed_rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("case", COVERING, ids=str)
+def test_features_in_combination_in_bf16(case):
+    check(replace(case, dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("splits", [1, 5])
+def test_same_input_gives_the_same_bits(splits):
+    case = Case(tokens=(4, 4096, 4), batch=64, dims=(128, 128), dtype=torch.float16)
+    tensors, options = make_inputs(case)
+    out, lse = launch(tensors, options, splits)
+    for _ in range(1000):
+        again, again_lse = launch(tensors, options, splits)
+        assert torch.equal(again, out)
+        assert torch.equal(again_lse, lse)
