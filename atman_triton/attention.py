@@ -1,6 +1,7 @@
 """The op: attention whose scores are manipulated by one factor per key.
 
-Validation, backend choice and registration live here; the mathematics lives in ``kernels/``.
+Validation and backend choice live here, the registration of the fused kernels in ``triton_ops``;
+the mathematics lives in ``kernels/``.
 
 Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
 value dim.
@@ -18,6 +19,7 @@ from torch import Tensor
 from .kernels.portable import attention_portable
 from .kernels.portable_prefix import attention_portable_prefix
 from .kernels.reference import attention_reference
+from .triton_ops import attention_triton, shared_prefix_triton
 
 MODES = ("multiplicative", "min_shift", "min_shift_full", "log_additive")
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -167,16 +169,13 @@ def attention(
         query_offset = prefix_tokens + key.shape[2] - query.shape[2]
     tensors = (query, key, value, key_factor, sinks, position_bias, *(prefix or ()))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    chosen = _choose_backend(query, value, mode, prefix is not None, backend, needs_grad)
+    chosen = _choose_backend(query, value, mode, backend, needs_grad)
 
     if chosen == "triton":
         padding = mask if mask is not None and mask.dim() == 2 else None
         block_mask = mask if mask is not None and mask.dim() == 4 else None
         offset_tensor = query_offset if isinstance(query_offset, Tensor) else None
-        output, lse = _attention_triton(
-            query,
-            key,
-            value,
+        optional = (
             key_factor,
             sinks,
             position_bias,
@@ -190,6 +189,10 @@ def attention(
             window,
             softcap,
         )
+        if prefix is None:
+            output, lse = attention_triton(query, key, value, *optional)
+        else:
+            output, lse = shared_prefix_triton(query, key, value, *prefix, *optional)
     else:
         features: dict[str, Any] = {
             "mode": mode,
@@ -227,7 +230,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _why_not_triton(query: Tensor, value: Tensor, mode: str, has_prefix: bool) -> str | None:
+def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
     """Why the fused kernel cannot serve this call; ``None`` if it can."""
     if not _HAS_TRITON:
         return "needs the triton package, which is not installed (pip install triton)"
@@ -236,8 +239,6 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str, has_prefix: bool) -
             f"needs a GPU or the interpreter (TRITON_INTERPRET=1), got tensors on {query.device}; "
             "use backend='torch'"
         )
-    if has_prefix:
-        return "cannot serve a prefix; use backend='torch'"
     if mode == "min_shift_full":
         return "cannot serve mode='min_shift_full'; use backend='reference'"
     if query.dtype not in _TRITON_DTYPES:
@@ -249,11 +250,11 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str, has_prefix: bool) -
 
 
 def _choose_backend(
-    query: Tensor, value: Tensor, mode: str, has_prefix: bool, backend: str, needs_grad: bool
+    query: Tensor, value: Tensor, mode: str, backend: str, needs_grad: bool
 ) -> Literal["triton", "torch", "reference"]:
     """Resolve ``auto``; refuse an explicit backend that cannot serve the call."""
     if backend == "triton":
-        reason = _why_not_triton(query, value, mode, has_prefix)
+        reason = _why_not_triton(query, value, mode)
         if reason is not None:
             raise ValueError(f"backend='triton' {reason}.")
         return "triton"
@@ -267,7 +268,7 @@ def _choose_backend(
         )
     if backend == "torch" or needs_grad or query.device.type != "cuda":
         return "torch"
-    return "torch" if _why_not_triton(query, value, mode, has_prefix) is not None else "triton"
+    return "torch" if _why_not_triton(query, value, mode) is not None else "triton"
 
 
 # --- validation ---------------------------------------------------------------------------------
@@ -433,62 +434,3 @@ def _check_broadcast(name: str, tensor: Tensor, full: tuple[int, int, int, int])
     fits = tensor.dim() == 4 and all(a in (1, b) for a, b in zip(tensor.shape, full, strict=True))
     if not fits:
         raise ValueError(f"{name} must broadcast to {list(full)}, got {list(tensor.shape)}.")
-
-
-# --- registration -------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("atman_triton::attention_fwd", mutates_args=())
-def _attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_factor: Tensor | None,
-    sinks: Tensor | None,
-    position_bias: Tensor | None,
-    key_padding: Tensor | None,
-    block_mask: Tensor | None,
-    offset_tensor: Tensor | None,
-    query_offset: int,
-    mode: str,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    from .kernels.forward import attention_fwd  # triton is optional, so it is imported here
-
-    return attention_fwd(
-        query,
-        key,
-        value,
-        key_factor,
-        mode=mode,
-        causal=causal,
-        query_offset=query_offset if offset_tensor is None else offset_tensor,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        position_bias=position_bias,
-        key_padding=key_padding,
-        block_mask=block_mask,
-    )
-
-
-@_attention_triton.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, query_heads, query_tokens, _head_dim = query.shape
-    # heads beside dims in memory, as the kernel writes it and transformers wants it next
-    output = query.new_empty(batch, query_tokens, query_heads, value.shape[-1]).transpose(1, 2)
-    lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
-    return output, lse
-
-
-def _refuse_backward(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "backend='triton' has no backward pass; use backend='auto' or 'torch' for gradients."
-    )
-
-
-_attention_triton.register_autograd(_refuse_backward)

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ATTENTION_KERNEL = "_attention_fwd_kernel"
-"""Launched once per call of the fused attention."""
+ATTENTION_KERNELS = (
+    "_attention_fwd_kernel",
+    "_shared_prefix_fwd_kernel",
+    "_packed_prefix_fwd_kernel",
+)
+"""One of them is launched once per call of the fused attention."""
 
 
 def assert_close_to_oracle(
@@ -72,12 +76,15 @@ class LaunchCount(Counter[str]):
 
     @property
     def attention(self) -> int:
-        """Launches of the fused attention kernel."""
-        return self[ATTENTION_KERNEL]
+        """Calls of the fused attention, by whichever kernel."""
+        return sum(self[name] for name in ATTENTION_KERNELS)
 
 
 class _CountingKernel:
-    """Stands in for a jit kernel: counts ``kernel[grid](...)`` and passes everything on."""
+    """Stands in for a jit kernel: counts ``kernel[grid](...)`` and passes everything on.
+
+    A second launch that merges the partial results of the first is counted as ``name.merge``.
+    """
 
     def __init__(self, kernel: Any, name: str, count: LaunchCount) -> None:
         self._kernel = kernel
@@ -89,7 +96,8 @@ class _CountingKernel:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             result = launch(*args, **kwargs)
-            self._count[self._name] += 1
+            merges = getattr(kwargs.get("SPEC"), "stage", None) == "merge"
+            self._count[f"{self._name}.merge" if merges else self._name] += 1
             return result
 
         return counted
@@ -110,11 +118,12 @@ def count_launches() -> Iterator[LaunchCount]:
 
     Raises: LookupError: if a kernel that should be counted no longer exists.
     """
-    from .kernels import forward, prepass  # needs triton, which is optional
+    # these need triton, which is optional
+    from .kernels import forward, packed_prefix, prepass, shared_prefix
 
     count = LaunchCount()
     places = [
-        (forward, ATTENTION_KERNEL),
+        *zip((forward, shared_prefix, packed_prefix), ATTENTION_KERNELS, strict=True),
         (prepass, "_factor_tiles_kernel"),
         (prepass, "_key_range_kernel"),
     ]

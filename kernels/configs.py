@@ -133,6 +133,20 @@ def _nvidia_forward(
     return TileConfig(64, 16 if load else 32, num_warps=8, num_stages=2)
 
 
+def packs_queries(queries: int, sharing: int) -> bool:
+    """Whether queries of several batch rows and heads share a tile over a shared prefix.
+
+    A tile has at least 16 rows, the least a matrix product takes, so a plain tile of fewer queries
+    is mostly padding, and each of them reads the whole prefix. Packed, they read it once per tile.
+    Longer suffixes fill tiles of their own, where rows need not be gathered one by one.
+
+    Args:
+        queries: query rows per head.
+        sharing: batch rows times query heads that read the same prefix keys.
+    """
+    return queries <= 16 and sharing > 1
+
+
 def shared_prefix_config(
     architecture: str,
     head_dim: int,

@@ -142,31 +142,30 @@ def _shared_prefix_fwd_kernel(
         PREFIX, FIRST_VISIT,
     )  # fmt: skip
 
+    prefix_start = 0
+    prefix_end = 0
+    if PREFIX.has_key_factor and FIRST_VISIT == "ones":
+        prefix_start = tl.load(prefix_before_ptr + prefix_low)
+        prefix_end = tl.load(prefix_before_ptr + prefix_high)
+
     # the rows' own keys; what spans all keys is moved on by the prefix
     key_ptr += batch * stride_key[0] + key_head * stride_key[1]
     value_ptr += batch * stride_value[0] + key_head * stride_value[1]
-    own_factor_ptr = factor_ptr
     if PREFIX.has_key_factor:
-        own_factor_ptr += beyond * stride_factor[2]
+        factor_ptr += beyond * stride_factor[2]
     if SPEC.has_key_factor and (SPEC.skip_plain or FIRST_VISIT == "ones"):
         before_ptr += tile_row * (tiles + 1)
-    own_bias_ptr = bias_ptr
     if SPEC.has_bias:
-        own_bias_ptr += beyond * stride_bias[3]
-    own_padding_ptr = padding_ptr
+        bias_ptr += beyond * stride_bias[3]
     if SPEC.has_padding:
-        own_padding_ptr += beyond * stride_padding[1]
-    own_mask_ptr = mask_ptr
+        padding_ptr += beyond * stride_padding[1]
     if SPEC.has_mask:
-        own_mask_ptr += beyond * stride_mask[3]
+        mask_ptr += beyond * stride_mask[3]
     own_position = prefix_position - prefix_keys
     low, high, inner_low, inner_high, stop = segment_tiles(
         range_ptr, own_position, rows_left, keys, window, SPEC
     )
-    own_pointers = (
-        key_ptr, value_ptr, own_factor_ptr, before_ptr,
-        own_bias_ptr, own_padding_ptr, own_mask_ptr,
-    )  # fmt: skip
+    own_pointers = (key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr)
     own_strides = (
         (stride_key[2], stride_key[3]),
         (stride_value[2], stride_value[3]),
@@ -185,9 +184,8 @@ def _shared_prefix_fwd_kernel(
         state = (acc0, acc1, row_max, row_sum, row_min)
         if PREFIX.has_key_factor:
             prefix_flagged_ptr += tile_row * prefix_tiles
-            start = tl.load(prefix_before_ptr + prefix_low)
             state = walk_deferred(
-                state, (prefix_flagged_ptr, start, tl.load(prefix_before_ptr + prefix_high)),
+                state, (prefix_flagged_ptr, prefix_start, prefix_end),
                 queries, prefix_position, prefix_pointers, padding, prefix_strides, prefix_limits,
                 units, PREFIX,
             )  # fmt: skip
