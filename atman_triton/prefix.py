@@ -73,7 +73,7 @@ class PrefixStore:
             return
         rows = mask.dense.shape[2]
         place = torch.arange(rows, device=mask.dense.device)[:, None] + mask.query_offset
-        later = torch.arange(mask.key_tokens, device=mask.dense.device)[None] > place
+        later = torch.arange(mask.dense.shape[3], device=mask.dense.device)[None] > place
         self.looks_ahead = bool((mask.dense & later).any())
 
 

@@ -25,10 +25,12 @@ from .integration import run_as_atman
 from .layers import KEYWORD
 from .masks import AttentionMask, cut_mask
 from .prefix import PrefixCache
-from .stacks import find_stack
+from .stacks import UnsupportedModelError, find_stack
 
 _TEXT = frozenset({"input_ids", "attention_mask", "position_ids"})
-_TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # 0 is text
+_TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # 0 is text, 1 an image
+# `model_type` of models whose token types tell the prompt, which sees all of itself, from the rest.
+_ANSWER_IS_1 = frozenset({"paligemma"})
 
 
 class _Caught(BaseException):
@@ -53,6 +55,7 @@ class Replay:
         self.model = model
         self.branches = branches
         self.keeps_logits = keeps_logits(model)
+        self._kind = str(getattr(model.config, "model_type", ""))
         self._layers = int(text_config(model).num_hidden_layers)
         ids = inputs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or len(ids) != 1:
@@ -159,7 +162,8 @@ class Replay:
         linear["input_ids"] = torch.cat([ids, ids.new_tensor(more)[None]], 1)
         for name in inputs:
             if name == "attention_mask" or name in _TOKEN_TYPES:
-                linear[name] = _continued(inputs[name], len(more), int(name == "attention_mask"))
+                text = 1 if name == "attention_mask" or self._kind in _ANSWER_IS_1 else 0
+                linear[name] = _continued(inputs[name], len(more), text)
         if inputs.get("position_ids") is not None:
             given = inputs["position_ids"]
             steps = torch.arange(1, len(more) + 1, device=given.device, dtype=given.dtype)
@@ -189,11 +193,14 @@ class Replay:
 
     def _in_columns(self, found: dict[str, Any]) -> dict[str, Any]:
         """The same for the columns of all branches, whose text is embedded as the model does."""
-        if self._positions is None and isinstance(found.get("position_ids"), Tensor):
-            places = torch.tensor(self.branches.positions, device=self.ids.device)
-            self._positions = found["position_ids"][..., places]
-        found.pop("position_ids", None)
-        if self.branches.linear and self.branches.longest[:-1] == tuple(self.branches.read_ids):
+        positions = found.pop("position_ids", None)
+        if isinstance(positions, Tensor):
+            places = torch.tensor(self.branches.positions, device=positions.device)
+            self._positions = positions[..., places]
+        visual = found.get("visual_pos_masks")
+        if visual is not None:
+            found["visual_pos_masks"] = _continued(visual, self.length - visual.shape[1], False)
+        if self.branches.linear:
             return found
         prompt = found["inputs_embeds"][:, : self.branches.prompt_tokens]
         embed: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
@@ -281,10 +288,14 @@ class Replay:
             seen = mask.any(0).any(0)  # [S, S]
             farthest = torch.maximum(farthest, torch.where(seen, columns, 0).amax(-1))
         farthest = farthest.cummax(0).values.tolist()
-        inner = [b for b in range(1, len(farthest)) if farthest[b - 1] < b]
-        # Behind the prompt there is text alone, in branches or not.
-        behind = range(max(self.branches.prompt_tokens, len(farthest)), self.length + 1)
-        return sorted({0, self.length, *inner, *behind})
+        inner = {b for b in range(1, len(farthest)) if farthest[b - 1] < b}
+        answer = self.branches.prompt_tokens
+        if not inner.issuperset(range(answer, len(farthest))):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} lets tokens of the prompt or the target see target "
+                "tokens behind them, so their probabilities are not those of predictions."
+            )
+        return sorted({0, *inner, *range(answer, self.length + 1)})
 
 
 def _continued(value: Any, more: int, fill: int) -> Tensor | None:

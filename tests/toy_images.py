@@ -1,0 +1,161 @@
+"""Tiny random vision-language models of real classes, each with the inputs of one small image."""
+
+from typing import Any
+
+import torch
+import transformers as tf
+
+IMAGE, BEGIN, END, VIDEO = 100, 101, 102, 103  # token ids
+_TEXT: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 12,
+    "patch_size": 4,
+}
+_QWEN_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 32,
+    "in_channels": 3,
+}
+_QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "vision_start_token_id": BEGIN,
+    "vision_end_token_id": END,
+    "video_token_id": VIDEO,
+}
+
+
+def _drawn(model):
+    """Weights large enough that suppressing a token shows far above rounding."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model.eval().double()
+
+
+def _pixels(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def llava():
+    """Image tokens in a plain causal text."""
+    vision = tf.CLIPVisionConfig(**_TOWER, projection_dim=16)
+    config = tf.LlavaConfig(
+        vision_config=vision,
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        image_seq_length=9,
+    )
+    ids = torch.tensor([[1, 5, 6, *[IMAGE] * 9, 7, 8, 9, 11]])
+    return _drawn(tf.LlavaForConditionalGeneration(config)), {
+        "input_ids": ids,
+        "pixel_values": _pixels(1, 3, 12, 12),
+    }
+
+
+def _qwen_inputs(patches):
+    ids = torch.tensor([[1, 5, BEGIN, *[IMAGE] * (patches // 4), END, 7, 8, 9]])
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": _pixels(patches, 3 * 2 * 16),
+        "image_grid_thw": torch.tensor([[1, 4, patches // 4]]),
+    }
+
+
+def qwen2_5():
+    """Positions on three axes."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = tf.Qwen2_5_VLConfig(
+        vision_config=_QWEN_TOWER | {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]},
+        text_config=_TEXT | {"rope_parameters": rope},
+        **_QWEN_TOKENS,
+    )
+    return _drawn(tf.Qwen2_5_VLForConditionalGeneration(config)), _qwen_inputs(24)
+
+
+def qwen3():
+    """Three axes, and image embeddings added in deeper layers too."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    deep = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    config = tf.Qwen3VLConfig(
+        vision_config=_QWEN_TOWER | deep,
+        text_config=_TEXT | {"head_dim": 8, "rope_parameters": rope},
+        **_QWEN_TOKENS,
+    )
+    return _drawn(tf.Qwen3VLForConditionalGeneration(config)), _qwen_inputs(24)
+
+
+def gemma3():
+    """An image's tokens see each other both ways, in sliding layers too."""
+    text = _TEXT | {
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 8,
+    }
+    config = tf.Gemma3Config(
+        vision_config=_TOWER,
+        text_config=text,
+        mm_tokens_per_image=9,
+        image_token_index=IMAGE,
+        boi_token_index=BEGIN,
+        eoi_token_index=END,
+    )
+    ids = torch.tensor([[1, 5, BEGIN, *[IMAGE] * 9, END, 7, 8, 9]])
+    return _drawn(tf.Gemma3ForConditionalGeneration(config)), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": (ids == IMAGE).long(),
+        "pixel_values": _pixels(1, 3, 12, 12),
+    }
+
+
+def paligemma():
+    """The whole prompt sees itself both ways."""
+    config = tf.PaliGemmaConfig(
+        vision_config=_TOWER | {"projection_dim": 32},
+        text_config=_TEXT | {"head_dim": 8, "model_type": "gemma"},
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    ids = torch.tensor([[*[IMAGE] * 9, 1, 7, 8, 9]])
+    return _drawn(tf.PaliGemmaForConditionalGeneration(config)), {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "token_type_ids": torch.zeros_like(ids),
+        "pixel_values": _pixels(1, 3, 12, 12),
+    }
+
+
+MODELS = {
+    "llava": llava,
+    "qwen2.5-vl": qwen2_5,
+    "qwen3-vl": qwen3,
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+}
