@@ -25,8 +25,7 @@ from atman_triton.testing import assert_close_to_oracle
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from atman_triton.kernels import packed_prefix
-from atman_triton.kernels.packed_configs import PackedConfig, packed_config, split_count
-from atman_triton.kernels.packed_prefix import packed_prefix_fwd, packed_tiles
+from atman_triton.kernels.packed_prefix import packed_prefix_fwd
 from atman_triton.kernels.reference import attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -298,7 +297,7 @@ def test_ties_for_the_minimum(splits):
     """The smallest score occurs in several parts, with and without a factor on it."""
     case = Case(tokens=(4, 150, 6), batch=4, heads=(2, 1), mode="min_shift", band="full")
     tensors, options = make_inputs(case)
-    query, key, value, prefix_key, prefix_value, factor = tensors
+    query, key, _, prefix_key, _, factor = tensors
     query[..., 0], prefix_key[..., 0], key[..., 0] = 4.0, 0.0, 0.0
     for copies in (prefix_key[:, :, 3:4], prefix_key[:, :, 149:], key[:, :, 2:3]):
         copies.copy_(prefix_key[:, :, :1])
@@ -438,21 +437,6 @@ def test_rows_far_apart_use_wide_offsets():
         assert torch.equal(result[1], expected[1])
 
 
-def test_which_spans_need_64_bits():
-    config = PackedConfig(64, 64, 32, num_warps=4, num_stages=1)
-    near = torch.zeros(1, 1, 1, 1)
-    spans = packed_prefix._spans_beyond_int32
-    big = torch.empty(0).as_strided((0, 3), (1 << 26, 1))
-    assert not spans((big, None), (near,), config)  # no row, no span
-    meta = torch.empty(1, device="meta")
-    assert not spans((meta.as_strided((31, 1), (1 << 26, 1)),), (near,), config)
-    assert spans((meta.as_strided((32, 1), (1 << 26, 1)),), (near,), config)
-    # of more batch rows than a tile has rows, only a tile's count
-    assert not spans((meta.as_strided((1000, 1), (1 << 24, 1)),), (near,), config)
-    assert spans((near,), (meta.as_strided((1, 1, 4, 4), (0, 0, 1 << 22, 1)),), config)
-    assert not spans((near,), (meta.as_strided((1, 1, 4, 4), (0, 0, 1 << 21, 1)),), config)
-
-
 class Allocations(TorchDispatchMode):
     """The elements of every tensor made that is no view of a known storage."""
 
@@ -486,55 +470,6 @@ def test_nothing_is_copied(splits):
     assert sum(seen.sizes) <= out.numel() + lse.numel() + states + lists
     assert max(seen.sizes) < 12 * 300 * 32
     assert out.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("factor_heads", [1, 4])
-def test_packed_tiles(factor_heads):
-    """Flagged tiles of a block of rows are those of any of its batch rows and heads."""
-    rows, heads, key_heads, keys = 3, 4, 2, 600
-    generator = torch.Generator().manual_seed(factor_heads)
-    factor = torch.ones(7, factor_heads, keys)
-    factor[torch.rand(factor.shape, generator=generator) < 0.004] = 0.5
-    config = PackedConfig(16, 16, 16, num_warps=4, num_stages=1)
-    before, tiles = packed_tiles(factor.to(DEVICE), rows, heads, key_heads, config)
-    count = -(-keys // 16)
-    packed_rows = 7 * 2 * rows
-    blocks = -(-packed_rows // 16)
-    assert before.shape == (key_heads if factor_heads > 1 else 1, blocks, count + 1)
-    plain = 0
-    for key_head, block in itertools.product(range(before.shape[0]), range(blocks)):
-        flagged = set()
-        for r in range(block * 16, min(packed_rows, block * 16 + 16)):
-            batch, head = r // rows // 2, key_head * 2 + r // rows % 2
-            parts = factor[batch, head % factor_heads].split(16)
-            flagged |= {t for t, part in enumerate(parts) if (part != 1).any()}
-        others = sorted(set(range(count)) - flagged, reverse=True)
-        plain += len(others)
-        assert tiles[key_head, block].tolist() == sorted(flagged) + others
-        counts = [sum(t < stop for t in flagged) for stop in range(count + 1)]
-        assert before[key_head, block].tolist() == counts
-    assert plain > 0
-
-
-def test_split_counts():
-    assert split_count(programs=2000, tiles=1000, processors=132) == 1
-    assert split_count(programs=8, tiles=1000, processors=132) == 33
-    assert split_count(programs=8, tiles=10, processors=132) == 2
-    assert split_count(programs=8, tiles=0, processors=132) == 1
-    assert split_count(programs=0, tiles=10, processors=132) == 2
-
-
-@pytest.mark.parametrize("architecture", ["interpreter", "sm_80", "sm_90", "sm_100", "gfx942"])
-def test_tiles_fit_the_kernel(architecture):
-    """Powers of two of at least 16, as matrix products need, and whole edge tiles in a tile."""
-    for dim, dtype, mode, packed_rows, load in itertools.product(
-        (64, 128, 192, 256), SHORT, ("plain", *MODES), (1, 17, 40, 100, 10**5), (0, 1, 2)
-    ):
-        config = packed_config(architecture, dim, dim, dtype, mode, packed_rows, load)
-        for size in (config.block_m, config.block_n, config.edge_n):
-            assert size >= 16 and size & (size - 1) == 0
-        assert config.edge_n <= config.block_n
-        assert config.block_m <= max(32, 2 * packed_rows)
 
 
 @pytest.mark.gpu
