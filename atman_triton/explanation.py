@@ -368,19 +368,38 @@ class Explanation:
         return frame if top_k is None else frame.loc[order[:top_k]]
 
     def show(
-        self, top_k: int | None = None, width: int | None = None, target: int | None = None
+        self,
+        top_k: int | None = None,
+        width: int | None = None,
+        target: int | None = None,
+        branch: int | None = None,
     ) -> None:
         """Print the explanation to the terminal: the text as a heat map, then the strongest units.
+
+        Of several targets, the prompt is coloured by what it does for all of them, and the targets
+        are listed; ``branch`` or ``target`` shows one of them with its own text.
 
         Args:
             top_k: How many supporters to list; None for up to 10 that tell something.
             width: Columns to use; None for the terminal's.
             target: Show this target token's scores instead of ``relevance``.
+            branch: Show this one of several targets.
         Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.
         """
         from .render.terminal import show
 
-        show(self, top_k=top_k, width=width, target=target)
+        explanation, target = self._chosen(target, branch)
+        show(explanation, top_k=top_k, width=width, target=target)
+
+    def _chosen(self, target: int | None, branch: int | None) -> tuple[Explanation, int | None]:
+        """The explanation of the one target to picture, and the token's number in it."""
+        self.values(target, branch)
+        if len(self.target_stops) == 1:
+            return self, target
+        if target is not None:
+            branch = self.targets[target].branch
+            target -= [each.branch for each in self.targets].index(branch)
+        return (self if branch is None else self.branch(branch)), target
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, others: Iterable[Explanation] = ()
@@ -401,12 +420,20 @@ class Explanation:
             Path(path).write_text(page, encoding="utf-8")
         return page
 
-    def plot(self, path: str | os.PathLike[str] | None = None, target: int | None = None) -> Figure:
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        target: int | None = None,
+        branch: int | None = None,
+    ) -> Figure:
         """A matplotlib figure: the text as a heat map, the strongest units, targets against units.
+
+        Of several targets, the prompt is coloured by what it does for all of them.
 
         Args:
             path: Also write the figure to this file; its ending (png, svg, pdf) says the format.
             target: Draw this target token's scores instead of ``relevance``.
+            branch: Draw this one of several targets.
         Raises:
             ImportError: if matplotlib is not installed.
             ValueError: if there is no such target.
@@ -414,7 +441,8 @@ class Explanation:
         import_extra("matplotlib", "plot")
         from .render.figure import plot
 
-        return plot(self, path=path, target=target)
+        explanation, target = self._chosen(target, branch)
+        return plot(explanation, path=path, target=target)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON, which ``load`` reads back exactly."""

@@ -155,7 +155,7 @@ def hierarchical():
     words = explain(scores={"34": 2.0, "pay": 1.0, "dollars": 0.25, "51": -0.5})
     sentences = coarser(words)
     paragraphs = coarser(words, "paragraph", r"[^\n]*\n|[^\n]+$")
-    kept = [index for index, unit in enumerate(words.units) if unit.start < 31 or unit.branch == 0]
+    kept = [index for index, unit in enumerate(words.units) if unit.start < 29 or unit.branch == 0]
     refined = [replace(words.units[index], level="word") for index in kept]
     rest = sentences.units[1:]
     suppressed = [words.suppressed_logprobs[:, kept], sentences.suppressed_logprobs[:, 1:]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -17,9 +18,9 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from . import layout
+from .controls import cards, choices, headline, label, letter
+from .numbers import INFINITY, numbers
 from .palette import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
@@ -31,45 +32,48 @@ FAINT = 0.15  # the same where several explanations lie over each other
 STRONG = 0.35  # of the strongest: what is marked besides by a line or listed as opposing
 TELLING = 0.01  # of the strongest: what is listed at first
 SHARED = 0.5  # of every prompt, at least: less in common, and the documents are different ones
-INFINITY = 1e30  # stands for an infinite number of nats in the page's JSON
 
 
 def to_html(explanations: Sequence[Explanation]) -> str:
     """The page for one explanation, or for several of one document laid over each other.
 
+    Of one, those by larger units from which it was refined are on the page too.
+
     Raises: ValueError: if several explanations do not share most of their prompts.
     """
-    first, several = explanations[0], len(explanations) > 1
+    first, overlay = explanations[0], len(explanations) > 1
+    if not overlay:
+        explanations = layout.by_size(first)
     placed = [layout.place(explanation) for explanation in explanations]
-    if several:
-        starts, length = shared(
-            [e.text for e in explanations], [e.prompt_stop for e in explanations]
-        )
+    if overlay:
+        # Of several targets only one or another stands behind the prompt: they are not shared.
+        texts = [e.prompt if layout.several(e) else e.text for e in explanations]
+        starts, length = shared(texts, [e.prompt_stop for e in explanations])
         text = placed[0].text[starts[0] : starts[0] + length]
         prompt_stop = first.prompt_stop - starts[0]
         targets: list[layout.Span | None] = []
     else:
-        starts, text, length = [0], placed[0].text, len(placed[0].text)
+        placed = _together(placed, len(first.text))
+        starts, text, length = [0] * len(placed), placed[0].text, len(placed[0].text)
         prompt_stop, targets = first.prompt_stop, placed[0].targets
     spans = [
         [(begin - start, end - start) for begin, end in place.units]
         for place, start in zip(placed, starts, strict=True)
     ]
     labels = [
-        _label(explanation, start, length)
+        label(explanation, start, length)
         for explanation, start in zip(explanations, starts, strict=True)
     ]
-    marked, pieces = _marked_text(explanations, text, prompt_stop, spans, targets)
+    marked, pieces = _marked_text(explanations, text, prompt_stop, spans, targets, overlay)
     script, style = _asset("page.js"), _asset("page.css")
-    heading = (
-        f"{len(explanations)} explanations of one text" if several else layout.visible(first.answer)
-    )
+    heading = f"{len(explanations)} explanations of one text" if overlay else headline(first)
     data = {
         "explanations": [
-            _numbers(explanation, place) | {"letter": _letter(index)}
+            numbers(explanation, place) | {"letter": letter(index)}
             for index, (explanation, place) in enumerate(zip(explanations, placed, strict=True))
         ],
         "pieces": pieces,
+        "overlay": overlay,
         "weak": WEAK,
         "faint": FAINT,
         "strong": STRONG,
@@ -84,14 +88,25 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         palette=_palette(),
         style=style,
         heading=escape(heading),
-        subtitle=escape(_subtitle(explanations, length)),
-        controls=_cards(explanations, labels) if several else _chips(first),
+        subtitle=escape(_subtitle(explanations, length, overlay)),
+        controls=cards(explanations, labels) if overlay else choices(first),
         text=marked,
-        legend="" if several else LEGEND,
+        legend="" if overlay else LEGEND + _difference(explanations),
         notes="".join(map(_notes, explanations)),
         data=_json(data),
         script=script,
     )
+
+
+def _together(placed: list[layout.Placed], stop: int) -> list[layout.Placed]:
+    """One text for units of several sizes: each brings those that have no place in the text."""
+    text, moved = placed[0].text, [placed[0]]
+    for place in placed[1:]:
+        by = len(text) - stop
+        text += place.text[stop:]
+        units = [(a + by, b + by) if a >= stop else (a, b) for a, b in place.units]
+        moved.append(layout.Placed(text, units, place.targets))
+    return [layout.Placed(text, place.units, place.targets) for place in moved]
 
 
 LEGEND = (
@@ -99,6 +114,16 @@ LEGEND = (
     'orange supports"></div><div class="ends" id="scale"><span>opposes</span>'
     "<span>supports</span></div></div>"
 )
+
+
+def _difference(explanations: Sequence[Explanation]) -> str:
+    """What the mark of direct effects means, where they stand among total ones."""
+    if not any(explanation.effect == "mixed" for explanation in explanations):
+        return ""
+    return (
+        f'<p class="hint key"><span class="d">Dashed line</span>: direct effect. '
+        f"{escape(layout.DIFFERENCE)}</p>"
+    )
 
 
 def shared(texts: Sequence[str], prompt_stops: Sequence[int]) -> tuple[list[int], int]:
@@ -143,44 +168,71 @@ def _marked_text(
     prompt_stop: int,
     spans: list[list[layout.Span]],
     targets: list[layout.Span | None],
+    overlay: bool,
 ) -> tuple[str, list[list[list[int]]]]:
-    """The text as spans, one per piece, and for each the units of every explanation over it."""
-    cuts = layout.cut(len(text), *spans, targets)
+    """The text as spans, one per piece, and for each the units of every explanation over it.
+
+    Of several targets all stand behind the prompt, hidden until one is chosen.
+    """
+    branches: list[layout.Span] = []
+    if not overlay and layout.several(explanations[0]):
+        branches = list(itertools.pairwise([prompt_stop, *explanations[0].target_stops]))
+    cuts = layout.cut(len(text), *spans, targets, branches)
+    stop = len(explanations[0].text)
     strength = []
     for index, explanation in enumerate(explanations):
         # Colours are scaled by what is in sight: a question outside the shared text takes no part.
         seen = {unit for piece in cuts for unit in piece.covers[index]}
-        values = explanation.relevance.tolist()
+        values = layout.in_sight(explanation)
         strength.append(
             layout.strengths(v if unit in seen else math.nan for unit, v in enumerate(values))
         )
+    marks = layout.marks(explanations[0])
     html: list[str] = []
     pieces: list[list[list[int]]] = []
-    for piece in cuts:
-        *units, chosen = piece.covers
-        part = text[piece.start : piece.stop]
-        if not any(units) and not chosen:
-            html.append(escape(part))
-            continue
-        # The space that opens a token stays outside, so that colours sit on words.
-        core = part.lstrip(" ") or part
-        html.append(part[: len(part) - len(core)])
+
+    def write(words: str, units: list[list[int]], chosen: tuple[int, ...], answer: bool) -> None:
         levels = [layout.strongest(s, u) for s, u in zip(strength, units, strict=True)]
-        classes, style = _layers(levels) if len(levels) > 1 else _colour(levels[0])
-        if any(units):
-            classes.insert(0, "u")
-        if chosen:
-            classes.append("t")
-        if piece.start >= prompt_stop:
-            classes.append("answer")
-        mark = '<i class="nl" aria-hidden="true"></i>' if "\n" in core else ""
+        classes, style = _layers(levels) if overlay else _colour(levels[0])
+        top = layout.strongest_unit(strength[0], units[0])
+        if style and not overlay and top is not None and marks[top]:
+            classes.append("d")
+        classes = ["u"] * any(units) + classes + ["t"] * bool(chosen) + ["answer"] * answer
+        mark = '<i class="nl" aria-hidden="true"></i>\n'
         html.append(
             f'<span class="{" ".join(classes)}" data-p="{len(pieces)}"'
             + (f' data-t="{chosen[0]}"' if chosen else "")
             + (f' style="{style}"' if style else "")
-            + f">{mark}{escape(core)}</span>"
+            + f">{escape(words).replace(chr(10), mark)}</span>"
         )
-        pieces.append([list(members) for members in units])
+        pieces.append(units)
+
+    inside: tuple[int, ...] = ()
+    for piece in cuts:
+        *covers, chosen, branch = piece.covers
+        if branch != inside:
+            html.append("</span>" if inside else "")
+            html += [f'<span class="branch" data-b="{b}" hidden>' for b in branch]
+            inside = branch
+        part = text[piece.start : piece.stop]
+        if not any(covers) and not chosen:
+            html.append(escape(part))
+            continue
+        # The space that opens a token stays outside, so that colours sit on words; within a larger
+        # unit it is part of that one only.
+        core = part.lstrip(" ") or part
+        space = part[: len(part) - len(core)]
+        within = [
+            [unit for unit in members if own[unit][0] < piece.start]
+            for own, members in zip(spans, covers, strict=True)
+        ]
+        answer = prompt_stop <= piece.start < stop
+        if space and any(within):
+            write(space, within, (), answer)
+        else:
+            html.append(space)
+        write(core, [list(members) for members in covers], chosen, answer)
+    html.append("</span>" if inside else "")
     return "".join(html), pieces
 
 
@@ -204,78 +256,34 @@ def _layers(levels: list[float]) -> tuple[list[str], str]:
     return [f"m{index % 6}"] if top >= STRONG else [], f"background-image:linear-gradient({bands})"
 
 
-def _chips(explanation: Explanation) -> str:
-    """Radio buttons that choose a target token."""
-    if len(explanation.targets) == 1:
-        return ""
-    chips = [_chip(0, f"all ({explanation.reduction})", None)]
-    for index, target in enumerate(explanation.targets):
-        probability = math.exp(float(explanation.base_logprobs[index]))
-        chips.append(_chip(index + 1, layout.visible(target.text), probability))
-    return (
-        "<fieldset><legend>Which target token to explain</legend>"
-        f'<div class="chips">{"".join(chips)}</div></fieldset>'
-    )
-
-
-def _chip(value: int, text: str, probability: float | None) -> str:
-    shown = "" if probability is None else f"<small>{100 * probability:.3g}%</small>"
-    checked = "" if value else " checked"
-    return (
-        f'<label><input type="radio" name="target" value="{value}"{checked}>'
-        f"<span>{escape(text)}{shown}</span></label>"
-    )
-
-
-def _cards(explanations: Sequence[Explanation], labels: list[str]) -> str:
-    """One card per explanation: its colour, question and answer, on or off, which target token."""
-    cards = []
-    for index, (explanation, label) in enumerate(zip(explanations, labels, strict=True)):
-        options = [f"all target tokens ({explanation.reduction})"]
-        options += [layout.visible(target.text) for target in explanation.targets]
-        choices = "".join(
-            f'<option value="{i}">{escape(o)}</option>' for i, o in enumerate(options)
-        )
-        colour = f"background-color:rgb(var(--overlay{index % len(LIGHT.overlays)}))"
-        cards.append(
-            f'<li><label><input type="checkbox" data-k="{index}" checked autocomplete="off">'
-            f'<span class="letter" style="{colour}">{_letter(index)}</span>'
-            f'<span class="question">{escape(label)}</span></label>'
-            f'<p class="answer">{escape(layout.visible(explanation.answer))}</p>'
-            f'<select data-k="{index}" aria-label="Target token of {_letter(index)}" '
-            f'autocomplete="off">{choices}</select></li>'
-        )
-    return f'<ul class="cards">{"".join(cards)}</ul>'
-
-
-def _label(explanation: Explanation, start: int, length: int) -> str:
-    """What this explanation asks: the part of its prompt that is not shared."""
-    own = explanation.prompt[:start] + explanation.prompt[start + length :]
-    words = " ".join(layout.printable(own).split())
-    return words if len(words) <= 160 else words[:80] + " … " + words[-76:]
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index) if index < 26 else str(index + 1)
-
-
-def _subtitle(explanations: Sequence[Explanation], length: int) -> str:
-    if len(explanations) > 1:
-        colours = (
+def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -> str:
+    mark = "a line is dashed"
+    effects = {layout.effect(explanation, mark) for explanation in explanations}
+    if overlay:
+        words = (
             "Each colour shows what supports one answer; the deeper, the more its loss rises when "
             "that piece is suppressed."
         )
-        if all(length >= explanation.prompt_stop for explanation in explanations):
-            return colours
-        return (
-            f"{colours} Only the text that all prompts share is shown; where they differ (the "
-            "questions), their text and its colours are not."
+        if any(length < explanation.prompt_stop for explanation in explanations):
+            words += (
+                " Only the text that all prompts share is shown; where they differ (the "
+                "questions), their text and its colours are not."
+            )
+        return words + (f" Scores: {effects.pop()}." if len(effects) == 1 else "")
+    first = explanations[0]
+    if layout.several(first):
+        words = (
+            "The colour of a piece shows how much the loss of the chosen target, or of all targets "
+            "on average, rises (orange) or falls (blue) when the model's attention to it is "
+            "suppressed. Choose a target to see its own text."
         )
-    probability = math.exp(float(explanations[0].base_logprobs.sum()))
-    return (
-        f"Probability {probability:.3g}. The colour of a piece shows how much the loss of this "
-        "answer rises (orange) or falls (blue) when the model's attention to it is suppressed."
-    )
+    else:
+        probability = math.exp(float(first.base_logprobs.sum()))
+        words = (
+            f"Probability {probability:.3g}. The colour of a piece shows how much the loss of this "
+            "answer rises (orange) or falls (blue) when the model's attention to it is suppressed."
+        )
+    return f"{words} Scores: {layout.effect(first, mark)}."
 
 
 def _notes(explanation: Explanation) -> str:
@@ -293,26 +301,9 @@ def _notes(explanation: Explanation) -> str:
         f"<td>{escape(layout.printable(value))}</td></tr>"
         for name, value in rows
     )
+    rows.insert(0, ("scores", layout.effect(explanation, "marked direct")))
     line = escape(layout.settings(explanation))
     return f"<details><summary>{line}</summary><table>{table}</table></details>"
-
-
-def _numbers(explanation: Explanation, place: layout.Placed) -> dict[str, Any]:
-    """What the page's script needs: text, spans, and one row of values per view of them."""
-    return {
-        "text": place.text,
-        "units": place.units,
-        "targets": [layout.visible(target.text) for target in explanation.targets],
-        "base": _row(explanation.base_logprobs),
-        "rows": [_row(explanation.relevance), *map(_row, explanation.scores)],
-    }
-
-
-def _row(values: Tensor) -> list[float | None]:
-    return [
-        None if math.isnan(value) else float(f"{max(-INFINITY, min(INFINITY, value)):.5g}")
-        for value in values.tolist()
-    ]
 
 
 def _json(data: dict[str, Any]) -> str:

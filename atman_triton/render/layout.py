@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from rich.cells import get_character_cell_size
 
+from ..pieces import LEVELS
+
 if TYPE_CHECKING:
     from ..explanation import Explanation, Target, Unit
 
@@ -80,36 +82,59 @@ class Placed:
     targets: list[Span | None]
 
 
-def place(explanation: Explanation) -> Placed:
-    """Give every unit a place, behind the text where it has none in it."""
-    text = printable(explanation.text)
+def place(explanation: Explanation, *, overview: bool = False) -> Placed:
+    """Give every unit a place, behind the text where it has none in it.
+
+    Args:
+        explanation: Whose units.
+        overview: Leave out the targets' text; their units then have empty spans.
+    """
+    text = printable(explanation.prompt if overview else explanation.text)
+    kept = [not (overview and unit.part == "target") for unit in explanation.units]
     spans = [_span(unit) for unit in explanation.units]
-    if None in spans:
+    if any(keep and span is None for keep, span in zip(kept, spans, strict=True)):
         text += ("\n" if text else "") + "Not in the text:"
     units: list[Span] = []
-    for unit, span in zip(explanation.units, spans, strict=True):
-        if span is None:
+    for unit, keep, span in zip(explanation.units, kept, spans, strict=True):
+        if not keep:
+            span = (0, 0)
+        elif span is None:
             start = len(text) + 1
             text += " " + visible(unit.text)
             span = (start, len(text))
         units.append(span)
-    return Placed(text, units, [_span(target) for target in explanation.targets])
+    targets = [None if overview else _span(target) for target in explanation.targets]
+    return Placed(text, units, targets)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of one line under one colour: its text, first character and strength in [-1, 1]."""
+    """A stretch of one line under one colour.
+
+    Args:
+        text: What stands there.
+        start: Its first character.
+        strength: In [-1, 1].
+        direct: Whether it is a direct effect among total ones.
+    """
 
     text: str
     start: int
     strength: float
+    direct: bool = False
 
 
 def heat_lines(explanation: Explanation, values: Iterable[float], width: int) -> list[list[Run]]:
-    """The text in lines of at most ``width`` cells, cut into runs. A line break ends its run."""
-    placed, strength = place(explanation), strengths(values)
+    """The text in lines of at most ``width`` cells, cut into runs. A line break ends its run.
+
+    Of several targets only the prompt is shown: behind it stands one or another of them.
+    """
+    placed, strength = place(explanation, overview=several(explanation)), strengths(values)
     pieces = cut(len(placed.text), placed.units)
-    level = [strongest(strength, piece.covers[0]) for piece in pieces]
+    top = [strongest_unit(strength, piece.covers[0]) for piece in pieces]
+    level = [0.0 if unit is None else strength[unit] for unit in top]
+    marked = marks(explanation)
+    direct = [unit is not None and marked[unit] for unit in top]
     rows, first = [], 0
     for start, stop in lines(placed.text, width):
         while first < len(pieces) and pieces[first].stop <= start:
@@ -117,7 +142,7 @@ def heat_lines(explanation: Explanation, values: Iterable[float], width: int) ->
         row, at = [], first
         while at < len(pieces) and pieces[at].start < stop:
             low, high = max(start, pieces[at].start), min(stop, pieces[at].stop)
-            row.append(Run(placed.text[low:high], low, level[at]))
+            row.append(Run(placed.text[low:high], low, level[at], direct[at]))
             at += 1
         rows.append(row)
     return rows
@@ -135,8 +160,72 @@ def strengths(values: Iterable[float]) -> list[float]:
 
 def strongest(strength: Sequence[float], units: Iterable[int]) -> float:
     """The strength of largest magnitude among ``units``; 0 if none was measured."""
-    measured = [strength[unit] for unit in units if not math.isnan(strength[unit])]
-    return max(measured, key=abs, default=0.0)
+    unit = strongest_unit(strength, units)
+    return 0.0 if unit is None else strength[unit]
+
+
+def strongest_unit(strength: Sequence[float], units: Iterable[int]) -> int | None:
+    """Which of ``units`` has the largest magnitude; None if none was measured."""
+    measured = [unit for unit in units if not math.isnan(strength[unit])]
+    return max(measured, key=lambda unit: abs(strength[unit]), default=None)
+
+
+def several(explanation: Explanation) -> bool:
+    """Whether it explains more than one target."""
+    return len(explanation.target_stops) > 1
+
+
+def in_sight(explanation: Explanation, target: int | None = None) -> list[float]:
+    """The values to picture: those of one target; of several, what the prompt does for all.
+
+    Units of one of several targets say nothing about the others, and are NaN here.
+    """
+    values = explanation.values(target).tolist()
+    if not several(explanation):
+        return values
+    pairs = zip(values, explanation.units, strict=True)
+    return [math.nan if unit.part == "target" else value for value, unit in pairs]
+
+
+def ranking(values: Sequence[float]) -> list[int]:
+    """Indices of the measured values, the largest first; ties stay in order."""
+    return sorted((i for i, v in enumerate(values) if not math.isnan(v)), key=lambda i: -values[i])
+
+
+def marks(explanation: Explanation) -> list[bool]:
+    """For each unit, whether its effect is direct among others whose effect is total."""
+    mixed = explanation.effect == "mixed"
+    return [mixed and unit.effect == "direct" for unit in explanation.units]
+
+
+DIFFERENCE = (
+    "A total effect includes what later pieces took over from a suppressed one, a direct effect "
+    "only what the answer itself reads from it."
+)
+
+
+def effect(explanation: Explanation, mark: str) -> str:
+    """Which effect the numbers are; ``mark`` says how direct ones look among total ones."""
+    direct = "direct effect: only the answer's own rows are manipulated"
+    return {
+        "total": "total effect",
+        "direct": direct,
+        "mixed": f"total effect, but where {mark} a {direct}",
+    }[explanation.effect]
+
+
+def levels(explanation: Explanation) -> str:
+    """What its units are: ``words``, ``words and sentences``."""
+    known = {unit.level for unit in explanation.units}
+    return " and ".join(f"{level}s" for level in LEVELS if level in known)
+
+
+def by_size(explanation: Explanation) -> list[Explanation]:
+    """The explanation, then those by ever larger units from which it was refined."""
+    found = [explanation]
+    while found[-1].coarse is not None:
+        found.append(found[-1].coarse)
+    return found
 
 
 def printable(text: str) -> str:
@@ -159,17 +248,18 @@ def visible(text: str) -> str:
 def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, str, str]:
     """The unit and up to ``size`` characters of text on either side, each on one line."""
     piece = explanation.units[unit]
-    if piece.start is None or piece.stop is None or piece.start == piece.stop:
+    text, span = _read(explanation, piece)
+    if span is None:
         return "", visible(piece.text), ""
-    text = printable(explanation.text).replace("\n", " ")
-    low, high = max(0, piece.start - size), min(len(text), piece.stop + size)
-    before, after = text[low : piece.start], text[piece.stop : high]
+    text, (start, stop) = text.replace("\n", " "), span
+    low, high = max(0, start - size), min(len(text), stop + size)
+    before, after = text[low:start], text[stop:high]
     # Cut at whole words.
     if low:
         before = "…" + re.sub(r"^\S*\s+(?=\S)", "", before)
     if high < len(text):
         after = re.sub(r"(\S)\s+\S*$", r"\1", after) + "…"
-    core = text[piece.start : piece.stop]
+    core = text[start:stop]
     if core.strip():
         # The space that opens a token belongs to what stands before it.
         before += core[: len(core) - len(core.lstrip())]
@@ -181,10 +271,9 @@ def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, s
 def in_word(explanation: Explanation, unit: int, size: int = 12) -> str:
     """The unit; if it is only part of a word then that word, with brackets around the unit."""
     piece = explanation.units[unit]
-    span = _span(piece)
+    text, span = _read(explanation, piece)
     if span is None or not piece.text.strip():
         return visible(piece.text)
-    text = printable(explanation.text)
     core = text[span[0] : span[1]]
     before = "" if core[0].isspace() else re.split(r"\s", text[: span[0]][-size:])[-1]
     after = "" if core[-1].isspace() else re.split(r"\s", text[span[1] :][:size])[0]
@@ -257,6 +346,7 @@ def settings(explanation: Explanation) -> str:
     known = explanation.provenance
     words = [
         *([_model_name(str(known["model"]))] if known.get("model") else []),
+        *([] if explanation.method == "exact" else [f"method {explanation.method}"]),
         *(f"{name} {known[name]}" for name in ("preset", "mode", "factor") if name in known),
         *(
             f"{name} {_indices(known[name])}"
@@ -264,6 +354,7 @@ def settings(explanation: Explanation) -> str:
             if known.get(name) is not None
         ),
         _count(len(explanation.units), "unit"),
+        *([_count(len(explanation.target_stops), "target")] if several(explanation) else []),
         _count(len(explanation.targets), "target token")
         + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
     ]
@@ -272,6 +363,20 @@ def settings(explanation: Explanation) -> str:
     if isinstance(known.get("seconds"), int | float):
         words.append(f"{known['seconds']:.3g} s")
     return printable(" · ".join(words)).replace("\n", " ")
+
+
+def _read(explanation: Explanation, unit: Unit) -> tuple[str, Span | None]:
+    """The printable text in which the model read a unit, its own target only, and its span."""
+    span = _span(unit)
+    if not several(explanation):
+        return printable(explanation.text), span
+    text = printable(explanation.prompt)
+    if unit.branch is None:
+        return text, span
+    start, stop = [explanation.prompt_stop, *explanation.target_stops][unit.branch :][:2]
+    by = start - explanation.prompt_stop
+    text += printable(explanation.text[start:stop])
+    return text, None if span is None else (span[0] - by, span[1] - by)
 
 
 def _span(piece: Unit | Target) -> Span | None:

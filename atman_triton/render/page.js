@@ -3,14 +3,21 @@
   const byId = (id) => document.getElementById(id);
   const data = JSON.parse(byId("data").textContent);
   const all = data.explanations;
-  const overlay = all.length > 1;
+  const overlay = data.overlay; // or else all are one explanation, by ever larger units
   const text = byId("text");
   const spans = [...text.querySelectorAll("[data-p]")];
   const FIRST = overlay ? 6 : 15; // rows of a ranking before "more"
-  const state = { row: all.map(() => 0), on: all.map(() => true), shown: all.map(() => FIRST), cursor: -1, pinned: -1 };
+  const state = { row: all.map(() => 0), on: all.map((_, k) => overlay || k === 0), shown: all.map(() => FIRST), cursor: -1, pinned: -1 };
 
   // Python counts code points, so strings are cut by code points here too.
-  for (const e of all) e.characters = Array.from(e.text);
+  for (const e of all) {
+    e.characters = Array.from(e.text);
+    if (e.stops) e.prompt = e.characters.slice(0, e.stops[0]);
+    e.direct = new Set(e.direct || []);
+  }
+  const several = !overlay && all[0].stops !== undefined;
+  // Of several targets only the chosen one is in sight.
+  const branches = spans.map((span) => { const node = span.closest("[data-b]"); return node ? Number(node.dataset.b) : -1; });
 
   const element = (tag, name, ...children) => {
     const node = document.createElement(tag);
@@ -28,11 +35,36 @@
 
   /* Numbers. A value is a number in nats, or null where nothing was measured. */
 
+  // A row is 0 for all, a target token's number from 1, or -1 minus a whole target's number.
+  const branchOf = (k, row) => (!all[k].stops || row === 0 ? -1 : row < 0 ? -1 - row : all[k].branch[row - 1]);
+  const unpacked = (e, { step, steps }, branch) => {
+    let at = 0;
+    return e.owner.map((owner) => {
+      if (owner >= 0 && owner !== branch) return null;
+      const value = steps[at++];
+      return value === "+" ? data.infinity : value === "-" ? -data.infinity : value === null ? null : value * step;
+    });
+  };
+  const tokensOf = (e, branch) => e.branch.flatMap((b, t) => (b === branch ? [t + 1] : []));
+  const valuesOf = (k, row) => {
+    const e = all[k];
+    if (!e.stops || row === 0) return e.rows[row];
+    const branch = branchOf(k, row);
+    if (row > 0) return unpacked(e, e.rows[row], branch);
+    const sum = e.owner.map(() => 0), count = e.owner.map(() => 0);
+    for (const token of tokensOf(e, branch)) {
+      unpacked(e, e.rows[token], branch).forEach((value, unit) => {
+        if (value !== null) { sum[unit] += value; count[unit] += 1; }
+      });
+    }
+    return sum.map((total, unit) => (count[unit] ? total / (e.reduction === "mean" ? count[unit] : 1) : null));
+  };
+
   const views = new Map();
   const view = (k) => {
     const key = k + ":" + state.row[k];
     if (!views.has(key)) {
-      const values = all[k].rows[state.row[k]];
+      const values = valuesOf(k, state.row[k]);
       const order = [];
       let peak = 0;
       values.forEach((value, unit) => {
@@ -51,8 +83,9 @@
     const value = values[unit];
     return value === null ? 0 : Math.max(-1, Math.min(1, peak ? value / peak : Math.sign(value)));
   };
+  // The unit of largest magnitude, and its strength.
   const strongest = (v, units) =>
-    units.map((unit) => strength(v, unit)).reduce((a, b) => (Math.abs(b) > Math.abs(a) ? b : a), 0);
+    units.map((unit) => [strength(v, unit), unit]).reduce((a, b) => (Math.abs(b[0]) > Math.abs(a[0]) ? b : a), [0, -1]);
   const signed = (value, digits) => {
     if (value === null) return "not measured";
     const text = Math.abs(value) >= data.infinity ? "∞" : Math.abs(value).toFixed(digits);
@@ -70,9 +103,21 @@
     const core = line.replace(/^ +| +$/g, "");
     return core || "␣".repeat(line.length) || "∅";
   };
+  // The text in which the model read a unit, without other targets, and the unit's span there.
+  const texts = new Map();
+  const placed = (k, unit) => {
+    const e = all[k], [start, stop] = e.units[unit];
+    if (!e.stops) return [e.characters, start, stop];
+    const end = e.stops[e.stops.length - 1];
+    if (start >= end) return [e.characters.slice(end), start - end, stop - end];
+    const branch = e.owner[unit];
+    if (branch < 0) return [e.prompt, start, stop];
+    const key = k + ":" + branch, by = e.stops[branch] - e.stops[0];
+    if (!texts.has(key)) texts.set(key, e.prompt.concat(e.characters.slice(e.stops[branch], e.stops[branch + 1])));
+    return [texts.get(key), start - by, stop - by];
+  };
   const context = (k, unit, size) => {
-    const { characters, units } = all[k];
-    const [start, stop] = units[unit];
+    const [characters, start, stop] = placed(k, unit);
     const piece = characters.slice(start, stop).join("");
     const lead = piece.trim() ? piece.length - piece.trimStart().length : 0;
     const flat = (from, to) => characters.slice(Math.max(0, from), to).join("").replaceAll("\n", " ");
@@ -85,16 +130,20 @@
 
   /* Colours. */
 
+  const front = () => state.on.indexOf(true);
+
   const paint = () => {
-    const shown = all.map((_, k) => view(k));
+    const shown = all.map((_, k) => (state.on[k] ? view(k) : null));
     spans.forEach((span, index) => {
-      const levels = data.pieces[index].map((units, k) => (state.on[k] ? strongest(shown[k], units) : 0));
-      span.classList.remove("p", "n", "m0", "m1", "m2", "m3", "m4", "m5");
+      const tops = data.pieces[index].map((units, k) => (state.on[k] ? strongest(shown[k], units) : [0, -1]));
+      const levels = tops.map(([level]) => level);
+      span.classList.remove("p", "n", "d", "m0", "m1", "m2", "m3", "m4", "m5");
       span.removeAttribute("style");
       if (!overlay) {
-        const level = levels[0];
+        const [level, unit] = tops[front()];
         if (Math.abs(level) < data.weak) return;
         span.classList.add(level > 0 ? "p" : "n");
+        if (all[front()].direct.has(unit)) span.classList.add("d");
         span.style.setProperty("--v", Math.abs(level).toFixed(3));
         return;
       }
@@ -109,7 +158,7 @@
     });
     const scale = byId("scale");
     if (scale) {
-      const { peak, digits } = shown[0];
+      const { peak, digits } = shown[front()];
       scale.replaceChildren(...[`−${peak.toFixed(digits)} opposes`, "0", `supports +${peak.toFixed(digits)} nats`].map((s) => element("span", "", s)));
     }
   };
@@ -130,17 +179,22 @@
         const value = v.values[unit];
         const list = element("dl", "");
         const add = (term, number) => list.append(element("dt", "", term), element("dd", "", number));
-        add(row ? `score for “${e.targets[row - 1]}”` : "relevance", signed(value, v.digits) + (value === null ? "" : " nats"));
+        add(row > 0 ? `score for “${e.targets[row - 1]}”` : "relevance", signed(value, v.digits) + (value === null ? "" : " nats"));
         if (value !== null) add("rank", `${v.rank.get(unit)} of ${v.order.length}`);
-        const rows = row ? [row] : e.targets.map((_, t) => t + 1);
-        const scores = rows.map((r) => e.rows[r][unit]);
-        if (!scores.includes(null)) {
+        const average = e.stops && row === 0; // over several targets
+        const rows = row > 0 ? [row] : row < 0 ? tokensOf(e, branchOf(k, row)) : e.targets.map((_, t) => t + 1);
+        const scores = average ? [null] : rows.map((r) => valuesOf(k, r)[unit]);
+        if (average) {
+          add("mean of", `${e.stops.length - 1} targets`);
+        } else if (!scores.includes(null)) {
           const base = rows.reduce((sum, r) => sum + e.base[r - 1], 0);
           const loss = scores.reduce((sum, score) => sum + score, 0);
-          add(row ? "its probability" : "answer’s probability", `${percent(base)} → ${percent(base - loss)}`);
+          add(row > 0 ? "its probability" : "answer’s probability", `${percent(base)} → ${percent(base - loss)}`);
         } else if (value === null) {
           add("why", "stands at or after the target");
         }
+        if (e.levels) add("level", e.levels[unit]);
+        if (e.effect !== "total") add("effect", e.effect === "direct" || e.direct.has(unit) ? "direct" : "total");
         const title = element("p", "context", ...context(k, unit, 34));
         if (overlay) title.prepend(letter(k), " ");
         blocks.push(title, list);
@@ -170,7 +224,7 @@
     if (overlay) fill.style.backgroundColor = `rgb(var(--overlay${k % data.colours}))`;
     const button = element("button", "row",
       element("span", "rank", String(v.rank.get(unit))), element("span", "context", ...context(k, unit, 18)),
-      element("span", "number", signed(v.values[unit], v.digits)), element("span", "track", fill));
+      element("span", "number", ...(all[k].direct.has(unit) ? [element("small", "", "direct"), " "] : []), signed(v.values[unit], v.digits)), element("span", "track", fill));
     button.type = "button";
     for (const name of ["mouseenter", "focus"]) button.addEventListener(name, () => light(k, unit, true));
     for (const name of ["mouseleave", "blur"]) button.addEventListener(name, () => light(k, unit, false));
@@ -189,7 +243,7 @@
       const v = view(k);
       const supporters = v.order.filter((unit) => v.values[unit] > 0);
       const opponents = v.order.filter((unit) => strength(v, unit) <= -data.strong).reverse();
-      const title = element("h2", "", overlay ? "Supports this answer" : "Supports the answer most");
+      const title = element("h2", "", overlay ? "Supports this answer" : several && state.row[k] === 0 ? "Supports the targets most" : "Supports the answer most");
       if (overlay) title.prepend(letter(k), " ");
       // At first only those that tell something, but never fewer than three.
       const telling = Math.max(3, supporters.filter((unit) => strength(v, unit) >= data.telling).length);
@@ -212,21 +266,50 @@
   /* Choosing. */
 
   const refresh = () => { paint(); rank(); describe(state.pinned >= 0 ? state.pinned : state.cursor); };
+  const unitsAt = (index) => data.pieces[index].map((units, k) => (state.on[k] ? units : []));
+  const inSight = (index) => branches[index] < 0 || branches[index] === branchOf(front(), state.row[front()]);
+  const reachable = (index) => inSight(index) && (spans[index].dataset.t !== undefined || unitsAt(index).some((units) => units.length));
+  // All spans of the unit at one of them.
+  const together = (index) => {
+    const unit = overlay ? undefined : unitsAt(index)[front()][0];
+    return unit === undefined ? [index] : places[front()].get(unit);
+  };
+  const check = (name, value) => {
+    const radio = document.querySelector(`input[name="${name}"][value="${value}"]`);
+    if (radio) radio.checked = true;
+  };
   const choose = (k, row) => {
-    state.row[k] = row;
-    state.shown[k] = FIRST;
+    // What is by other units is about the same targets.
+    for (const each of overlay ? [k] : all.keys()) {
+      state.row[each] = row;
+      state.shown[each] = FIRST;
+    }
     if (!overlay) {
       for (const span of spans) span.classList.toggle("sel", span.dataset.t === String(row - 1));
-      const radio = document.querySelector(`input[name="target"][value="${row}"]`);
-      if (radio) radio.checked = true;
+      check("target", row);
+    }
+    if (several) {
+      const branch = branchOf(k, row);
+      for (const node of text.querySelectorAll("[data-b]")) node.hidden = Number(node.dataset.b) !== branch;
+      for (const node of document.querySelectorAll("[data-of]")) node.hidden = Number(node.dataset.of) !== branch;
+      check("branch", branch < 0 ? 0 : -1 - branch);
+      check("target" + branch, row);
+      if (state.pinned >= 0 && !inSight(state.pinned)) state.pinned = -1;
+      if (state.cursor >= 0 && !inSight(state.cursor)) move(-1);
     }
     refresh();
   };
+  const turn = (level) => {
+    state.on = all.map((_, k) => k === level);
+    state.pinned = -1;
+    move(-1);
+    refresh();
+  };
   const move = (index) => {
-    if (state.cursor >= 0) spans[state.cursor].classList.remove("cur");
+    for (const span of text.querySelectorAll(".cur")) span.classList.remove("cur");
     state.cursor = index;
     if (index >= 0) {
-      spans[index].classList.add("cur");
+      for (const i of together(index)) spans[i].classList.add("cur");
       spans[index].scrollIntoView({ block: "nearest" });
     }
     describe(index);
@@ -262,13 +345,20 @@
   text.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const last = spans.length - 1;
+    // The first other unit from ``from`` on, else where the cursor is.
+    const go = (from, step) => {
+      const here = state.cursor >= 0 && state.cursor !== from ? together(state.cursor) : [];
+      let index = from;
+      while (index >= 0 && index <= last && (!reachable(index) || here.includes(index))) index += step;
+      if (index >= 0 && index <= last) move(index);
+    };
     const actions = {
-      ArrowRight: () => move(Math.min(last, state.cursor + 1)),
-      ArrowLeft: () => move(Math.max(0, state.cursor - 1)),
+      ArrowRight: () => go(Math.min(last, state.cursor + 1), 1),
+      ArrowLeft: () => go(Math.max(0, state.cursor - 1), -1),
       ArrowDown: () => byRank(1),
       ArrowUp: () => byRank(-1),
-      Home: () => move(0),
-      End: () => move(last),
+      Home: () => go(0, 1),
+      End: () => go(last, -1),
       Enter: () => pick(state.cursor),
       " ": () => pick(state.cursor),
       Escape: () => pin(-1),
@@ -278,8 +368,35 @@
     if (!["Enter", " "].includes(event.key)) state.pinned = -1;
     actions[event.key]();
   });
-  for (const radio of document.querySelectorAll('input[name="target"]')) {
-    radio.addEventListener("change", () => choose(0, Number(radio.value)));
+  for (const radio of document.querySelectorAll('input[type="radio"]')) {
+    const change = radio.name === "level" ? turn : (row) => choose(0, row);
+    radio.addEventListener("change", () => change(Number(radio.value)));
+  }
+  const tools = byId("tools");
+  if (tools) {
+    const chips = [...document.querySelectorAll('input[name="branch"]')].map((input) => input.parentNode);
+    const words = chips.map((chip) => chip.textContent.toLowerCase());
+    const filter = () => {
+      const wanted = byId("filter").value.trim().toLowerCase();
+      let found = 0;
+      chips.forEach((chip, i) => {
+        chip.hidden = i > 0 && !words[i].includes(wanted);
+        if (i > 0 && !chip.hidden) found += 1;
+      });
+      byId("found").textContent = wanted ? `${found} found` : "";
+    };
+    const { base, branch } = all[0];
+    const likely = chips.map(() => 0);
+    branch.forEach((b, t) => { likely[b + 1] += base[t]; });
+    likely[0] = Infinity;
+    const sort = () => {
+      const order = [...chips.keys()];
+      if (byId("order").value === "likely") order.sort((a, b) => likely[b] - likely[a] || a - b);
+      chips[0].parentNode.append(...order.map((i) => chips[i]));
+    };
+    byId("filter").addEventListener("input", filter);
+    byId("order").addEventListener("change", sort);
+    tools.hidden = false;
   }
   for (const box of document.querySelectorAll("input[data-k]")) {
     box.addEventListener("change", () => { state.on[Number(box.dataset.k)] = box.checked; refresh(); });

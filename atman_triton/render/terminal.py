@@ -33,8 +33,11 @@ LEFT_OUT = 8
 TOP_K = 10
 TELLING = 0.01  # of the strongest
 OPPONENTS = 3
+TARGETS = 10
+COARSE = 3  # units of every coarser explanation
 SUPPORT_MARK = "⟦⟧"
 OPPOSE_MARK = "⟪⟫"
+DIRECT_MARK = "°"
 
 
 def show(
@@ -44,13 +47,13 @@ def show(
     target: int | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the explanation.
+    """Print the explanation; of several targets what the prompt does for all of them.
 
     Args:
         explanation: What to show.
         top_k: How many supporters to list; None for up to 10 that tell something.
         width: Columns to use; None for the terminal's.
-        target: Show this target token's scores instead of ``relevance``.
+        target: Show this target token's scores instead of ``relevance``; of one target only.
         console: Where to print; None for standard output.
     Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.
     """
@@ -58,7 +61,7 @@ def show(
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
     if width is not None and width < MIN_WIDTH:
         raise ValueError(f"width must be at least {MIN_WIDTH}, got {width}.")
-    values = explanation.values(target).tolist()
+    values = layout.in_sight(explanation, target)
     console = console or Console(highlight=False, markup=False, emoji=False)
     width = max(width or console.width, MIN_WIDTH)
     coloured = not console.no_color and console.color_system in ("256", "truecolor")
@@ -70,6 +73,8 @@ def show(
     console.print()
     for line in _list(explanation, values, top_k, width, target):
         console.print(line, soft_wrap=True)
+    for line in [*_targets(explanation, width), *_coarser(explanation, target, width)]:
+        console.print(line, soft_wrap=True)
     console.print()
     for line in _notes(explanation, coloured):
         console.print(line, width=width, overflow="fold")
@@ -77,6 +82,11 @@ def show(
 
 def _heading(explanation: Explanation, target: int | None) -> Text:
     heading = Text()
+    if layout.several(explanation):
+        heading.append("Targets: ", FAINT)
+        heading.append(str(len(explanation.target_stops)), "bold")
+        heading.append("   the numbers are their mean; branch=k shows one", FAINT)
+        return heading
     rows = [("Answer", explanation.answer, float(explanation.base_logprobs.sum()))]
     if target is not None:
         chosen = explanation.targets[target]
@@ -107,6 +117,8 @@ def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
     line, before = Text(), Style()
     for run in row:
         text, style = run.text, _style(run.strength)
+        if style and run.direct:
+            style += Style(italic=True)
         if text.endswith("\n"):
             text = text[:-1] + ("↵" if style else "")
         if not before and text.strip():
@@ -120,20 +132,22 @@ def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
 
 def _plain_line(row: list[layout.Run], prompt_stop: int) -> Text:
     line = Text()
-    for bracket, runs in itertools.groupby(row, key=lambda run: _bracket(run.strength)):
+    for bracket, runs in itertools.groupby(row, key=_bracket):
         text = "".join(run.text for run in runs).rstrip("\n")
         core = text.strip(" ")
         if bracket and core:
             lead = len(text) - len(text.lstrip(" "))
-            text = text[:lead] + bracket[0] + core + bracket[1] + text[lead + len(core) :]
+            text = text[:lead] + bracket[0] + core + bracket[1:] + text[lead + len(core) :]
         line.append(text)
     return line
 
 
-def _bracket(strength: float) -> str:
-    if abs(strength) < NOTABLE:
+def _bracket(run: layout.Run) -> str:
+    """What opens and what closes a strong unit."""
+    if abs(run.strength) < NOTABLE:
         return ""
-    return SUPPORT_MARK if strength > 0 else OPPOSE_MARK
+    mark = SUPPORT_MARK if run.strength > 0 else OPPOSE_MARK
+    return mark + DIRECT_MARK * run.direct
 
 
 def _style(strength: float) -> Style:
@@ -150,7 +164,7 @@ def _list(
     explanation: Explanation, values: list[float], top_k: int | None, width: int, target: int | None
 ) -> list[Text]:
     """The strongest supporters, then the strongest opponents that stand out."""
-    ranking = explanation.ranking(target)
+    ranking, marked = layout.ranking(values), layout.marks(explanation)
     strength, digits = layout.strengths(values), layout.decimals(values)
     supporters = [unit for unit in ranking if values[unit] > 0]
     if top_k is None:
@@ -160,7 +174,10 @@ def _list(
     chosen = supporters[:top_k]
     against = [unit for unit in ranking[::-1] if strength[unit] <= -NOTABLE][:OPPONENTS]
     name = "relevance" if target is None else "score"
-    numbers = [layout.signed(values[unit], digits) for unit in chosen + against[::-1]]
+    numbers = [
+        layout.signed(values[unit], digits) + DIRECT_MARK * marked[unit]
+        for unit in chosen + against[::-1]
+    ]
     wide = max(map(len, numbers), default=0)
     room = max(0, min(BAR, width - wide - 24))
     head = f"{name}, nats"[: room + wide + 1]
@@ -184,8 +201,47 @@ def _list(
     return rows
 
 
+def _targets(explanation: Explanation, width: int) -> list[Text]:
+    """Several targets with their probability when nothing is suppressed, the likeliest first."""
+    if not layout.several(explanation):
+        return []
+    logprobs = explanation.answer_logprobs.tolist()
+    order = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])
+    answers = explanation.answers
+    rows = [Text(), Text("branch   p         target, the likeliest first", FAINT)]
+    for branch in order[:TARGETS]:
+        row = Text(f"{branch:>6}   {math.exp(logprobs[branch]):<8.3g}  ")
+        row.append(layout.visible(answers[branch]), "bold")
+        rows.append(row)
+    if len(order) > TARGETS:
+        rows.append(Text(f"         and {len(order) - TARGETS} more", FAINT))
+    for row in rows:
+        row.truncate(width, overflow="ellipsis")
+    return rows
+
+
+def _coarser(explanation: Explanation, target: int | None, width: int) -> list[Text]:
+    """What larger units said, from which the explanation was refined: the largest ones first."""
+    rows = []
+    for coarse in layout.by_size(explanation)[:0:-1]:
+        values = layout.in_sight(coarse, target)
+        ranking, digits = layout.ranking(values), layout.decimals(values)
+        kind = "direct effect" if coarse.effect == "direct" else "total effect"
+        if coarse.effect == "mixed":
+            kind = "total and direct effect"
+        head = f"Before that, by {layout.levels(coarse)} ({len(coarse.units)} units, {kind}):"
+        rows += [Text(), Text(head, FAINT)]
+        for unit in ranking[:COARSE]:
+            row = Text(f"{layout.signed(values[unit], digits):>10}  ")
+            row.append(layout.visible(coarse.units[unit].text))
+            rows.append(row)
+    for row in rows:
+        row.truncate(width, overflow="ellipsis")
+    return rows
+
+
 def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
-    """What the marks mean, what was left out, the settings."""
+    """What the marks and the numbers mean, what was left out, the settings."""
     key = Text()
     if coloured:
         key.append("supports", _style(1.0))
@@ -196,9 +252,14 @@ def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
         opening, closing = SUPPORT_MARK
         against, end = OPPOSE_MARK
         key.append(f"{opening}supports{closing} {against}opposes{end} the answer", FAINT)
-    if any(math.isnan(value) for value in explanation.relevance.tolist()):
+    if layout.several(explanation):
+        key.append(" · only the prompt is shown", FAINT)
+    elif any(math.isnan(value) for value in explanation.relevance.tolist()):
         key.append(" · units at or after a target were not measured for it", FAINT)
-    notes = [key]
+    mark = f"in italics or with {DIRECT_MARK}" if coloured else f"marked {DIRECT_MARK}"
+    notes = [key, Text(f"Scores: {layout.effect(explanation, mark)}.", FAINT)]
+    if explanation.effect == "mixed":
+        notes.append(Text(layout.DIFFERENCE, FAINT))
     if explanation.left_out:
         words = [
             f"{layout.visible(piece.text)} ({layout.printable(piece.reason)})"
