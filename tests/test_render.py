@@ -356,8 +356,8 @@ def test_hostile_text_is_only_text_on_the_page(hostile, which):
     assert page.text == (whole if which == 1 else layout.printable(HOSTILE) + "\n")
     assert {e.tag for e in page.elements if e.inside} <= {"span", "i"}
     assert {e.tag for e in page.elements} <= set(
-        "html head meta title style body header div p h1 button main article span i bdi aside section "
-        "noscript fieldset legend label input small ul li select option "
+        "html head meta title style body header div p h1 button main article span i bdi aside "
+        "section noscript fieldset legend label input small ul li select option "
         "footer details summary table tr th td script".split()
     )
     assert len(page.scripts) == 2

@@ -15,6 +15,7 @@ from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from rich.cells import cell_len, get_character_cell_size
+from torch import Tensor
 
 from . import layout
 from .palette import LIGHT, Colour, hexadecimal, mix
@@ -34,6 +35,7 @@ TELLING = 0.01  # of the strongest; weaker units get no bar, but three bars ther
 LABEL = 26  # cells of a bar's label
 ADVANCE = 0.602  # width of a character of the font, in font sizes
 LINE = 1.55  # distance of lines, in font sizes
+LISTED = 12  # targets that have no matrix
 WEAK = 0.02
 NOTABLE = 0.35
 WHITE: Colour = (255, 255, 255)
@@ -75,23 +77,24 @@ def plot(
         target: Draw this target token's scores instead of ``relevance``.
     Raises: ValueError: if there is no such target, or the ending names no format.
     """
-    values = explanation.values(target).tolist()
+    values = layout.in_sight(explanation, target)
     rows = layout.heat_lines(explanation, values, COLUMNS)
     notable = [any(abs(run.strength) >= NOTABLE for run in row) for row in rows]
     chosen = layout.elide(notable, MAX_LINES)
-    bars = _bars(explanation, values, target)
-    with_matrix = (
-        1 < len(explanation.targets) <= MATRIX_TARGETS and len(explanation.units) <= MATRIX_UNITS
-    )
+    bars = _bars(values)
+    names, table = _table(explanation)
+    with_matrix = 1 < len(names) <= MATRIX_TARGETS and table.shape[1] <= MATRIX_UNITS
+    listed = [] if with_matrix else _likeliest(explanation)
     family = _families(explanation)
 
     size = CELL / ADVANCE
     heat = len(chosen) * size * LINE / 72
     chart = max(1.6, 0.25 * len(bars) + 0.5)
-    matrix = 0.26 * len(explanation.targets) if with_matrix else 0.0
-    head, foot = 0.8, 0.45
+    matrix = 0.26 * len(names) if with_matrix else 0.0
+    head, foot = 0.8, 0.63 + 0.17 * (explanation.effect == "mixed")
     # A matrix has its title above and its labels below.
-    height = head + heat + 0.5 + chart + (matrix + 1.4 if with_matrix else 0.0) + foot
+    below = matrix + 1.4 if with_matrix else 0.4 + 0.22 * len(listed) if listed else 0.0
+    height = head + heat + 0.5 + chart + below + foot
     figure = Figure(figsize=(WIDTH, height), facecolor="white", dpi=144)
 
     def box(left: float, top: float, width: float, tall: float) -> Axes:
@@ -106,16 +109,26 @@ def plot(
     _draw_bars(box(2.6, top, WIDTH - 2.6 - MARGIN, chart), explanation, values, bars, family)
     if with_matrix:
         area = box(1.4, top + chart + 0.4, WIDTH - 1.4 - MARGIN, matrix)
-        _draw_matrix(area, explanation, family)
-    figure.text(
-        MARGIN / WIDTH,
-        0.16 / height,
-        _known(layout.settings(explanation)),
-        color=_ink("faint"),
-        fontsize=7.5,
-        family=family,
-        parse_math=False,
-    )
+        _draw_matrix(area, explanation, names, table, family)
+    caption = [f"Scores: {layout.effect(explanation, 'a line is dashed')}."]
+    if explanation.effect == "mixed":
+        caption.append(layout.DIFFERENCE)
+    caption.append(layout.settings(explanation))
+    lines = [(line, 9.0, 0.22) for line in listed] + [(line, 7.5, 0.17) for line in caption]
+    if listed:
+        lines.insert(len(listed), ("", 7.5, 0.12))
+    bottom = 0.16
+    for line, points, tall in lines[::-1]:
+        figure.text(
+            MARGIN / WIDTH,
+            bottom / height,
+            _known(line),
+            color=_ink("ink" if points > 8 else "faint"),
+            fontsize=points,
+            family=family,
+            parse_math=False,
+        )
+        bottom += tall
     if path is not None:
         figure.savefig(Path(path))
     return figure
@@ -129,8 +142,11 @@ def _title(
     family: list[str],
 ) -> None:
     text, logprob = explanation.answer, float(explanation.base_logprobs.sum())
-    words = "What supports the answer"
-    if target is not None:
+    words, probability = "What supports the answer", True
+    if layout.several(explanation):
+        words, probability = "What supports the targets, on average", False
+        text = f"{len(explanation.target_stops)} targets"
+    elif target is not None:
         text, logprob = explanation.targets[target].text, float(explanation.base_logprobs[target])
         words = f"What supports target token {target}"
     left, top = MARGIN / WIDTH, 1 - 0.22 / height
@@ -140,7 +156,7 @@ def _title(
     figure.text(
         left,
         1 - 0.42 / height,
-        f"{_short(layout.visible(text), 70)}   (p = {math.exp(logprob):.3g})",
+        _short(layout.visible(text), 70) + f"   (p = {math.exp(logprob):.3g})" * probability,
         color=_ink("ink"),
         fontsize=12,
         weight="bold",
@@ -181,6 +197,14 @@ def _draw_text(
                         linewidth=0,
                     )
                 )
+                if run.direct:
+                    axes.plot(
+                        (column + lead, column + cells),
+                        (line + 0.94, line + 0.94),
+                        color=_ink("ink"),
+                        linewidth=1,
+                        dashes=(3, 2),
+                    )
             weight = "bold" if index is not None and run.start >= prompt_stop else "normal"
             for at, part in _chunks(text):
                 wide = cell_len(part) == 2 * len(part)
@@ -215,13 +239,40 @@ def _chunks(text: str) -> list[tuple[int, str]]:
     return chunks
 
 
-def _bars(explanation: Explanation, values: list[float], target: int | None) -> list[int]:
+def _bars(values: list[float]) -> list[int]:
     """The units to draw as bars: the strongest by magnitude, the highest first."""
-    ranking = explanation.ranking(target)
+    ranking = layout.ranking(values)
     strength = layout.strengths(values)
     strong = sorted(ranking, key=lambda unit: -abs(values[unit]))
     telling = sum(abs(strength[unit]) >= TELLING for unit in ranking)
     return sorted(strong[: min(TOP, max(3, telling))], key=ranking.index)
+
+
+def _table(explanation: Explanation) -> tuple[list[str], Tensor]:
+    """What the rows of the matrix are called, and the matrix: target tokens, or whole targets."""
+    if not layout.several(explanation):
+        return [layout.visible(target.text) for target in explanation.targets], explanation.scores
+    logprobs = explanation.answer_logprobs.tolist()
+    names = [
+        f"{_short(layout.visible(answer), 10)} {100 * math.exp(logprob):.2g}%"
+        for answer, logprob in zip(explanation.answers, logprobs, strict=True)
+    ]
+    return names, explanation.relevances
+
+
+def _likeliest(explanation: Explanation) -> list[str]:
+    """Several targets with their probability when nothing is suppressed, the likeliest first."""
+    if not layout.several(explanation):
+        return []
+    logprobs = explanation.answer_logprobs.tolist()
+    order = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])
+    answers = explanation.answers
+    lines = [
+        f"{math.exp(logprobs[branch]):<8.3g} {_short(layout.visible(answers[branch]), 70)}"
+        for branch in order[:LISTED]
+    ]
+    more = len(order) - LISTED
+    return ["p        target", *lines, *([f"         and {more} more"] if more > 0 else [])]
 
 
 def _draw_bars(
@@ -233,7 +284,13 @@ def _draw_bars(
 ) -> None:
     strength, digits = layout.strengths(values), layout.decimals(values)
     colours = [_shade(math.copysign(1.0, strength[unit])) for unit in bars]
-    axes.barh(range(len(bars)), [strength[unit] for unit in bars], color=colours, height=0.7)
+    drawn = axes.barh(
+        range(len(bars)), [strength[unit] for unit in bars], color=colours, height=0.7
+    )
+    marks = layout.marks(explanation)
+    for bar, unit in zip(drawn, bars, strict=True):
+        if marks[unit]:
+            bar.set(edgecolor=_ink("ink"), linestyle=(0, (3, 2)), linewidth=1)
     labels = [_short(layout.in_word(explanation, unit), LABEL) for unit in bars]
     axes.set_yticks(range(len(bars)), labels, family=family, fontsize=9, parse_math=False)
     axes.set_ylim(max(len(bars), 1) - 0.4, -0.6)
@@ -258,8 +315,9 @@ def _draw_bars(
     axes.set_title("strongest units, nats", fontsize=9, color=_ink("faint"), loc="left")
 
 
-def _draw_matrix(axes: Axes, explanation: Explanation, family: list[str]) -> None:
-    scores = explanation.scores
+def _draw_matrix(
+    axes: Axes, explanation: Explanation, names: list[str], scores: Tensor, family: list[str]
+) -> None:
     finite = scores[scores.isfinite()]
     peak = float(finite.abs().max()) if len(finite) else 0.0
     colours = [hexadecimal(c) for c in (LIGHT.oppose, WHITE, LIGHT.support)]
@@ -273,7 +331,8 @@ def _draw_matrix(axes: Axes, explanation: Explanation, family: list[str]) -> Non
         interpolation="nearest",
     )
     units = [_short(layout.visible(unit.text), 14) for unit in explanation.units]
-    targets = [_short(layout.visible(target.text), 14) for target in explanation.targets]
+    targets = [_short(name, 14) for name in names]
+    rows = "target" if layout.several(explanation) else "target token"
     axes.set_xticks(
         range(len(units)), units, rotation=90, family=family, fontsize=7, parse_math=False
     )
@@ -281,7 +340,7 @@ def _draw_matrix(axes: Axes, explanation: Explanation, family: list[str]) -> Non
     axes.tick_params(length=0)
     axes.spines[:].set_color(_ink("line"))
     axes.set_title(
-        "target token × unit (grey: not measured)", fontsize=9, color=_ink("faint"), loc="left"
+        f"{rows} × unit (grey: not measured)", fontsize=9, color=_ink("faint"), loc="left"
     )
 
 
