@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import BadUsage, Failed, load_model, pick_device
+
 if TYPE_CHECKING:
     from .explanation import Explanation
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.tiktoken")
 MESSAGE = 400  # characters of an error that are shown
 INTERRUPTED = 130
 
@@ -47,14 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-class BadUsage(Exception):
-    """The command was called wrongly: exit code 2."""
-
-
-class Failed(Exception):
-    """The run failed: exit code 1."""
 
 
 Html = Annotated[Path | None, typer.Option(help="Write the interactive page to this file.")]
@@ -130,7 +123,29 @@ def explain(
         typer.Option(help="Folder or hub id of a causal language model; the shipped one if none."),
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="The answer to explain; generated if not given.")
+        list[str] | None,
+        typer.Option(
+            help="The answer to explain; generated if not given. Give several, one --target each, "
+            "to explain all of them in one pass."
+        ),
+    ] = None,
+    granularity: Annotated[
+        str, typer.Option(help="What one unit is: token | sentence | paragraph")
+    ] = "token",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="exact: total effects, a run per unit | direct: direct effects, for the price of "
+            "a few forward passes | hybrid: direct, then exact for the best | hierarchical: exact, "
+            "from paragraphs down to tokens."
+        ),
+    ] = "exact",
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            show_default="0.2, hierarchical 0.25",
+            help="Exact runs of hybrid and hierarchical: a share such as 0.2, or a number.",
+        ),
     ] = None,
     preset: Annotated[str, typer.Option(help="default | paper")] = "default",
     factor: Annotated[
@@ -165,21 +180,29 @@ def explain(
     """Show which words of a text made a model give its answer."""
     _check_outputs(save=save, html=html, plot=plot)
     size = _batch_size(batch_size)
-    if target is not None and max_new_tokens is not None:
+    if target and max_new_tokens is not None:
         raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
-    _check_settings(preset, mode, dtype)
+    _check_settings(preset=preset, mode=mode, dtype=dtype, method=method, granularity=granularity)
     words = _prompt(prompt, file, shipped=model is None)
-    place = _device(device)
+    place = pick_device(device)
     # What libraries print belongs to the notes, never to the result.
     with contextlib.redirect_stdout(sys.stderr):
-        reader, tokenizer = _load_model(model, place, dtype)
+        reader, tokenizer = load_model(model, place, dtype)
         explanation = _explain(
             reader,
             tokenizer,
             words,
-            target,
-            settings={"preset": preset, "factor": factor, "mode": mode, "batch_size": size},
+            target or [],
+            settings={
+                "preset": preset,
+                "factor": factor,
+                "mode": mode,
+                "method": method,
+                "budget": _budget(budget),
+                "batch_size": size,
+            },
             progress=not quiet,
+            granularity=granularity,
             max_new_tokens=max_new_tokens,
         )
     _write([explanation], html=html, plot=plot, save=save, quiet=quiet)
@@ -193,6 +216,10 @@ def view(
         int | None,
         typer.Option("--target-token", min=0, help="Show this target token's scores, from 0."),
     ] = None,
+    answer: Annotated[
+        int | None,
+        typer.Option("--answer", min=0, help="Show this one of several answers, from 0."),
+    ] = None,
     html: Html = None,
     plot: Plot = None,
     top_k: TopK = None,
@@ -201,6 +228,8 @@ def view(
     debug: Debug = False,
 ) -> None:
     """Show saved explanations again, without a model."""
+    if target is not None and answer is not None:
+        raise BadUsage("--target-token and --answer exclude each other; give one.")
     _check_outputs(html=html, plot=plot)
     for name, path in (("html", html), ("plot", plot)):
         if path is not None and path.resolve() in [file.resolve() for file in files]:
@@ -227,6 +256,12 @@ def view(
                 f"--target-token must be at most {len(explanation.targets) - 1} for {file}, "
                 f"got {target}."
             )
+        if answer is not None and answer >= len(explanation.answers):
+            raise BadUsage(
+                f"--answer must be at most {len(explanation.answers) - 1} for {file}, got {answer}."
+            )
+    if answer is not None:
+        explanations = [explanation.branch(answer) for explanation in explanations]
     _write(explanations, html=html, plot=plot, target=target, quiet=quiet)
     for number, explanation in enumerate(explanations):
         if number:
@@ -294,17 +329,32 @@ def _check_outputs(**paths: Path | None) -> None:
         import_extra("matplotlib", "plot")
 
 
-def _check_settings(preset: str, mode: str | None, dtype: str) -> None:
+def _check_settings(**given: str | None) -> None:
     from .attention import MODES
-    from .explain import PRESETS
+    from .explain import GRANULARITIES, METHODS, PRESETS
 
-    for name, value, known in (
-        ("preset", preset, PRESETS),
-        ("mode", mode, MODES),
-        ("dtype", dtype, DTYPES),
-    ):
-        if value is not None and value not in known:
-            raise BadUsage(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
+    known = {
+        "preset": PRESETS,
+        "mode": MODES,
+        "dtype": DTYPES,
+        "method": METHODS,
+        "granularity": GRANULARITIES,
+    }
+    for name, value in given.items():
+        if value is not None and value not in known[name]:
+            raise BadUsage(f"--{name} must be one of {', '.join(known[name])}, got {value!r}.")
+
+
+def _budget(text: str | None) -> float | int | None:
+    """A share or a number of runs; whether it fits the method is for the explainer to say."""
+    if text is None:
+        return None
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError as error:
+        raise BadUsage(
+            f"--budget must be a share such as 0.2, or a number of runs, got {text!r}."
+        ) from error
 
 
 def _batch_size(text: str) -> Any:
@@ -315,101 +365,15 @@ def _batch_size(text: str) -> Any:
     return int(text)
 
 
-def _device(name: str) -> str:
-    """The device to run on, checked to be there."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise BadUsage(f"--device must be auto, cpu, cuda, cuda:1 or mps, got {name!r}.")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            found = f"{count} CUDA devices were found" if count else "no CUDA device was found"
-            raise BadUsage(f"--device {name}: {found}; try --device cpu.")
-    elif device.index:
-        raise BadUsage(f"--device {name}: there is one {device.type} device, {device.type}.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise BadUsage(f"--device {name}: no MPS device was found; try --device cpu.")
-    return name
-
-
-def _load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
-    from transformers.utils import logging
-
-    model: Any  # transformers' stubs do not know that a model moves to a device by name
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if name is None:
-        from .demo import load_demo_model
-
-        try:
-            model, tokenizer = load_demo_model()
-        except (OSError, ValueError) as error:
-            raise Failed(f"the shipped model cannot be loaded: {_first_line(error)}") from error
-        if dtype != "auto":
-            model.to(getattr(torch, dtype))
-        return model.to(device), tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
-        raise BadUsage(f"--model: the folder {name} does not exist.")
-    source = str(folder) if folder.is_dir() else name
-    cut_off = None if folder.is_dir() else _unreachable_hub()
-    local: dict[str, Any] = {"local_files_only": cut_off is not None}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **local)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if folder.is_dir():
-            why = _lacking(folder) or _first_line(error)
-        elif cut_off is not None and isinstance(error, OSError):
-            why = f"{cut_off} cannot be reached and the model is not in the cache."
-        else:
-            why = _first_line(error)
-        raise Failed(
-            f"--model {name} cannot be loaded as a causal language model: {why}"
-        ) from error
-    return model.eval().to(device), tokenizer
-
-
-def _unreachable_hub() -> str | None:
-    """The hub's address if it does not answer, asked once: libraries try for most of a minute."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, logging
-
-    logging.set_verbosity_error()
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # noqa: BLE001 - which ones depends on the release and its HTTP library
-        return constants.ENDPOINT
-    return None
-
-
-def _lacking(folder: Path) -> str | None:
-    """What a model folder that could not be loaded lacks, if it is as plain as that."""
-    if not (folder / "config.json").is_file():
-        return f"{folder} has no config.json."
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        return f"{folder} has no tokenizer files."
-    return None
-
-
 def _explain(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    target: str | None,
+    targets: list[str],
     *,
     settings: dict[str, Any],
     progress: bool,
+    granularity: Any,
     max_new_tokens: int | None,
 ) -> Explanation:
     import torch
@@ -419,7 +383,12 @@ def _explain(
 
     try:
         explainer = Explainer(model, tokenizer, progress=progress, **settings)
-        return explainer.explain(prompt, target, max_new_tokens=max_new_tokens)
+        given: dict[str, Any] = {"target": targets[0] if targets else None}
+        if len(targets) > 1:
+            given = {"targets": targets}
+        return explainer.explain(
+            prompt, granularity=granularity, max_new_tokens=max_new_tokens, **given
+        )
     except RunFailed as error:
         raise Failed(str(error)) from error
     except ValueError as error:
@@ -504,7 +473,3 @@ def _report(error: Exception, words: list[str]) -> int:
     line = line if len(line) <= MESSAGE else line[: MESSAGE - 1] + "…"
     print(f"atman: {line}", file=sys.stderr)
     return code
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -41,6 +41,7 @@ _NEW_TOKENS = 32  # how many are generated where there is room and nothing else 
 
 Granularity = Literal["token", "sentence", "paragraph"]
 Reduction = Literal["mean", "sum"]
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Explainer:
             torch.OutOfMemoryError: if not even one perturbation fits in memory.
         Source: AtMan, Eq. 2 and 3.
         """
-        _check_one_of("granularity", granularity, get_args(Granularity))
+        _check_one_of("granularity", granularity, GRANULARITIES)
         _check_one_of("reduction", reduction, get_args(Reduction))
         _check_sequence("explain_only", explain_only)
         if separator is not None and not isinstance(separator, str):

@@ -97,6 +97,56 @@ def test_help_and_version():
     assert runner.invoke(cli.app, ["--version"]).output == f"atman {__version__}\n"
 
 
+def test_methods_and_several_targets(run, folder, tmp_path):
+    saved = tmp_path / "a.json"
+    words = ("explain", PROMPT, "--model", folder, "--quiet", "--save", saved)
+    assert run(*words, "--target", "23", "--method", "direct")[0] == 0
+    assert load(saved).method == "direct"
+    assert "direct effect" in load(saved).provenance["effect"]
+    for budget, runs in (("4", 4), ("0.5", None)):
+        code, _, _ = run(*words, "--target", "23", "--method", "hybrid", "--budget", budget)
+        assert code == 0
+        found = load(saved).provenance["exact_runs"]
+        assert found == (runs or -(-len(load(saved).units) // 2))
+    code, out, _ = run(*words, "--target", "23", "--target", "no idea", "--granularity", "sentence")
+    assert code == 0
+    assert load(saved).answers == [" 23", " no idea"]
+    assert {unit.level for unit in load(saved).units} == {"sentence"}
+    assert "23" in out and "no idea" in out
+    code, out, _ = run("view", saved, "--answer", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["text"] == PROMPT + " no idea"
+    check(run("view", saved, "--answer", 2), 2, "--answer must be at most 1")
+    result = run("view", saved, "--answer", 0, "--target-token", 0)
+    check(result, 2, "--target-token and --answer exclude each other")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "fast"], "--method must be one of exact, direct, hybrid, hierarchical, got"),
+        (["--granularity", "page"], "--granularity must be one of token, sentence, paragraph, got"),
+        (["--budget", "half"], "--budget must be a share such as 0.2, or a number of runs, got"),
+        (["--budget", "0.2"], "budget is for hybrid and hierarchical, but method is 'exact'"),
+        (
+            ["--method", "hybrid", "--budget", "2.5"],
+            "budget as a share must lie in (0, 1], got 2.5",
+        ),
+        (
+            ["--method", "hierarchical", "--granularity", "sentence"],
+            "method='hierarchical' chooses the size of units itself",
+        ),
+        (
+            ["--method", "direct", "--mode", "min_shift_full"],
+            "method='direct' keeps the prompt's keys of the base run",
+        ),
+    ],
+)
+def test_methods_that_cannot_be_are_bad_usage(run, folder, words, message):
+    result = run("explain", PROMPT, "--model", folder, "--target", "23", "--quiet", *words)
+    check(result, 2, message)
+
+
 def test_starting_up_leaves_optional_libraries_alone():
     code = (
         "import sys; from atman_triton.cli import main; assert main(['--help']) == 0; "
@@ -283,7 +333,7 @@ def break_logits(reader, change):
 
 def test_errors_of_the_run_itself_are_no_bad_usage(run, reader, folder, monkeypatch):
     words = ["explain", PROMPT, "--model", folder, "--quiet"]
-    monkeypatch.setattr(cli, "_load_model", lambda *_: reader)
+    monkeypatch.setattr(cli, "load_model", lambda *_: reader)
     with break_logits(reader, lambda logits: logits.fill_(torch.nan)):
         check(run(*words, "--target", "23"), 1, "the model returns NaN in torch.float32")
     with break_logits(reader, only_the_first_token):
@@ -297,7 +347,7 @@ def test_what_the_model_raises_is_no_bad_usage(run, reader, folder, monkeypatch,
     def fail(*_, **__):
         raise error("this model is no good")
 
-    monkeypatch.setattr(cli, "_load_model", lambda *_: reader)
+    monkeypatch.setattr(cli, "load_model", lambda *_: reader)
     monkeypatch.setattr(reader[0].model, "forward", fail)
     for words in (["--target", "23"], []):
         result = run("explain", PROMPT, "--model", folder, "--quiet", *words)

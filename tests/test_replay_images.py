@@ -104,7 +104,7 @@ def test_pieces_never_cut_through_what_sees_itself(name, monkeypatch):
 
 
 def test_a_prompt_that_sees_the_target_is_refused():
-    """PaliGemma's tokens of type 0 all see each other: a target among them would be no prediction."""
+    """PaliGemma's tokens of type 0 all see each other: a target among them is no prediction."""
     model, inputs = MODELS["paligemma"]()
     model.config.model_type = "other"
     with undisturbed(model), pytest.raises(UnsupportedModelError, match="see target tokens behind"):
