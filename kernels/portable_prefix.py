@@ -1,5 +1,9 @@
 """Manipulated attention behind a shared prefix, in plain PyTorch operators.
 
+No batch row gets a copy of the prefix: the queries of all rows meet it in one product per key
+head. On a CPU without gradients the work is done in ``portable_blocks``, else by
+``attention_eager``, whose operators autograd and ``torch.compile`` can follow.
+
 Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
 value dim.
 """
@@ -9,7 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .portable import attention_portable
+from .portable import attention_eager, attention_portable
+from .portable_blocks import attention_blocks, serves_blocks
+from .visibility import Visibility
 
 
 def attention_portable_prefix(
@@ -42,26 +48,58 @@ def attention_portable_prefix(
         (float64 for float64 inputs).
     """
     batch = query.shape[0]
-    if key_factor is not None and key_factor.shape[-1] == key.shape[2]:
-        ones = key_factor.new_ones(*key_factor.shape[:-1], prefix_key.shape[2])
-        key_factor = torch.cat([ones, key_factor], dim=-1)
-    key, value = (
-        torch.cat([shared.expand(batch, -1, -1, -1), own.expand(batch, -1, -1, -1)], dim=2)
-        for shared, own in ((prefix_key, key), (prefix_value, value))
-    )
-    return attention_portable(
+    prefix_tokens = prefix_key.shape[2]
+    if query.shape[2] == 0 or prefix_tokens == 0:
+        return attention_portable(
+            query,
+            key,
+            value,
+            key_factor,
+            mode=mode,
+            causal=causal,
+            query_offset=query_offset,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            position_bias=position_bias,
+            mask=mask,
+            return_lse=return_lse,
+        )
+    visibility = Visibility(causal, query_offset, window, mask, prefix_tokens + key.shape[2])
+    tensors = (query, key, value, key_factor, prefix_key, prefix_value, sinks, position_bias)
+    if serves_blocks(*tensors):
+        return attention_blocks(
+            query,
+            key,
+            value,
+            key_factor,
+            prefix_key,
+            prefix_value,
+            mode=mode,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            position_bias=position_bias,
+            visibility=visibility,
+            return_lse=return_lse,
+        )
+    factor = None
+    if key_factor is not None:
+        factor = key_factor[:, None, :] if key_factor.dim() == 2 else key_factor
+        ones = factor.new_ones(*factor.shape[:2], visibility.key_tokens - factor.shape[-1])
+        factor = torch.cat([ones, factor], dim=-1)  # [B, 1|Hq, Tp + Tk]
+    return attention_eager(
         query,
-        key,
-        value,
-        key_factor,
+        key.expand(batch, -1, -1, -1),
+        value.expand(batch, -1, -1, -1),
+        factor,
         mode=mode,
-        causal=causal,
-        query_offset=query_offset,
         scale=scale,
-        window=window,
         softcap=softcap,
         sinks=sinks,
         position_bias=position_bias,
-        mask=mask,
+        visibility=visibility,
         return_lse=return_lse,
+        prefix=(prefix_key, prefix_value),
     )
