@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atman_triton.attention import attention
-from atman_triton.kernels import portable
+from atman_triton.kernels import portable, portable_blocks
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
@@ -64,12 +64,12 @@ def draw_case(seed):
         "scale": choose([None, 0.3]),
         "mask": mask,
     }
-    return tensors, features, choose([False, True]), choose(DTYPES)
+    return tensors, features, choose([False, True]), choose([False, True]), choose(DTYPES)
 
 
 @pytest.mark.parametrize("seed", range(160))
 def test_combinations_meet_the_tolerance_rule(seed):
-    tensors, features, return_lse, dtype = draw_case(seed)
+    tensors, features, return_lse, needs_grad, dtype = draw_case(seed)
 
     def cast(to):
         keep = {"key_factor": torch.float64 if to == torch.float64 else torch.float32}
@@ -82,10 +82,14 @@ def test_combinations_meet_the_tolerance_rule(seed):
         tensors["key_factor"] = tensors["key_factor"].to(dtype).float()
     exact = attention_reference(**cast(torch.float64), **features)
     eager = attention_reference(**cast(dtype), **features)
-    actual = attention(**cast(dtype), **features, return_lse=return_lse, backend="torch")
+    given = cast(dtype)
+    given["query"].requires_grad_(needs_grad)  # autograd and blocks go different ways
+    actual = attention(**given, **features, return_lse=return_lse, backend="torch")
     if not return_lse:
         actual = (actual,)
     for got, plain, truth in zip(actual, eager, exact, strict=False):
+        assert got.requires_grad == needs_grad
+        got = got.detach()
         if dtype == torch.float64:  # the rule would hold float64 against itself
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-13)
         else:
@@ -96,13 +100,14 @@ def test_the_draw_covers_every_pair_of_features():
     """The seeds above are only worth something if they combine everything with everything."""
     seen = set()
     for seed in range(160):
-        tensors, features, return_lse, dtype = draw_case(seed)
+        tensors, features, return_lse, needs_grad, dtype = draw_case(seed)
         factor = tensors["key_factor"]
         labels = {
             "mode=" + ("none" if factor is None else features["mode"]),
             f"causal={features['causal']}",
             f"dtype={dtype}",
             f"lse={return_lse}",
+            f"grad={needs_grad}",
             f"heads={factor is not None and factor.dim() == 3}",
             f"mask={None if features['mask'] is None else features['mask'].dim()}",
             *(f"{name}={features[name] is not None}" for name in ("window", "softcap", "scale")),
@@ -119,9 +124,10 @@ def test_the_draw_covers_every_pair_of_features():
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["sdpa", "eager"])
-def test_many_small_blocks_change_nothing(monkeypatch, mode, features):
-    query = torch.randn(B, HQ, 70, 16, dtype=torch.float64)
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["folded", "eager"])
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["blocks", "autograd"])
+def test_many_small_blocks_change_nothing(monkeypatch, mode, features, needs_grad):
+    query = torch.randn(B, HQ, 70, 16, dtype=torch.float64).requires_grad_(needs_grad)
     key, value = torch.randn(2, B, HK, 90, 16, dtype=torch.float64)
     factor = torch.rand(B, 90)
     mask = torch.rand(B, 90) > 0.2
@@ -129,11 +135,13 @@ def test_many_small_blocks_change_nothing(monkeypatch, mode, features):
     whole = attention(query, key, value, factor, **call)
     monkeypatch.setattr(portable, "_SCORES_PER_BLOCK", 1)
     monkeypatch.setattr(portable, "_CAUSAL_BLOCK", 7)
+    monkeypatch.setattr(portable_blocks, "_SCORES_PER_BLOCK", 7 * HQ * 90)
+    monkeypatch.setattr(portable_blocks, "_CAUSAL_ROWS", 7)
     torch.testing.assert_close(attention(query, key, value, factor, **call), whole)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("features", [{}, {"softcap": 2.0}], ids=["folded", "eager"])
 def test_gradients_equal_the_oracle(mode, features):
     generator = torch.Generator().manual_seed(0)
     inputs = [
