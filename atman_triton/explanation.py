@@ -47,8 +47,8 @@ class Explanation:
     means 0.
 
     One target or many, the shapes follow one rule: a row per target token, those of target 0
-    first. Each target was scored as if it alone followed the prompt; ``branch(k)`` is what a
-    separate explanation of target ``k`` would have given.
+    first. Each target was scored as if it alone followed the prompt, and its tokens are counted on
+    from the prompt's; ``branch(k)`` is what a separate explanation of target ``k`` gives.
 
     Args:
         text: The prompt, then target 0, target 1 and so on; all character spans refer to it.

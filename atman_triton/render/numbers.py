@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from . import layout
@@ -37,20 +36,15 @@ def numbers(explanation: Explanation, place: layout.Placed) -> dict[str, Any]:
     seen, scores = _row(layout.in_sight(explanation)), explanation.scores
     if not layout.several(explanation):
         return data | {"rows": [seen, *(_row(row) for row in scores.tolist())]}
-    owners = torch.tensor(
-        [-1 if unit.branch is None else unit.branch for unit in explanation.units]
-    )
+    owners = [-1 if unit.branch is None else unit.branch for unit in explanation.units]
     own = [
-        ((owners < 0) | (owners == branch)).nonzero()[:, 0]
+        [unit for unit, owner in enumerate(owners) if owner in (-1, branch)]
         for branch in range(len(explanation.target_stops))
     ]
-    packed = [
-        _packed(row[own[target.branch]])
-        for row, target in zip(scores, explanation.targets, strict=True)
-    ]
+    packed = _packed(scores, [own[target.branch] for target in explanation.targets])
     return data | {
         "stops": [explanation.prompt_stop, *explanation.target_stops],
-        "owner": owners.tolist(),
+        "owner": owners,
         "branch": [target.branch for target in explanation.targets],
         "reduction": explanation.reduction,
         "rows": [seen, *packed],
@@ -64,13 +58,17 @@ def _row(values: list[float]) -> list[float | None]:
     ]
 
 
-def _packed(values: Tensor) -> dict[str, Any]:
-    """Whole numbers of steps; infinities are the strings ``+`` and ``-``, NaN is None."""
-    finite = values.isfinite()
-    peak = float(values[finite].abs().max()) if bool(finite.any()) else 0.0
-    step = float(f"{peak / STEPS:.7g}") or 1.0
-    steps: list[Any] = (values.double() / step).where(finite, 0.0).round().long().tolist()
-    for index in (~finite).nonzero()[:, 0].tolist():
-        value = float(values[index])
-        steps[index] = None if math.isnan(value) else "+" if value > 0 else "-"
-    return {"step": step, "steps": steps}
+def _packed(scores: Tensor, columns: list[list[int]]) -> list[dict[str, Any]]:
+    """Every row's columns as whole numbers of steps; infinities are ``+`` and ``-``, NaN None."""
+    known = scores.where(scores.isfinite(), 0.0)
+    step = known.abs().amax(1) / STEPS
+    step = step.where(step > 0, 1.0)
+    steps = (known / step[:, None]).round().int()
+    special = {2 * STEPS: None, 3 * STEPS: "+", -3 * STEPS: "-"}  # beyond what a step count can be
+    steps[scores.isnan()] = 2 * STEPS
+    steps[scores.isposinf()] = 3 * STEPS
+    steps[scores.isneginf()] = -3 * STEPS
+    return [
+        {"step": float(f"{size:.7g}"), "steps": [special.get(row[unit], row[unit]) for unit in own]}
+        for size, row, own in zip(step.tolist(), steps.tolist(), columns, strict=True)
+    ]
