@@ -20,9 +20,14 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 IMPLEMENTATION = "eager_modifier_matrix"
 
 
-def modifier_matrix(key_factor: Tensor, query_tokens: int) -> Tensor:
-    """The matrix that scores are multiplied by: ``[B, Tk]`` factors as ``[B, 1, Tq, Tk]``."""
-    return key_factor[:, None, None, :].expand(-1, 1, query_tokens, -1).contiguous()
+def modifier_matrix(key_factor: Tensor, query_tokens: int, first_row: int = 0) -> Tensor:
+    """The matrix that scores are multiplied by: ``[B, Tk]`` factors as ``[B, 1, Tq, Tk]``.
+
+    Rows before ``first_row`` hold ones.
+    """
+    matrix = key_factor[:, None, None, :].expand(-1, 1, query_tokens, -1).contiguous()
+    matrix[:, :, :first_row] = 1
+    return matrix
 
 
 def attention_eager(
@@ -92,6 +97,7 @@ def scores_by_eager_loop(
     *,
     factor: float,
     mode: str,
+    first_row: int = 0,
 ) -> Tensor:
     """Explain by a loop of full forwards: one per suppressed token, logits for every position.
 
@@ -99,6 +105,8 @@ def scores_by_eager_loop(
         model: a decoder that hands unknown keyword arguments on to its attention function.
         prompt, target: ``[P]`` and ``[T]`` token ids.
         units: positions of the prompt to suppress, one after another.
+        first_row: rows before it are left alone; the first that predicts a target token makes the
+            scores direct effects.
     Returns: ``[T, units]``: how much the loss of each target token rises.
     """
     tokens = torch.cat([prompt, target[:-1]])[None]  # [1, P + T - 1]
@@ -117,7 +125,7 @@ def scores_by_eager_loop(
         for unit in units:
             key_factor = torch.ones(1, length, dtype=model.dtype, device=tokens.device)
             key_factor[0, unit] = factor
-            columns.append(base - logprobs(modifier_matrix(key_factor, length)))
+            columns.append(base - logprobs(modifier_matrix(key_factor, length, first_row)))
     finally:
         model.set_attn_implementation(before)
     return torch.stack(columns, 1)

@@ -1,106 +1,83 @@
 """A whole explanation, every prompt token, against a loop of eager forwards with full logits.
 
-``python -m pytest bench/test_bench_explain.py -s`` prints the ratio.
+``python -m pytest bench/test_bench_explain.py -s`` prints how many times faster ours are: exact
+total effects, which are what the loop computes, and direct ones, which are another quantity.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import atman_triton as atman
-from bench.eager import scores_by_eager_loop
+from bench.explain_scaling import explained
+from bench.explaining import LLAMA_34M, LOOP, MODE, LlamaShape, check, make_task, spread
 from bench.harness import interleave, report, summarise, write_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-OURS = "atman"
-FACTOR, MODE = 0.1, "min_shift"  # the default preset's
+OURS, DIRECT = "atman exact", "atman direct"
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A randomly initialised Llama and a text for it."""
 
-    name: str
-    width: int
-    layers: int
-    heads: int
-    key_heads: int
-    inner: int
+    shape: LlamaShape
     dtype: torch.dtype
     prompt: int
     target: int
     loop_units: int  # the loop is timed on that many, and scaled to all
-    limit: float | None = None  # our share of the loop's time may not be larger
+    exact: float | None = None  # so many times faster than the loop must ours be
+    direct: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.name}-prompt{self.prompt}-target{self.target}"
-
-    def model(self) -> LlamaForCausalLM:
-        """The model, its weights large enough that suppressing a token is felt."""
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=32000,
-            hidden_size=self.width,
-            intermediate_size=self.inner,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.key_heads,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            initializer_range=0.05,
-        )
-        model = LlamaForCausalLM(config).eval()
-        return model.to(device=DEVICE, dtype=self.dtype)  # pyright: ignore[reportCallIssue]
+        return f"{self.shape.name}-prompt{self.prompt}-target{self.target}"
 
 
-# Like the Llamas with this vocabulary it has an output head of its own, which with 34M parameters
-# takes more of a full forward pass than the layers do.
-CASES = [Case("llama-34M", 384, 6, 6, 2, 1024, torch.float32, 256, 4, 256, limit=0.45)]
+CASES = [Case(LLAMA_34M, torch.float32, 256, 8, 256, exact=4.0, direct=20.0)]
 if DEVICE.type == "cuda":
-    CASES.append(Case("llama-1B", 2048, 16, 32, 8, 8192, torch.bfloat16, 1024, 4, 10))
+    llama_1b = LlamaShape("llama-1B", 2048, 16, 32, 8, 8192)
+    CASES.append(Case(llama_1b, torch.bfloat16, 1024, 8, 10))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.no_grad()
 def test_explanation(benchmark, case: Case) -> None:
-    model = case.model()
-    tokens = torch.randint(0, 32000, (case.prompt + case.target,), device=DEVICE)
-    prompt, target = tokens[: case.prompt], tokens[case.prompt :]
-    explainer = atman.Explainer(model, None, factor=FACTOR, mode=MODE, progress=False)
-
-    def ours() -> Tensor:
-        return explainer.explain(prompt.tolist(), target=target.tolist()).scores
-
-    def loop(units: range, model: LlamaForCausalLM = model) -> Tensor:
-        return scores_by_eager_loop(model, prompt, target, units, factor=FACTOR, mode=MODE)
-
-    scale = case.prompt / case.loop_units
-    name = "eager loop, full logits"
+    task = make_task(case.shape.model(case.dtype, DEVICE), case.prompt, [case.target])
+    timed = spread(case.prompt, case.loop_units)
+    scale = (case.prompt + 1) / (len(timed) + 1)  # with the run that suppresses nothing
+    name = LOOP
     if scale > 1:
-        name += f" ({case.loop_units} of {case.prompt} units, scaled)"
-    some = range(0, case.prompt, case.prompt // 4)
-    eager = loop(some)
+        name += f" ({len(timed)} of {case.prompt} units, scaled)"
+    some = spread(case.prompt, 8)
+    exact, direct = explained(task, "exact"), explained(task, "direct")
+    check(task, {DIRECT: (direct[:, some], "direct")}, some)
+    eager = task.loop(some)
     times = interleave(
         benchmark,
         OURS,
-        {OURS: ours, name: lambda: loop(range(case.loop_units))},
-        outputs={OURS: ours()[:, list(some)].to(DEVICE), name: eager},
+        {
+            OURS: lambda: explained(task, "exact"),
+            DIRECT: lambda: explained(task, "direct"),
+            name: lambda: task.loop(timed),
+        },
+        outputs={OURS: exact[:, some].to(DEVICE), name: eager},
         eager=eager,
-        oracle=loop(some, copy.deepcopy(model).double()),
+        oracle=task.doubled().loop(some),
         device=DEVICE,
         rounds=3,
+        checked=(DIRECT,),
     )
     times[name] = [spent * scale for spent in times[name]]
     rows = summarise(
         times, what=f"explanation, {MODE}", shape=str(case), dtype=case.dtype, device=DEVICE
     )
     write_rows(rows)
-    ratio = rows[0].median / rows[1].median
-    print(f"\n{report(rows, OURS)}\n  explanation takes {ratio:.1%} of the loop's time")
-    assert case.limit is None or ratio <= case.limit, f"{ratio:.1%} is above {case.limit:.0%}"
+    loop = rows[2].median
+    ratios = {"exact": loop / rows[0].median, "direct": loop / rows[1].median}
+    said = " and ".join(f"{method} {ratio:.1f}x" for method, ratio in ratios.items())
+    print(f"\n{report(rows, OURS)}\n  faster than the loop: {said}")
+    for method, least in (("exact", case.exact), ("direct", case.direct)):
+        ratio = ratios[method]
+        assert least is None or ratio >= least, f"{method}: {ratio:.1f}x is below {least:g}x"

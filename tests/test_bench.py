@@ -12,8 +12,10 @@ from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 from bench import harness, test_bench_attention, test_bench_explain
 from bench.eager import attention_eager, modifier_matrix
+from bench.explaining import LlamaShape
 
 CPU = torch.device("cpu")
+TINY = LlamaShape("llama-tiny", 32, 2, 4, 2, 48, vocabulary=101)
 
 
 class StandIn:
@@ -70,13 +72,17 @@ def test_attention_benchmark_runs(rows: list[harness.Row], mode: str) -> None:
 def test_explanation_benchmark_runs(
     rows: list[harness.Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    case = test_bench_explain.Case("llama-tiny", 32, 2, 4, 2, 48, torch.float32, 12, 2, 6)
+    case = test_bench_explain.Case(TINY, torch.float32, 12, 2, 6)
     test_bench_explain.test_explanation(StandIn(), case)
     assert [row.provider for row in rows] == [
-        "atman",
+        "atman exact",
+        "atman direct",
         "eager loop, full logits (6 of 12 units, scaled)",
     ]
-    assert "of the loop's time" in capsys.readouterr().out
+    assert "faster than the loop: exact" in capsys.readouterr().out
+    too_much = dataclasses.replace(case, direct=1e9)
+    with pytest.raises(AssertionError, match=r"direct: .*x is below 1e\+09x"):
+        test_bench_explain.test_explanation(StandIn(), too_much)
 
 
 def test_a_wrong_provider_is_not_timed() -> None:
