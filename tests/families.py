@@ -6,7 +6,7 @@ not zero, and weights are large enough for a manipulation to show.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -226,11 +226,15 @@ FAMILIES = {
 # --- the reference: eager attention with the modifier matrix -------------------------------------
 
 
-def modify(scores: Tensor, visible: Tensor, factor: Tensor | None, mode: str) -> Tensor:
-    """Apply the s × s modifier matrix, whose every row holds the factors, to ``[B, H, T, T]``."""
+def modify(
+    scores: Tensor, visible: Tensor, factor: Tensor | None, mode: str, first_row: int = 0
+) -> Tensor:
+    """Apply the s × s modifier matrix to ``[B, H, T, T]``: 1 above ``first_row``, then factors."""
     if factor is None:
         return scores
-    matrix = factor.to(scores.dtype)[:, None, None, :].expand_as(scores)
+    matrix = factor.to(scores.dtype)[:, None, None, :].repeat(1, 1, scores.shape[2], 1)
+    matrix[:, :, :first_row] = 1.0
+    matrix = matrix.expand_as(scores)
     if mode == "multiplicative":
         return matrix * scores
     if mode == "log_additive":
@@ -241,7 +245,8 @@ def modify(scores: Tensor, visible: Tensor, factor: Tensor | None, mode: str) ->
     return minimum + matrix * (scores - minimum)
 
 
-_MODIFIER: dict[str, Any] = {"factor": None, "mode": "multiplicative"}
+_PLAIN: dict[str, Any] = {"factor": None, "mode": "multiplicative", "first_row": 0}
+_MODIFIER = dict(_PLAIN)
 
 
 def _modified_attention(
@@ -261,7 +266,7 @@ def _modified_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = attention_mask == 0
-    scores = modify(scores, visible, _MODIFIER["factor"], _MODIFIER["mode"])
+    scores = modify(scores, visible, **_MODIFIER)
     scores = torch.where(visible, scores, -torch.inf)
     if s_aux is not None:
         sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -277,9 +282,9 @@ AttentionMaskInterface.register("eager_modifier", eager_mask)
 class _OwnCodeModifier(TorchFunctionMode):
     """Puts the modifier matrix between a family's own product of queries and keys and the rest."""
 
-    def __init__(self, family: Family, factor: Tensor | None, mode: str) -> None:
+    def __init__(self, family: Family, factor: Tensor | None, mode: str, first_row: int) -> None:
         super().__init__()
-        self.family, self.factor, self.mode = family, factor, mode
+        self.family, self.how = family, (factor, mode, first_row)
         self.visible: Tensor | None = None  # set while scores are awaited
 
     def watch(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -299,17 +304,17 @@ class _OwnCodeModifier(TorchFunctionMode):
             self.visible = None
             query, key, value = args
             scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-            scores = modify(scores, visible, self.factor, self.mode) + kwargs["attn_mask"]
+            scores = modify(scores, visible, *self.how) + kwargs["attn_mask"]
             return scores.softmax(-1) @ value
         if func is Tensor.baddbmm:
             self.visible = None
             bias, product = args[0], kwargs["batch1"] @ kwargs["batch2"] * kwargs["alpha"]
             scores = product.view(visible.shape[0], -1, *product.shape[1:])
-            return modify(scores, visible, self.factor, self.mode).view_as(product) + bias
+            return modify(scores, visible, *self.how).view_as(product) + bias
         result = func(*args, **kwargs)
         if func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and result.dim() == 4:
             self.visible = None
-            scaled = modify(result * self.family.post_scale, visible, self.factor, self.mode)
+            scaled = modify(result * self.family.post_scale, visible, *self.how)
             return scaled / self.family.post_scale
         return result
 
@@ -319,11 +324,18 @@ _OWN_ATTENTION = ("GPTJAttention", "GPTNeoSelfAttention", "BloomAttention", "Fal
 
 @contextmanager
 def eager_reference(
-    family: Family, model: Any, factor: Tensor | None, mode: str = "multiplicative"
+    family: Family,
+    model: Any,
+    factor: Tensor | None,
+    mode: str = "multiplicative",
+    first_row: int = 0,
 ) -> Iterator[None]:
-    """Run ``model`` eagerly with the modifier matrix, without any code of ours."""
+    """Run ``model`` eagerly with the modifier matrix, without any code of ours.
+
+    The matrix is 1 in the rows before ``first_row``: what only later queries feel.
+    """
     if family.own_code:
-        modifier = _OwnCodeModifier(family, factor, mode)
+        modifier = _OwnCodeModifier(family, factor, mode, first_row)
         layers = [m for m in model.modules() if type(m).__name__ in _OWN_ATTENTION]
         assert len(layers) == LAYERS
         hooks = [m.register_forward_pre_hook(modifier.watch, with_kwargs=True) for m in layers]
@@ -336,9 +348,46 @@ def eager_reference(
         return
     before = model.config._attn_implementation
     model.set_attn_implementation("eager_modifier")
-    _MODIFIER.update(factor=factor, mode=mode)
+    _MODIFIER.update(factor=factor, mode=mode, first_row=first_row)
     try:
         yield
     finally:
-        _MODIFIER.update(factor=None, mode="multiplicative")
+        _MODIFIER.update(_PLAIN)
         model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def eager_logprobs(
+    family: Family,
+    model: Any,
+    inputs: dict[str, Tensor],
+    target: Sequence[int],
+    columns: Sequence[Sequence[int]],
+    factor: float,
+    mode: str,
+    effect: str = "total",
+) -> Tensor:
+    """Log-probabilities ``[U, T]`` of a target, one row of a plain batch per perturbation.
+
+    Args:
+        inputs: of the prompt, ``[1, P]``: input_ids, perhaps attention_mask and position_ids.
+        columns: which tokens of the prompt and target each perturbation suppresses.
+        effect: ``total`` suppresses in every row, ``direct`` in those that predict the target.
+    """
+    ids = inputs["input_ids"]
+    prompt = ids.shape[1]
+    read = torch.tensor([target[:-1]], dtype=torch.long)
+    text = {"input_ids": torch.cat([ids, read], 1)}
+    if "attention_mask" in inputs:
+        text["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(read)], 1)
+    if "position_ids" in inputs:
+        given = inputs["position_ids"]
+        steps = torch.arange(1, len(target))[None]
+        text["position_ids"] = torch.cat([given, given[:, -1:] + steps], 1)
+    factors = torch.ones(len(columns), prompt + len(target) - 1)
+    for row, suppressed in zip(factors, columns, strict=True):
+        row[list(suppressed)] = factor
+    batch = {name: value.expand(len(columns), -1) for name, value in text.items()}
+    with eager_reference(family, model, factors, mode, prompt - 1 if effect == "direct" else 0):
+        logits = model(**batch, use_cache=False).logits[:, prompt - 1 :]
+    return logits.log_softmax(-1)[:, torch.arange(len(target)), list(target)]

@@ -1,377 +1,445 @@
-"""Perturbation batches: right, whatever their size, and nothing of the model left changed."""
+"""The engine: right numbers, whatever it saves, and every saving really made.
 
-from typing import Any
+Legend: S input columns, P prompt tokens, U units, M scored tokens.
+"""
+
+from __future__ import annotations
+
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_models import MODELS, VOCABULARY, WINDOW, gpt2, llama, plain_loop
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
-    GPT2Config,
-    GPT2ForSequenceClassification,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from toy_models import MODELS, VOCABULARY, in_float64, llama, plain_loop
+from transformers import LlamaForCausalLM
 
-from atman_triton import engine
-from atman_triton.engine import (
-    Settings,
-    automatic_batch_size,
-    check_causal,
-    context_window,
-    keeps_logits,
-    run_perturbations,
-    undisturbed,
-    vocabulary_size,
-)
-from atman_triton.integration import UnsupportedModelError
+from atman_triton import engine, memory
+from atman_triton.engine import SAVINGS, Engine, Settings, Unit, undisturbed
+from atman_triton.integration import UnsupportedModelError, manipulate
 from atman_triton.testing import assert_close_to_oracle
 
-INPUT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84]
+PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84]
 TARGET = [84, 62, 64]
-INPUT_IDS = INPUT + TARGET[:-1]
 UNITS = [(0,), (1, 2), (5,), (9,), (11,)]
+MODES = ["min_shift", "multiplicative", "log_additive"]
+EFFECTS = ["total", "direct"]
+STEP = torch.finfo(torch.float32).eps  # one rounding, of results to float32
 
 
-def run(model, batch_size="auto", **changes):
-    how: dict[str, Any] = {"factor": 0.1, "mode": "min_shift", "batch_size": batch_size}
+def started(model, targets=(TARGET,), prompt=PROMPT, inputs=None, **changes):
+    inputs = inputs or {"input_ids": torch.tensor([prompt])}
     with undisturbed(model):
-        return run_perturbations(model, INPUT_IDS, TARGET, UNITS, Settings(**how | changes))
+        return Engine(
+            model, inputs, targets, Settings(**{"factor": 0.1, "mode": "min_shift"} | changes)
+        )
 
 
-def together(result):
-    return torch.cat([result.base_logprobs[None], result.suppressed_logprobs.T])
+def placed(positions, run):
+    """A piece of the prompt, or else of the first target."""
+    return Unit(positions, None if max(positions) < run.prompt_tokens else 0)
 
 
+def perturbed(run, units=UNITS, effect="total"):
+    """``[1 + U, M]``, the base run first; what the engine leaves NaN is the base run's."""
+    several = [
+        u if isinstance(u, Unit) else Unit(u, None if max(u) < run.prompt_tokens else 0)
+        for u in units
+    ]
+    with undisturbed(run._passes[0].model):
+        found = run.perturb(several, effect)
+    return torch.cat([run.base_logprobs[None], found.where(~found.isnan(), run.base_logprobs)])
+
+
+def close(found, expected):
+    """Equal but for rounding to float32, of what ran in float64."""
+    torch.testing.assert_close(found.double(), expected.double(), rtol=2 * STEP, atol=1e-9)
+
+
+def loops(name, mode, effect, **chosen):
+    """What a plain loop finds in float32 and in float64."""
+    first = len(PROMPT) - 1 if effect == "direct" else 0
+    arguments = (PROMPT + TARGET[:-1], TARGET, UNITS, 0.1, mode)
+    return [
+        plain_loop(model, *arguments, first_row=first, **chosen)
+        for model in (MODELS[name](), in_float64(name))
+    ]
+
+
+# --- numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("mode", ["min_shift", "multiplicative", "log_additive"])
-def test_log_probabilities_are_those_of_a_plain_loop(name, mode):
-    model = MODELS[name]()
-    eager = plain_loop(model, INPUT_IDS, TARGET, UNITS, 0.1, mode)
-    try:
-        truth = plain_loop(model.double(), INPUT_IDS, TARGET, UNITS, 0.1, mode)
-    finally:
-        model.float()
-    result = run(model, mode=mode)
-    assert_close_to_oracle(together(result), eager, truth, name="log-probabilities")
+def test_log_probabilities_are_those_of_a_plain_loop(name, mode, effect):
+    eager, truth = loops(name, mode, effect)
+    result = perturbed(started(MODELS[name](), mode=mode), effect=effect)
+    assert_close_to_oracle(result, eager, truth, name="log-probabilities")
     # It proves nothing unless each unit moves its targets far beyond rounding.
     moved = (truth[1:] - truth[0]).abs().amax(1)
-    assert moved.min() > 100 * (eager - truth).abs().max()
+    reached = [name != "gemma2" or effect == "total" or unit[-1] > 5 for unit in UNITS]
+    assert moved[torch.tensor(reached)].min() > 100 * (eager - truth).abs().max()
 
 
-def test_layers_and_heads_are_passed_on():
-    model, chosen = llama(), {"layers": (1,), "heads": (0, 3)}
-    eager = plain_loop(model, INPUT_IDS, TARGET, UNITS, 0.1, "min_shift", **chosen)
-    truth = plain_loop(model.double(), INPUT_IDS, TARGET, UNITS, 0.1, "min_shift", **chosen)
-    everywhere = together(run(model.float()))
-    result = together(run(model, **chosen))
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize(
+    "chosen", [{"layers": (1,), "heads": (0, 3)}, {"heads": (2,)}, {"layers": (0,)}], ids=str
+)
+def test_layers_and_heads_are_passed_on(chosen, effect):
+    """Head 2 shares its key head with head 3 and nothing else."""
+    eager, truth = loops("llama", "min_shift", effect, **chosen)
+    everywhere = perturbed(started(MODELS["llama"]()), effect=effect)
+    result = perturbed(started(MODELS["llama"](), **chosen), effect=effect)
     assert_close_to_oracle(result, eager, truth)
     assert (everywhere - result).abs().max() > 100 * (eager - truth).abs().max()
+    assert (truth[1:] - truth[0]).abs().amax(1).max() > 100 * (eager - truth).abs().max()
 
 
-def test_min_shift_full_goes_to_the_reference():
-    model = llama()
-    eager = plain_loop(model, INPUT_IDS, TARGET, UNITS, 0.1, "min_shift_full")
-    truth = plain_loop(model.double(), INPUT_IDS, TARGET, UNITS, 0.1, "min_shift_full")
-    assert_close_to_oracle(together(run(model.float(), mode="min_shift_full")), eager, truth)
+def test_min_shift_full_runs_in_full_on_the_reference():
+    eager, truth = loops("llama", "min_shift_full", "total")
+    run = started(MODELS["llama"](), mode="min_shift_full")
+    assert_close_to_oracle(perturbed(run), eager, truth)
+    assert run.record.runners == ["full"]
+    assert run.record.reasons == ["mode='min_shift_full' looks at future keys"]
+    with pytest.raises(UnsupportedModelError, match=r"min_shift_full.*use method='exact'"):
+        perturbed(run, effect="direct")
     with pytest.raises(ValueError, match="use backend='reference'"):
-        run(model, mode="min_shift_full", backend="torch")
+        started(MODELS["llama"](), mode="min_shift_full", backend="torch")
+
+
+ids = st.integers(0, VOCABULARY - 1)
 
 
 @given(
     name=st.sampled_from(sorted(MODELS)),
-    batch_size=st.integers(1, 9),
-    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=8),
-    target=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4),
+    mode=st.sampled_from(MODES),
+    effect=st.sampled_from(EFFECTS),
+    size=st.integers(1, 7) | st.just("auto"),
+    tokens=st.integers(1, 120),
+    piece=st.integers(1, 30),
+    without=st.sets(st.sampled_from(SAVINGS)),
+    prompt=st.lists(ids, min_size=1, max_size=9),
+    targets=st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=4),
+    data=st.data(),
 )
-@settings(max_examples=15, deadline=None)
-def test_any_batch_size_gives_the_same(name, batch_size, prompt, target):
-    model, ids = MODELS[name](), prompt + target[:-1]
-    units = [(token,) for token in range(len(ids))]
-    try:
-        model.double()  # so that only the last step, to float32, rounds visibly
+@settings(max_examples=40, deadline=None)
+def test_no_plan_and_no_saving_changes_a_number(
+    name, mode, effect, size, tokens, piece, without, prompt, targets, data
+):
+    model, units = in_float64(name), []
+    if effect == "direct":
+        without.discard("shared_prefix")
+    for branch in (None, *range(len(targets))):
+        stop = len(prompt) if branch is None else len(prompt) + len(targets[branch]) - 1
+        places = st.integers(0 if branch is None else len(prompt), max(0, stop - 1))
+        if branch is None or stop > len(prompt):
+            for positions in data.draw(st.lists(st.sets(places, min_size=1), max_size=4)):
+                units.append(Unit(tuple(positions), branch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "tokens_per_batch", lambda device: tokens)
+        patch.setattr(engine, "_PIECE", {"cpu": piece})
+        changes = {"mode": mode, "batch_size": size, "without": frozenset(without)}
+        run = started(model, targets, prompt, **changes)
         with undisturbed(model):
-            batched, single = (
-                run_perturbations(
-                    model, ids, target, units, Settings(0.1, "min_shift", batch_size=size)
-                )
-                for size in (batch_size, 1)
-            )
-    finally:
-        model.float()
-    assert sum(batched.batch_sizes) == len(single.batch_sizes) == len(units) + 1
-    assert max(batched.batch_sizes) <= batch_size
-    one_step = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(together(batched), together(single), rtol=one_step, atol=0)
+            found = run.perturb(units, effect)
+    for k, target in enumerate(targets):
+        mine = [u for u, unit in enumerate(units) if unit.branch in (None, k)]
+        plain = plain_loop(
+            model,
+            prompt + target[:-1],
+            target,
+            [units[u].positions for u in mine],
+            0.1,
+            mode,
+            first_row=len(prompt) - 1 if effect == "direct" else 0,
+        )
+        first = torch.tensor([len(prompt) - 1, *(max(units[u].positions) for u in mine)])
+        reached = first[:, None] < len(prompt) + torch.arange(len(target))
+        own = torch.cat([run.base_logprobs[None], found[mine]])[:, list(run.rows[k])]
+        assert torch.equal(own.isnan(), ~reached)
+        close(own[reached], plain[reached])
+        others = [u for u in range(len(units)) if u not in mine]
+        assert found[others][:, list(run.rows[k])].isnan().all()
 
 
-def test_logits_are_asked_for_at_target_positions_only():
-    model, seen = llama(), []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    result = run(model, batch_size=4)
-    assert result.logits == "target positions"
-    assert seen == [(4, len(TARGET), VOCABULARY), (2, len(TARGET), VOCABULARY)]
+def test_units_at_or_behind_a_token_say_nothing_of_it():
+    run = started(MODELS["llama"](), [TARGET, [7], [84, 5]])
+    with undisturbed(MODELS["llama"]()):
+        found = run.perturb([Unit((9,)), Unit((10,), 0), Unit((11,), 0), Unit((10,), 2)])
+    assert found.isnan().tolist() == [
+        [False] * 6,
+        [True, False, False, True, True, True],
+        [True, True, False, True, True, True],
+        [True, True, True, True, True, False],
+    ]
+
+
+# --- savings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard():
+    """A fresh model that was probed already, and the shapes of ids and logits of its passes."""
+    model, ids, logits = llama(), [], []
+    started(model)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: ids.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: logits.append(tuple(out.shape[:2]))
+    )
+    return model, ids, logits
+
+
+def test_every_saving_is_made_by_default(heard, monkeypatch):
+    model, ids, logits = heard
+    monkeypatch.setattr(memory, "tokens_per_batch", lambda device: 36)
+    run = started(model)
+    perturbed(run)
+    perturbed(run, effect="direct")
+    # Base; starts 0, 1 | 5 | 9, 11 in batches of little waste; direct from the last prompt token.
+    assert ids[0] == (1, 12)
+    assert ids[-1] == (5, 3)
+    assert sum(rows for rows, _ in ids[1:-1]) == len(UNITS)
+    starts = [12 - columns for _, columns in ids[1:-1]]
+    assert starts == sorted(starts)
+    assert starts[-1] >= 5
+    assert logits == [(rows, min(columns, len(TARGET))) for rows, columns in ids]
+    record = run.record
+    assert record.batch_sizes == [rows for rows, _ in ids]
+    assert record.tokens == sum(rows * columns for rows, columns in ids)
+    assert record.runs == {"total": 5, "direct": 5}
+    assert (record.runners, record.reasons) == (["shared_prefix"], [])
+    assert record.logits == "target positions"
+    assert (
+        record.prefix_bytes == 2 * 2 * 2 * 12 * 8 * 4
+    )  # K and V, layers, key heads, S, D, float32
+    assert record.seconds > 0
+    useful = sum(12 - unit[0] for unit in UNITS)
+    run_tokens = sum(rows * columns for rows, columns in ids[1:-1])
+    assert record.wasted == pytest.approx(1 - useful / run_tokens)
+
+
+def test_logits_everywhere_without_target_logits(heard):
+    model, ids, logits = heard
+    run = started(model, without=frozenset({"target_logits"}))
+    perturbed(run)
+    assert logits == ids
+    assert run.record.logits == "all positions"
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_one_row_per_pass_without_batching(heard, effect):
+    model, ids, _ = heard
+    run = started(model, without=frozenset({"batching"}))
+    perturbed(run, effect=effect)
+    starts = [0, 1, 5, 9, 11] if effect == "total" else [9] * 5
+    assert ids == [(1, 12), *((1, 12 - start) for start in starts)]
+    assert run.record.wasted == 0
+
+
+def test_the_whole_input_in_every_pass_without_a_shared_prefix(heard):
+    model, ids, _ = heard
+    run = started(model, without=frozenset({"shared_prefix"}))
+    perturbed(run)
+    assert ids == [(1, 12), (5, 12)]
+    assert run.record.runners == ["full"]
+    assert run.record.reasons == ["the shared prefix is switched off"]
+    assert run.record.prefix_bytes == 0
+    with pytest.raises(UnsupportedModelError, match="the shared prefix is switched off"):
+        perturbed(run, effect="direct")
+
+
+def test_one_pass_over_the_prompt_for_each_target_without_one_pass(heard):
+    model, ids, _ = heard
+    targets = [TARGET, [7], [84, 5]]
+    run = started(model, targets, without=frozenset({"one_pass"}))
+    assert ids == [(1, 12), (1, 10), (1, 11)]
+    assert run.record.runners == ["shared_prefix"] * 3
+    ids.clear()
+    together = started(model, targets)
+    assert ids == [(1, 13)]
+    torch.testing.assert_close(
+        perturbed(together, UNITS[:4]), perturbed(run, UNITS[:4]), rtol=0, atol=1e-5
+    )
+
+
+def test_unknown_savings_are_refused():
+    with pytest.raises(ValueError, match=r"among target_logits, batching, .*got \['speed'\]"):
+        Settings(0.1, "min_shift", without=frozenset({"speed"}))
+
+
+# --- many targets -------------------------------------------------------------------------------
+
+
+def test_targets_of_one_token_read_one_softmax(heard):
+    model, ids, logits = heard
+    targets = [[token] for token in range(40, 60)]
+    run = started(model, targets)
+    found = perturbed(run, UNITS[:4])
+    passes, columns = list(ids), list(logits)
+    ids.clear()
+    alone = perturbed(started(model, targets[3:4]), UNITS[:4])
+    assert ids == passes  # twenty targets cost the passes of one
+    assert all(columns == 1 for _, columns in columns)
+    torch.testing.assert_close(found[:, 3:4], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_many_targets_equal_each_alone(name, effect):
+    """Mixed lengths, two of them the same, one the start of another."""
+    model = in_float64(name)
+    targets = [[84, 62, 64, 9, 30, 11], [7], TARGET, [8], TARGET, [84, 62]]
+    own = [Unit((10,), 0), Unit((12, 13), 0), Unit((10, 11), 4), Unit((10,), 5)]
+    units = [*map(Unit, UNITS[:4]), *own]
+    run = started(model, targets)
+    assert run.record.runners == ["shared_prefix"]
+    found = perturbed(run, units, effect)
+    for k, target in enumerate(targets):
+        mine = [u for u, unit in enumerate(units) if unit.branch in (None, k)]
+        alone = started(model, [target])
+        own = found[[0, *(u + 1 for u in mine)]][:, list(run.rows[k])]
+        close(own, perturbed(alone, [units[u].positions for u in mine], effect))
+    rows = [list(run.rows[k]) for k in (2, 4)]
+    assert torch.equal(found[:5, rows[0]], found[:5, rows[1]])
+
+
+class CountsPositionsItself(LlamaForCausalLM):
+    """Takes no position ids, as older models."""
+
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, **kwargs):
+        kwargs.pop("position_ids", None)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+
+
+def test_targets_run_separately_where_positions_cannot_be_set():
+    model = llama(CountsPositionsItself)
+    targets = [TARGET, [7], [84, 5], [8]]
+    run = started(model, targets)
+    reason = "CountsPositionsItself counts positions by itself"
+    assert run.record.reasons == [f"targets of several tokens ran separately: {reason}"]
+    assert run.record.runners == ["shared_prefix"] * 3  # both single tokens in one
+    expected = perturbed(started(MODELS["llama"](), targets), UNITS[:4])
+    torch.testing.assert_close(perturbed(run, UNITS[:4]), expected, rtol=0, atol=1e-5)
 
 
 class WithoutLogitsToKeep(LlamaForCausalLM):
     """Gives logits at every position, as older models do."""
 
-    def forward(self, input_ids=None, attention_mask=None, use_cache=None, return_dict=None):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        use_cache=None,
+        return_dict=None,
+    ):
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=return_dict,
         )
 
 
-def test_models_without_logits_to_keep_are_sliced():
-    plain, sliced = llama(), llama(WithoutLogitsToKeep)
-    assert keeps_logits(plain)
-    assert not keeps_logits(sliced)
-    result = run(sliced)
-    assert result.logits == "all positions"
-    torch.testing.assert_close(together(result), together(run(plain)), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("targets", [[TARGET], [TARGET, [7], [84, 5]]], ids=["one", "several"])
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_models_without_logits_to_keep_are_sliced(effect, targets):
+    run = started(llama(WithoutLogitsToKeep), targets)
+    assert run.record.logits == "all positions"
+    expected = perturbed(started(MODELS["llama"](), targets), UNITS[:4], effect)
+    torch.testing.assert_close(perturbed(run, UNITS[:4], effect), expected, rtol=0, atol=1e-5)
 
 
-def test_compiled_models_still_keep_logits():
-    assert keeps_logits(torch.compile(llama(), backend="eager"))
-
-
-def test_the_vocabulary_is_reduced_some_rows_at_a_time(monkeypatch):
-    whole = together(run(llama()))
+def test_targets_reads_are_reduced_some_rows_at_a_time(monkeypatch):
+    whole = perturbed(started(MODELS["llama"]()))
     monkeypatch.setattr(engine, "_REDUCTION_BYTES", 4 * VOCABULARY * 2)
-    assert torch.equal(together(run(llama())), whole)
+    assert torch.equal(perturbed(started(MODELS["llama"]())), whole)
 
 
 def test_half_precision_is_reduced_in_float32():
     logits = torch.randn(2, 3, 50).bfloat16()
-    targets = torch.tensor([1, 2, 3])
-    expected = logits.double().log_softmax(-1)[:, [0, 1, 2], [1, 2, 3]]
-    result = engine._target_logprobs(logits, targets)
+    rows, tokens = torch.tensor([1, 2, 2]), torch.tensor([2, 3, 40])
+    expected = logits.double().log_softmax(-1)[:, rows, tokens]
+    result = engine.target_logprobs(logits, rows, tokens)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-# --- memory -------------------------------------------------------------------------------------
-
-
-def crowded(model, most, error):
-    """Let the model run out of memory with more than ``most`` rows; returns the rows tried."""
-    tried = []
-
-    def refuse(module, args, kwargs):
-        tried.append(len(kwargs["input_ids"]))
-        if tried[-1] > most:
-            raise error
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    return tried
+# --- a user's own manipulation around it --------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("mode", "effect", "targets"),
     [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"),
-        MemoryError(),
+        *product(MODES, ["total"], [[TARGET]]),
+        ("min_shift", "direct", [TARGET]),
+        ("min_shift", "total", [[7], [84, 62]]),
+        ("log_additive", "direct", [TARGET, [84, 5]]),
     ],
-    ids=["cuda", "windows", "linux", "python"],
 )
-def test_automatic_batches_are_halved_when_memory_runs_out(error):
-    expected = together(run(llama(), batch_size=1))
-    model = llama()
-    tried = crowded(model, most=2, error=error)
-    result = run(model)
-    assert tried == [6, 3, 1, 1, 1, 1, 1, 1]
-    assert result.batch_sizes == [1] * 6
-    torch.testing.assert_close(together(result), expected, rtol=0, atol=1e-5)
+def test_a_manipulation_around_it_is_kept(mode, effect, targets):
+    """Its factors on the prefix, on suppressed tokens and on the target, times the engine's."""
+    model = in_float64("llama")
+    around = torch.ones(1, 12)
+    around[0, [2, 5, 10]] = torch.tensor([0.2, 3.0, 0.5])
+    with manipulate(model, around, mode):
+        found = perturbed(started(model, targets, mode=mode), UNITS[:4], effect)
+    assert (
+        found - perturbed(started(model, targets, mode=mode), UNITS[:4], effect)
+    ).abs().max() > 0.1
+    for u, unit in enumerate([(), *UNITS[:4]]):
+        first = 0
+        for target in targets:
+            factors = torch.ones(12)
+            factors[list(unit)] = 0.1
+            inputs = {"input_ids": torch.tensor([PROMPT + target[:-1]]), "use_cache": False}
+            with torch.no_grad(), manipulate(model, around, mode):
+                if effect == "direct":
+                    expected = _in_last_rows(model, inputs, factors, mode, len(target))
+                else:
+                    with manipulate(model, factors[None], mode):
+                        expected = model(**inputs).logits[0, -len(target) :].log_softmax(-1)
+            expected = expected[range(len(target)), target]
+            part = found[u, first : first + len(target)].double()
+            close(part, expected)
+            first += len(target)
 
 
-def test_finished_batches_are_not_run_again(monkeypatch):
-    monkeypatch.setattr(engine, "automatic_batch_size", lambda *_: 4)
-    expected = together(run(llama(), batch_size=1))
-    model, tried = llama(), []
-
-    def refuse(module, args, kwargs):
-        tried.append(len(kwargs["input_ids"]))
-        if len(tried) == 2:  # something else took the memory meanwhile
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    result = run(model)
-    assert tried == [4, 2, 1, 1]
-    torch.testing.assert_close(together(result), expected, rtol=0, atol=1e-5)
+def _in_last_rows(model, inputs, factors, mode, count):
+    """Log-probabilities with factors in the last rows alone, by the model's own cache."""
+    ids = inputs["input_ids"]
+    past = model(input_ids=ids[:, :-count], use_cache=True).past_key_values
+    with manipulate(model, factors[None], mode):
+        return model(input_ids=ids[:, -count:], past_key_values=past).logits[0].log_softmax(-1)
 
 
-def test_one_row_that_does_not_fit_is_an_error():
-    model = llama()
-    crowded(model, most=0, error=torch.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(torch.OutOfMemoryError, match="not even one row of 12 tokens fits"):
-        run(model)
+# --- padding ------------------------------------------------------------------------------------
 
 
-def test_a_batch_size_that_was_asked_for_is_not_changed_silently():
-    model = llama()
-    crowded(model, most=2, error=torch.OutOfMemoryError("CUDA out of memory."))
-    with pytest.raises(torch.OutOfMemoryError, match="batch_size 3 with 12 tokens each does not"):
-        run(model, batch_size=3)
-
-
-def test_other_errors_are_not_taken_for_memory():
-    model = llama()
-    tried = crowded(model, most=0, error=RuntimeError("something else"))
-    with pytest.raises(RuntimeError, match="something else"):
-        run(model)
-    assert len(tried) == 1
-
-
-def test_automatic_batch_size(monkeypatch):
-    model = llama()
-    monkeypatch.setattr(engine, "_free_memory", lambda model: None)
-    assert automatic_batch_size(model, 10, 2) == 204  # 2048 tokens on a CPU
-    assert automatic_batch_size(model, 5000, 2) == 1
-    row = engine._bytes_per_row(model, 10, 2)
-    monkeypatch.setattr(engine, "_free_memory", lambda model: 20 * row)
-    assert automatic_batch_size(model, 10, 2) == 10  # half of it
-    monkeypatch.setattr(engine, "_free_memory", lambda model: 0)
-    assert automatic_batch_size(model, 10, 2) == 1
-    assert engine._bytes_per_row(llama(WithoutLogitsToKeep), 10, 2) > row
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-def test_nan_is_refused():
-    model = llama()
-    with torch.no_grad():
-        model.lm_head.weight[7] = torch.nan
-    with pytest.raises(ValueError, match=r"the model returns NaN in torch\.float32"):
-        run(model)
-
-
-def test_impossible_targets_are_refused():
-    model = llama()
-
-    def mask(module, args, output):
-        output[..., TARGET[1]] = -torch.inf
-        return output
-
-    model.lm_head.register_forward_hook(mask)
-    with pytest.raises(ValueError, match="gives target token 1 probability 0"):
-        run(model)
-
-
-TINY_BERT: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 8,
-}
-
-
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (
-            lambda: BertForMaskedLM(BertConfig(**TINY_BERT)),
-            "BertForMaskedLM does not predict next tokens; load it with AutoModelForCausalLM",
-        ),
-        (
-            lambda: GPT2ForSequenceClassification(
-                GPT2Config(vocab_size=60, n_embd=8, n_layer=1, n_head=2)
-            ),
-            "GPT2ForSequenceClassification does not predict next tokens",
-        ),
-        (
-            lambda: BertLMHeadModel(BertConfig(**TINY_BERT)),
-            "the attention of this BertLMHeadModel looks both ways",
-        ),
-        (
-            lambda: T5ForConditionalGeneration(
-                T5Config(vocab_size=60, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-            ),
-            "T5ForConditionalGeneration has an encoder and a decoder",
-        ),
-    ],
-    ids=["masked", "classifier", "two-sided", "encoder-decoder"],
-)
-def test_models_that_are_not_causal_are_refused(build, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        check_causal(build())
-
-
-@pytest.mark.parametrize("thing", [object(), torch.nn.Linear(2, 2)], ids=["object", "module"])
-def test_what_is_no_model_is_refused(thing):
-    name = type(thing).__name__
-    with pytest.raises(TypeError, match=f"transformers causal language model, got {name}"):
-        check_causal(thing)
-
-
-def test_causal_models_are_accepted():
-    config = GPTNeoXConfig(
-        vocab_size=60,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-    )
-    check_causal(GPTNeoXForCausalLM(config))  # its config says is_decoder=False
-    check_causal(BertLMHeadModel(BertConfig(**TINY_BERT, is_decoder=True)))
-    for build in MODELS.values():
-        check_causal(build())
-
-
-def test_what_a_model_says_of_itself():
-    assert context_window(llama()) == context_window(gpt2()) == WINDOW
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=60, hidden_size=8, n_layer=1, n_head=2))
-    assert context_window(bloom) is None  # ALiBi
-    assert vocabulary_size(bloom) == 60
-
-
-# --- the model is left as it was ----------------------------------------------------------------
-
-
-def snapshot(model):
-    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    modes = [module.training for module in model.modules()]
-    classes = [type(module) for module in model.modules()]
-    return hooks, modes, classes, model.config._attn_implementation
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
-def test_nothing_is_left_changed_by_an_interruption(error):
-    model = llama().train()
-    model.model.layers[1].eval()  # a part the user froze
-    passes = []
-
-    def interrupt(module, args):
-        passes.append(module.training)
-        if len(passes) == 2:
-            raise error
-
-    model.model.norm.register_forward_pre_hook(interrupt)
-    before = snapshot(model)
-    with pytest.raises(error):
-        run(model, batch_size=2)
-    assert snapshot(model) == before
-    assert passes == [False, False]
-    assert torch.is_grad_enabled()
-
-
-def test_the_model_can_be_trained_afterwards():
-    model = llama().train()
-    run(model)
-    model(input_ids=torch.tensor([INPUT_IDS])).logits.sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+@pytest.mark.parametrize("effect", EFFECTS)
+@pytest.mark.parametrize("targets", [[TARGET], [TARGET, [7], [84, 5]]], ids=["one", "several"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_padded_prompt_with_positions_is_the_prompt_alone(name, targets, effect):
+    model, pad = in_float64(name), 4
+    padded = {
+        "input_ids": torch.tensor([[0] * pad + PROMPT]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * len(PROMPT)]),
+        "position_ids": torch.tensor([[0] * pad + [*range(len(PROMPT))]]),
+    }
+    run = started(model, targets, inputs=padded)
+    assert run.record.reasons == []
+    moved = [tuple(token + pad for token in unit) for unit in UNITS[:4]]
+    found = perturbed(run, moved, effect)
+    expected = perturbed(started(model, targets), UNITS[:4], effect)
+    close(found, expected)

@@ -6,16 +6,18 @@ must give the same rows, so factors that slip from their tokens show.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, VOCAB, eager_reference
+from families import FAMILIES, LAYERS, VOCAB, WINDOW, eager_logprobs, eager_reference
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import atman_triton.integration as atman
+from atman_triton.engine import Engine, Settings, Unit, undisturbed
 from atman_triton.testing import assert_close_to_oracle, count_launches
 
 BATCH, PROMPT, TOKENS = 2, 8, 12
@@ -163,3 +165,132 @@ def test_runs_on_the_kernel_with_every_launch_counted(name: str) -> None:
         fused = run(model, "triton")
     assert launches.attention == 2 * LAYERS
     assert_close_to_oracle(fused, portable, oracle, name=name)
+
+
+# --- explanations -------------------------------------------------------------------------------
+
+WORDS = 11  # tokens of the prompt that is explained
+ANSWERS = ((52, 98, 56, 86, 13), (8,), (41,), (3, 79, 27), (52, 98, 56, 86, 13))
+PIECES = (
+    Unit((3,)),  # the first that a padded prompt shows
+    Unit((4, 5)),
+    Unit((4, 9)),
+    Unit((WORDS - 1,)),
+    Unit((WORDS,), branch=0),
+    Unit((WORDS, WORDS + 1), branch=3),
+    Unit((0,)),
+)
+FAR = {"mistral", "phi3"}  # every layer has a window, so the first tokens are out of reach
+LAYOUTS = ("plain", "padded", "placed")
+EFFECTS = ("total", "direct")
+# Their positions are those of columns, so branches would stand at wrong ones.
+SEPARATE = {
+    "bloom": "BloomForCausalLM counts positions by itself",
+    "falcon-alibi": "FalconForCausalLM biases scores by column",
+}
+
+
+def _words(layout: str) -> dict[str, Tensor]:
+    """A prompt: plain, padded on its left, or padded with its positions said."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = {"input_ids": torch.randint(3, VOCAB, (1, WORDS), generator=generator)}
+    if layout != "plain":
+        padding = (torch.arange(WORDS) >= 3).long()[None]
+        inputs["attention_mask"] = padding
+        if layout == "placed":
+            inputs["position_ids"] = (padding.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _expected(name: str, layout: str, mode: str, effect: str) -> tuple[Tensor, Tensor]:
+    """Base ``[M]`` and suppressed ``[U, M]``, each target alone behind the prompt."""
+    bases, tables = [], []
+    for k, answer in enumerate(ANSWERS):
+        mine = [u for u, unit in enumerate(PIECES) if unit.branch in (None, k)]
+        rows = eager_logprobs(
+            FAMILIES[name],
+            _model(name),
+            _words(layout),
+            answer,
+            [(), *(PIECES[u].positions for u in mine)],
+            0.1,
+            mode,
+            effect,
+        )
+        table = torch.full((len(PIECES), len(answer)), torch.nan, dtype=rows.dtype)
+        table[mine] = rows[1:]
+        for u in mine:  # a token neither predicts itself nor what stands before it
+            table[u, : max(0, max(PIECES[u].positions) - WORDS + 1)] = torch.nan
+        bases.append(rows[0])
+        tables.append(table)
+    return torch.cat(bases), torch.cat(tables, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_targets_are_explained_as_by_plain_full_forwards(name: str, layout: str) -> None:
+    """Both effects in every mode, of all targets at once, against one target at a time."""
+    family, model = FAMILIES[name], _model(name)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if layout == "placed" and not takes_positions:
+        pytest.skip(f"{type(model).__name__} takes no position_ids")
+    first = WORDS - WINDOW if name in FAR else 0 if layout == "plain" else 3
+    felt = torch.tensor([max(piece.positions) >= first for piece in PIECES])
+    for mode, batch_size in zip(MODES, ("auto", 3, 1), strict=True):
+        with undisturbed(model):
+            engine = Engine(
+                model, _words(layout), ANSWERS, Settings(0.1, mode, batch_size=batch_size)
+            )
+        for effect in EFFECTS:
+            base, expected = _expected(name, layout, mode, effect)
+            with undisturbed(model):
+                found = engine.perturb(PIECES, effect)
+            assert torch.equal(found.isnan(), expected.isnan())
+            known = ~expected.isnan()
+            # The results are float32.
+            allowed = family.rounding + torch.finfo(torch.float32).eps * expected[known].abs().max()
+            errors = (
+                (found - expected).abs()[known].max(),
+                (engine.base_logprobs - base).abs().max(),
+            )
+            print(mode, effect, f"{float(max(errors)):.1e} of {float(allowed):.1e}")
+            assert max(errors) < allowed
+            moved = (expected - base).abs().nan_to_num(0.0).amax(1)
+            assert moved[felt].min() > 100 * allowed  # else it proves nothing
+        record = engine.record
+        assert set(record.runners) == {"shared_prefix"}
+        reasons = [reason.partition(": ")[2] for reason in record.reasons]
+        if name in SEPARATE:
+            assert reasons == [SEPARATE[name]]
+        elif layout == "padded":
+            assert reasons == ["the prompt is padded and comes without position_ids"]
+        else:
+            assert reasons == []
+        assert len(record.runners) == (4 if reasons else 1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_explanations_run_on_the_kernel_with_every_launch_counted(name: str) -> None:
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = FAMILIES[name].build().to(device)
+
+    layout = "plain" if name == "bloom" else "placed"  # BLOOM takes no position_ids
+
+    def run(backend: str) -> tuple[Tensor, int]:
+        """Both effects of two pieces on two targets, and how many passes that took."""
+        settings = Settings(0.1, "min_shift", backend=backend)
+        with undisturbed(model):
+            engine = Engine(model, _words(layout), ANSWERS[2:4], settings)
+            found = [engine.perturb(PIECES[:2], effect) for effect in EFFECTS]
+        return torch.cat([engine.base_logprobs[None], *found]), len(engine.record.batch_sizes)
+
+    model.double()
+    oracle, _ = run("torch")
+    model.float()
+    portable, _ = run("torch")
+    with count_launches() as launches:
+        fused, passes = run("triton")
+    assert launches.attention == passes * LAYERS
+    assert passes == 3
+    assert_close_to_oracle(fused, portable, oracle.double(), name=name)

@@ -53,31 +53,37 @@ def gpt2():
     return _sharpened(GPT2LMHeadModel(config), seed=2)
 
 
-def gemma2():
+def gemma2(**changes):
     """Sliding window in every other layer, soft-capped scores, logits capped after the head."""
-    config = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=WINDOW,
-        sliding_window=5,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=5.0,
-        query_pre_attn_scalar=8,
-    )
-    return _sharpened(Gemma2ForCausalLM(config), seed=3)
+    config: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": WINDOW,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 8,
+    }
+    return _sharpened(Gemma2ForCausalLM(Gemma2Config(**config | changes)), seed=3)
 
 
 MODELS = {"llama": cache(llama), "gpt2": cache(gpt2), "gemma2": cache(gemma2)}
 
 
+@cache
+def in_float64(name):
+    """One of ``MODELS`` again; of what runs in float64 only the result rounds to float32."""
+    return {"llama": llama, "gpt2": gpt2, "gemma2": gemma2}[name]().double()
+
+
 # --- one eager forward per unit, scores multiplied by a full matrix of factors ------------------
 
-_perturbation: dict[str, Any] = {"matrix": None, "mode": None, "layers": None, "heads": None}
+_perturbation: dict[str, Any] = dict.fromkeys(("matrix", "mode", "layers", "heads"))
 
 
 def _eager_attention(module, query, key, value, attention_mask, scaling, softcap=None, **_):
@@ -111,15 +117,20 @@ AttentionMaskInterface.register("plain_eager", eager_mask)
 
 
 @torch.no_grad()
-def plain_loop(model, input_ids, target_ids, units, factor, mode, layers=None, heads=None):
-    """Log-probabilities ``[1 + U, T]``, the base run first, with full logits."""
+def plain_loop(
+    model, input_ids, target_ids, units, factor, mode, layers=None, heads=None, first_row=0
+):
+    """Log-probabilities ``[1 + U, T]``, the base run first, with full logits.
+
+    Queries before ``first_row`` feel no factor.
+    """
     before = model.config._attn_implementation
     model.set_attn_implementation("plain_eager")
     rows = []
     try:
         for tokens in [(), *units]:
             matrix = torch.ones(len(input_ids), len(input_ids))
-            matrix[:, list(tokens)] = factor
+            matrix[first_row:, list(tokens)] = factor
             _perturbation.update(matrix=matrix, mode=mode, layers=layers, heads=heads)
             logits = model(input_ids=torch.tensor([input_ids]), use_cache=False).logits[0]
             logprobs = logits[-len(target_ids) :].log_softmax(-1)
