@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 
 # Batches of up to this many inputs' worth of tokens waste less than _WASTE of what they run.
 _FRUGAL_INPUTS = 8
-_WASTE = 0.1
+_WASTE = Fraction(1, 10)
 # What a batch may waste, as a share of its useful tokens: the first that keeps the whole below.
 _LIMITS = (1.0, 0.5, 0.3, 0.2, 0.15, _WASTE)
 
@@ -68,7 +69,8 @@ def plan_batches(
     if tokens > _FRUGAL_INPUTS * length:
         return batches
     for limit in _LIMITS:
-        if wasted_share(batches, starts, length) < _WASTE:
+        wasted, run = _wasted(batches, starts, length)
+        if wasted < _WASTE * run:
             break
         batches = _greedy(order, starts, length, tokens, rows, limit)
     return batches
@@ -76,9 +78,14 @@ def plan_batches(
 
 def wasted_share(batches: Sequence[Batch], starts: Sequence[int], length: int) -> float:
     """Share of the tokens run that stand before their row's own start."""
-    run = sum(batch.tokens(length) for batch in batches)
-    useful = sum(length - starts[row] for batch in batches for row in batch.rows)
-    return 1 - useful / run if run else 0.0
+    wasted, run = _wasted(batches, starts, length)
+    return wasted / run if run else 0.0
+
+
+def _wasted(batches: Sequence[Batch], starts: Sequence[int], length: int) -> tuple[int, int]:
+    """Tokens run in vain, and all that are run."""
+    wasted = sum(starts[row] - batch.start for batch in batches for row in batch.rows)
+    return wasted, sum(batch.tokens(length) for batch in batches)
 
 
 def _greedy(
@@ -87,7 +94,7 @@ def _greedy(
     length: int,
     tokens: int,
     rows: int | None,
-    limit: float | None,
+    limit: float | Fraction | None,
 ) -> list[Batch]:
     """Fill one batch after the other, earliest starts first."""
     cuts, first, useful = [0], 0, 0
