@@ -306,7 +306,8 @@ class _Factors:
             if start >= high:
                 return None
             factor = self.factor[..., None, start - self.offset : high - self.offset]
-            return _Changes((..., slice(start - low, None)), factor, gathered=False)
+            columns = (*[slice(None)] * 4, slice(start - low, None))
+            return _Changes(columns, factor, gathered=False)
         first, last = low - self.offset, high - self.offset
         column = self.changed[:, 3]
         changed = self.changed[(column >= first) & (column < last)]
