@@ -74,6 +74,10 @@ const result = {};
 const byId = (id) => document.getElementById(id);
 const press = (key) => new KeyboardEvent("keydown", {key, bubbles: true});
 const key = (name) => byId("text").dispatchEvent(press(name));
+const all = (selector) => [...document.querySelectorAll(selector)];
+const texts = (selector) => all(selector).map((e) => e.textContent);
+const pick = (name, value) =>
+  document.querySelector(`input[name="${name}"][value="${value}"]`).click();
 const words = (row, name) => row.querySelector(name).textContent;
 const rows = () => [...document.querySelectorAll(".row")]
   .map((row) => words(row, "b") + " " + words(row, ".number"));

@@ -7,7 +7,10 @@ from hashlib import sha256
 import pytest
 import torch
 from pictures import CHROMIUM, Page, drive
-from toy_explanations import HOSTILE, explain
+from toy_explanations import (
+    HOSTILE,
+    explain,
+)
 
 from atman_triton.explanation import LeftOut, Unit
 from atman_triton.render import layout

@@ -1,5 +1,6 @@
 """What every picture of an explanation needs, and what the terminal shows."""
 
+import dataclasses
 import itertools
 import math
 import re
@@ -10,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import Page, printed
 from rich.cells import cell_len
-from toy_explanations import CONTRACT, HOSTILE, explain
+from toy_explanations import (
+    CONTRACT,
+    HOSTILE,
+    explain,
+    explain_several,
+    hierarchical,
+    merge,
+    with_effects,
+)
 
 from atman_triton.explanation import Explanation, Target, Unit
 from atman_triton.render import layout, palette
@@ -269,3 +278,152 @@ def test_nothing_measured_and_nothing_supporting_can_be_shown():
     text = printed(explanation)
     assert "were not measured" in text
     assert Page(explanation.to_html()).text == explanation.text
+
+
+# Several targets, direct effects, larger units.
+
+DIRECT = "direct effect: only the answer's own rows are manipulated"
+
+
+def test_the_overview_of_several_targets_shows_the_prompt():
+    text = printed(explain_several())
+    assert text.startswith("Targets: 3   the numbers are their mean; branch=k shows one\n")
+    assert "⟦Overtime⟧ is ⟦51⟧ dollars.\nQ: Which pay? A:\n\nrank" in text
+    assert "supports⟧ ⟪opposes⟫ the answer · only the prompt is shown" in text
+    listed = re.findall(r"^ +(\d+)   ([\d.]+) +(.*)$", text, re.MULTILINE)
+    assert listed == [
+        ("2", "0.779", "no"),
+        ("0", "0.472", "34 dollars"),
+        ("1", "0.472", "51 dollars"),
+    ]
+    assert "18 units · 3 targets · 5 target tokens (mean)" in " ".join(text.split())
+
+
+def test_units_of_a_target_take_no_part_in_the_overview():
+    explanation = explain_several()
+    assert explanation.relevance.max() == 2.0  # of a target's own unit
+    seen = layout.in_sight(explanation)
+    assert [math.isnan(value) for value in seen] == [u.part == "target" for u in explanation.units]
+    strong = {
+        run.text.strip()
+        for row in layout.heat_lines(explanation, seen, 80)
+        for run in row
+        if run.strength == 1.0
+    }
+    assert strong == {"34", "51"}
+    assert layout.in_sight(explanation, 1)[3] == 2.0
+    assert layout.in_sight(explain()) == pytest.approx(explain().relevance.tolist(), nan_ok=True)
+
+
+def test_of_many_targets_the_likeliest_are_listed():
+    explanation = explain_several(30)
+    explanation.base_logprobs[17] = -0.125
+    lines = printed(explanation).splitlines()
+    start = lines.index("branch   p         target, the likeliest first")
+    assert lines[start + 1].split() == ["17", "0.882", "17"]
+    assert lines[start + 11].strip() == "and 20 more"
+
+
+def test_one_of_several_targets_is_shown_as_alone(capsys):
+    explanation = explain_several()
+
+    def shown(explanation, **options):
+        explanation.show(width=80, **options)
+        return capsys.readouterr().out
+
+    assert shown(explanation, branch=1) == shown(explanation.branch(1))
+    assert shown(explanation, target=3) == shown(explanation.branch(1), target=1)
+    assert "Answer: 51 dollars" in shown(explanation, branch=1)
+    assert "Target token 1: dollars" in shown(explanation, target=3)
+    single = explain()
+    assert shown(single, branch=0) == shown(single)
+    with pytest.raises(ValueError, match=r"^branch must lie in \[0, 2\], got 3\.$"):
+        explanation.show(branch=3)
+    with pytest.raises(ValueError, match=r"^give target \(a target token\) or branch"):
+        explanation.show(branch=1, target=2)
+
+
+@pytest.mark.parametrize("which", [layout.context, layout.in_word])
+def test_a_unit_stands_behind_the_prompt_and_not_behind_another_target(which):
+    explanation = merge([explain(answer=text) for text in ("yes now", "no never")])
+    unit = next(i for i, u in enumerate(explanation.units) if u.branch == 1)
+    alone = explanation.branch(1)
+    assert which(explanation, unit, 12) == which(alone, len(alone.units) - 1, 12)
+    last = next(i for i, u in enumerate(explanation.units) if u.branch == 0) - 1
+    assert "yes" not in "".join(which(explanation, last, 12))
+
+
+def test_units_without_a_place_stand_behind_the_prompt_of_several_targets():
+    explanation = explain_several()
+    units = [dataclasses.replace(u, start=None, stop=None) for u in explanation.units]
+    units = [units[0], *explanation.units[1:-1], units[-1]]
+    explanation = dataclasses.replace(explanation, units=units)
+    placed = layout.place(explanation, overview=True)
+    assert placed.text == CONTRACT + "\nNot in the text: The"
+    assert placed.text[slice(*placed.units[0])] == "The"
+    assert placed.units[-1] == (0, 0)
+    assert set(placed.targets) == {None}
+
+
+def mixed():
+    scores = {"34": 2.0, "pay": 1.5, "dollars": 0.25, "51": -1.0}
+    return with_effects(explain(scores=scores), {"pay", "51", "dollars"})
+
+
+def test_direct_effects_among_total_ones_are_marked_without_colour():
+    text = printed(mixed())
+    assert "The ⟦pay⟧° is ⟦34⟧ dollars an hour. Overtime is ⟪51⟫° dollars." in text
+    assert re.search(r" \+2\.00   The pay is 34", text)
+    assert re.search(r" \+1\.50°  The pay is", text)
+    notes = " ".join(text.split())
+    assert f"Scores: total effect, but where marked ° a {DIRECT}." in notes
+    assert layout.DIFFERENCE in notes
+    assert "· method hybrid ·" in notes
+
+
+def test_direct_effects_among_total_ones_are_in_italics():
+    text = printed(mixed(), colour="truecolor", width=200)
+    assert re.search(r"\x1b\[3;38;2;0;0;0;48;2;[\d;]+mpay\x1b", text)
+    assert re.search(r"\x1b\[3;4;38;2;[\d;]+m dollars\x1b", text)
+    assert re.search(r"\x1b\[38;2;0;0;0;48;2;[\d;]+m34\x1b", text)
+    assert "where in italics or with ° a direct effect" in text
+
+
+def test_what_the_numbers_are_is_said():
+    direct = explain()
+    units = [dataclasses.replace(unit, effect="direct") for unit in direct.units]
+    direct = dataclasses.replace(direct, units=units, method="direct")
+    text = " ".join(printed(direct).split())
+    assert f"Scores: {DIRECT}. Left out" in text
+    assert "°" not in text
+    assert "\nScores: total effect.\n" in printed(explain())
+
+
+def test_larger_units_that_were_refined_are_listed_the_largest_first():
+    lines = [line.strip() for line in printed(hierarchical()).splitlines()]
+    first = lines.index("First by paragraphs (2, total effect):")
+    assert lines[first + 1 : first + 7] == [
+        "+2.75  The pay is 34 dollars an hour. Overtime is 51 dollars.↵",
+        "0.00  Q: Which pay? A:",
+        "",
+        "Then by sentences (3, total effect):",
+        "+3.25  The pay is 34 dollars an hour.",
+        "0.00  Q: Which pay? A:",
+    ]
+    assert "First by" not in printed(explain())
+
+
+@pytest.mark.parametrize("width", [20, 33])
+def test_lists_of_targets_and_of_larger_units_stay_within_the_width(width):
+    for explanation in (explain_several(30), hierarchical()):
+        text = printed(explanation, width=width)
+        assert max(cell_len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_levels_are_named_from_small_to_large():
+    assert layout.levels(explain()) == "tokens"
+    assert layout.levels(hierarchical()) == "words and sentences"
+    assert [layout.levels(each) for each in layout.by_size(hierarchical())[1:]] == [
+        "sentences",
+        "paragraphs",
+    ]

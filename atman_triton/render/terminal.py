@@ -175,7 +175,7 @@ def _list(
     against = [unit for unit in ranking[::-1] if strength[unit] <= -NOTABLE][:OPPONENTS]
     name = "relevance" if target is None else "score"
     numbers = [
-        layout.signed(values[unit], digits) + DIRECT_MARK * marked[unit]
+        layout.signed(values[unit], digits) + (DIRECT_MARK if marked[unit] else " " * any(marked))
         for unit in chosen + against[::-1]
     ]
     wide = max(map(len, numbers), default=0)
@@ -223,13 +223,14 @@ def _targets(explanation: Explanation, width: int) -> list[Text]:
 def _coarser(explanation: Explanation, target: int | None, width: int) -> list[Text]:
     """What larger units said, from which the explanation was refined: the largest ones first."""
     rows = []
-    for coarse in layout.by_size(explanation)[:0:-1]:
+    for place, coarse in enumerate(layout.by_size(explanation)[:0:-1]):
         values = layout.in_sight(coarse, target)
         ranking, digits = layout.ranking(values), layout.decimals(values)
         kind = "direct effect" if coarse.effect == "direct" else "total effect"
         if coarse.effect == "mixed":
             kind = "total and direct effect"
-        head = f"Before that, by {layout.levels(coarse)} ({len(coarse.units)} units, {kind}):"
+        when = "Then" if place else "First"
+        head = f"{when} by {layout.levels(coarse)} ({len(coarse.units)}, {kind}):"
         rows += [Text(), Text(head, FAINT)]
         for unit in ranking[:COARSE]:
             row = Text(f"{layout.signed(values[unit], digits):>10}  ")
