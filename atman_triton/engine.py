@@ -26,7 +26,7 @@ from .branches import Branches, TreeMask
 from .capabilities import device_of, dtype_of, why_not_branches, why_not_prefix
 from .integration import UnsupportedModelError, run_as_atman
 from .layers import Manipulation
-from .plan import Batch, plan_batches, wasted_share
+from .plan import Batch, plan_batches, wasted_tokens
 from .prefix import PrefixStore
 from .replay import Replay
 from .stacks import find_stack
@@ -97,7 +97,8 @@ class Record:
         batch_sizes: Rows of each finished pass, the base runs included.
         tokens: Tokens that all passes ran.
         runs: Perturbations finished, by effect.
-        wasted: Share of the total runs' tokens that stood before their row's first suppressed one.
+        shared_tokens: Those of the total runs behind a shared prefix.
+        wasted_tokens: Those of them that stood before their row's first suppressed one.
         runners: How each pass over a prompt was run, ``shared_prefix`` or ``full``.
         reasons: Why not all shared a prefix; empty if they did.
         logits: Where the model computed logits.
@@ -108,12 +109,18 @@ class Record:
     batch_sizes: list[int] = field(default_factory=list)
     tokens: int = 0
     runs: dict[str, int] = field(default_factory=lambda: {"total": 0, "direct": 0})
-    wasted: float = 0.0
+    shared_tokens: int = 0
+    wasted_tokens: int = 0
     runners: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     logits: str = "target positions"
     prefix_bytes: int = 0
     seconds: float = 0.0
+
+    @property
+    def wasted(self) -> float:
+        """Share of the total runs' tokens that stood before their row's first suppressed one."""
+        return self.wasted_tokens / self.shared_tokens if self.shared_tokens else 0.0
 
 
 class Engine:
@@ -205,6 +212,8 @@ class Engine:
         if len(several) < 2:
             return [everything]
         reason = why_not_branches(model)
+        if reason is None and find_stack(model)[1].current.manipulation is not None:
+            reason = "a manipulation around them counts positions, not columns"
         if reason is None:
             reason = why_not_prefix(model, self.prompt_tokens + max(map(len, self.targets)) - 1)
         if reason is None and settings.mode == "min_shift_full":
@@ -254,17 +263,15 @@ class _Pass:
             self.store.tree = TreeMask(branches, self.device)
         if not self.replay.keeps_logits or "target_logits" in settings.without:
             record.logits = "all positions"
-        reason = self._why_full()
-        if reason is None:
-            self.base = self._base_in_pieces()
-            if self.store.looks_ahead and not self.replay.prepared:
-                reason = f"earlier tokens of {type(model).__name__} see later ones"
-        self.reason = reason
-        if reason is not None:
-            self.store = PrefixStore(branches.length)
-            self.base = self._run_rows([()], Batch(0, (0,)), "total")[0]
-            if reason not in record.reasons:
-                record.reasons.append(reason)
+        try:
+            self.reason, self.base = self._run_base()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            raise self._nothing_fits(branches.length, str(error)) from error
+        reason = self.reason
+        if reason is not None and reason not in record.reasons:
+            record.reasons.append(reason)
         record.runners.append("full" if reason is not None else "shared_prefix")
         record.prefix_bytes = max(record.prefix_bytes, self.store.bytes())
 
@@ -288,9 +295,11 @@ class _Pass:
         rows = 1 if "batching" in self.settings.without else None if size == "auto" else size
         tokens = self._tokens_per_batch(starts) if rows is None else None
         pending = plan_batches(starts, self.branches.length, tokens=tokens, rows=rows)
+        run = sum(batch.tokens(self.branches.length) for batch in pending)
         if effect == "total" and self.reason is None:
-            self.record.wasted = wasted_share(pending, starts, self.branches.length)
-        self.expect(sum(batch.tokens(self.branches.length) for batch in pending))
+            self.record.shared_tokens += run
+            self.record.wasted_tokens += wasted_tokens(pending, starts)
+        self.expect(run)
         while pending:
             batch = pending[0]
             try:
@@ -324,6 +333,20 @@ class _Pass:
         start = self.replay.closed_start(columns[0])
         # the tree mask is made from that of the prompt's end
         return start if self.branches.linear else min(start, self.branches.prompt_tokens)
+
+    def _run_base(self) -> tuple[str | None, Tensor]:
+        """Why perturbations run in full, if they do, and the base run's log-probabilities."""
+        self.reason = self._why_full()
+        if self.reason is None:
+            base = self._base_in_pieces()
+            if self.replay.prepared or not self.store.looks_ahead:
+                return None, base
+            self.reason = f"earlier tokens of {type(self.model).__name__} see later ones"
+        tree = self.store.tree
+        self.store = PrefixStore(self.branches.length)
+        self.store.tree = tree
+        self.expect(self.branches.length)
+        return self.reason, self._run_rows([()], Batch(0, (0,)), "total")[0]
 
     def _base_in_pieces(self) -> Tensor:
         """The base run, its keys and values kept: log-probabilities ``[M]``."""
@@ -470,11 +493,15 @@ class _Pass:
                 f"lower it or use batch_size='auto'. ({refused})"
             )
         if len(batch.rows) == 1:
-            raise torch.OutOfMemoryError(
-                f"not even one row of {own} tokens fits in memory: shorten the prompt, use a "
-                f"smaller dtype or free some memory. ({refused})"
-            )
+            raise self._nothing_fits(own, refused)
         return len(batch.rows) // 2 * own
+
+    @staticmethod
+    def _nothing_fits(tokens: int, refused: str) -> torch.OutOfMemoryError:
+        return torch.OutOfMemoryError(
+            f"not even one row of {tokens} tokens fits in memory: shorten the prompt, use a "
+            f"smaller dtype or free some memory. ({refused})"
+        )
 
 
 _PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

@@ -69,23 +69,16 @@ def plan_batches(
     if tokens > _FRUGAL_INPUTS * length:
         return batches
     for limit in _LIMITS:
-        wasted, run = _wasted(batches, starts, length)
-        if wasted < _WASTE * run:
+        run = sum(batch.tokens(length) for batch in batches)
+        if wasted_tokens(batches, starts) < _WASTE * run:
             break
         batches = _greedy(order, starts, length, tokens, rows, limit)
     return batches
 
 
-def wasted_share(batches: Sequence[Batch], starts: Sequence[int], length: int) -> float:
-    """Share of the tokens run that stand before their row's own start."""
-    wasted, run = _wasted(batches, starts, length)
-    return wasted / run if run else 0.0
-
-
-def _wasted(batches: Sequence[Batch], starts: Sequence[int], length: int) -> tuple[int, int]:
-    """Tokens run in vain, and all that are run."""
-    wasted = sum(starts[row] - batch.start for batch in batches for row in batch.rows)
-    return wasted, sum(batch.tokens(length) for batch in batches)
+def wasted_tokens(batches: Sequence[Batch], starts: Sequence[int]) -> int:
+    """Tokens run that stand before their row's own start."""
+    return sum(starts[row] - batch.start for batch in batches for row in batch.rows)
 
 
 def _greedy(
