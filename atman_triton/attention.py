@@ -341,11 +341,12 @@ def _check(
                 f"key_factor must be torch.float32, got {key_factor.dtype}; use key_factor.float()."
             )
         shapes = [[batch, key_tokens], [batch, query_heads, key_tokens]]
-        text = f"{shapes[0]} or {shapes[1]}"
         if prefix is not None:
             shapes += [[batch, own_tokens], [batch, query_heads, own_tokens]]
-            text += f", or {shapes[2]} or {shapes[3]} without the prefix"
         if list(key_factor.shape) not in shapes:
+            text = f"{shapes[0]} or {shapes[1]}"
+            if prefix is not None:
+                text = f"{text}, or {shapes[2]} or {shapes[3]} without the prefix"
             raise ValueError(f"key_factor must have shape {text}, got {list(key_factor.shape)}.")
     if isinstance(query_offset, Tensor):
         _check_tensor("query_offset", query_offset, query)

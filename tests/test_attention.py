@@ -26,6 +26,8 @@ def inputs(batch=2, query_heads=4, key_heads=2, query_tokens=6, key_tokens=9, di
 
 
 QUERY, KEY, VALUE, FACTOR = inputs()
+# a view of a longer cache
+PREFIX = tuple(torch.randn(2, 1, 2, 8, 16, generator=torch.Generator().manual_seed(1))[..., 3:, :])
 
 # name: (arguments replaced, error, its whole text)
 BAD = {
@@ -166,6 +168,72 @@ BAD = {
         ValueError,
         "backend='triton' cannot serve mode='min_shift_full'; use backend='reference'.",
     ),
+    "prefix-type": (
+        {"prefix": [PREFIX[0], PREFIX[1]]},
+        TypeError,
+        "prefix must be a tuple (key, value), got list.",
+    ),
+    "prefix-length": (
+        {"prefix": (*PREFIX, None)},
+        TypeError,
+        "prefix must be a tuple (key, value), got a tuple of 3.",
+    ),
+    "prefix-tensor": (
+        {"prefix": (PREFIX[0], None)},
+        TypeError,
+        "prefix value must be a tensor, got NoneType.",
+    ),
+    "prefix-device": (
+        {"prefix": (PREFIX[0].to("meta"), PREFIX[1])},
+        ValueError,
+        "prefix key must be on query's device cpu, got meta.",
+    ),
+    "prefix-dtype": (
+        {"prefix": (PREFIX[0], PREFIX[1].half())},
+        TypeError,
+        "prefix value must have query's dtype torch.float32, got torch.float16.",
+    ),
+    "prefix-key-dim": (
+        {"prefix": (PREFIX[0][..., :8], PREFIX[1])},
+        ValueError,
+        "prefix key must have shape [1, 2, Tp, 16], got [1, 2, 5, 8].",
+    ),
+    "prefix-key-rank": (
+        {"prefix": (PREFIX[0][0], PREFIX[1])},
+        ValueError,
+        "prefix key must have shape [1, 2, Tp, 16], got [2, 5, 16].",
+    ),
+    "prefix-key-batch": (
+        {"prefix": tuple(t.expand(2, -1, -1, -1) for t in PREFIX)},
+        ValueError,
+        "prefix key must have shape [1, 2, Tp, 16], got [2, 2, 5, 16].",
+    ),
+    "prefix-value-tokens": (
+        {"prefix": (PREFIX[0], PREFIX[1][:, :, 1:])},
+        ValueError,
+        "prefix value must have shape [1, 2, 5, 16], got [1, 2, 4, 16].",
+    ),
+    "prefix-factor": (
+        {"prefix": PREFIX, "key_factor": FACTOR[:, :5]},
+        ValueError,
+        "key_factor must have shape [2, 14] or [2, 4, 14], or [2, 9] or [2, 4, 9] without the "
+        "prefix, got [2, 5].",
+    ),
+    "prefix-mask": (
+        {"prefix": PREFIX, "mask": torch.ones(2, 9, dtype=torch.bool)},
+        ValueError,
+        "mask must have shape [2, 14] or [2, 4, 6, 14], got [2, 9].",
+    ),
+    "prefix-bias": (
+        {"prefix": PREFIX, "position_bias": torch.zeros(1, 4, 6, 9)},
+        ValueError,
+        "position_bias must broadcast to [2, 4, 6, 14], got [1, 4, 6, 9].",
+    ),
+    "prefix-full-torch": (
+        {"prefix": PREFIX, "mode": "min_shift_full", "backend": "torch"},
+        ValueError,
+        "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'.",
+    ),
     "double-triton": (
         {
             "query": QUERY.double(),
@@ -214,6 +282,103 @@ def test_backends_agree(mode, causal):
             got = attention(*inputs(), mode=mode, causal=causal, backend=backend, return_lse=True)
         assert launches.attention == (backend == "triton")
         torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
+
+
+# more queries than are packed, so that each kernel for a shared prefix is launched
+PREFIX_KERNELS = {6: "_packed_prefix_fwd_kernel", 20: "_shared_prefix_fwd_kernel"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("factor_tokens", [0, 9, 14])
+@pytest.mark.parametrize("queries", PREFIX_KERNELS)
+def test_backends_agree_behind_a_prefix(mode, factor_tokens, queries):
+    query, key, value, _ = inputs(query_tokens=queries)
+    factor = torch.rand(2, factor_tokens) if factor_tokens else None
+    call = {"mode": mode, "causal": True, "window": 9, "prefix": PREFIX, "return_lse": True}
+    reference = attention(query, key, value, factor, backend="reference", **call)
+    for backend in ("torch", "triton", "auto"):
+        with count_launches() as launches:
+            got = attention(query, key, value, factor, backend=backend, **call)
+        fused = backend == "triton"
+        assert launches.attention == launches[PREFIX_KERNELS[queries]] == fused
+        torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_full_mode_takes_a_prefix_on_the_reference():
+    """Its minimum is taken over masked keys too, those of the prefix included."""
+    query, key, value, factor = inputs()
+    whole = [
+        torch.cat([p.expand(2, -1, -1, -1), t], 2)
+        for p, t in zip(PREFIX, (key, value), strict=True)
+    ]
+    call = {"mode": "min_shift_full", "causal": True, "window": 2}
+    factors = torch.cat([torch.ones(2, 5), factor], 1)
+    torch.testing.assert_close(
+        attention(query, key, value, factor, prefix=PREFIX, **call),
+        attention(query, *whole, factors, backend="reference", **call),
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_an_empty_prefix_is_none(backend):
+    none = tuple(t[:, :, :0] for t in PREFIX)
+    call = {"causal": True, "return_lse": True, "backend": backend}
+    got = attention(*inputs(), prefix=none, **call)
+    expected = attention(*inputs(), **call)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_a_prefix_alone(mode, backend):
+    """No own keys: the last query stands at the prefix's last key."""
+    query, key, value, _ = inputs()
+    factor = torch.rand(2, 5)
+    none = (query, key[:, :, :0], value[:, :, :0], factor)
+    got = attention(*none, mode=mode, causal=True, prefix=PREFIX, backend=backend)
+    whole = [t.expand(2, -1, -1, -1) for t in PREFIX]
+    expected = attention(query, *whole, factor, mode=mode, causal=True, backend="reference")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_reach_prefix_and_factors(mode):
+    """Through ``auto``, as the oracle has them."""
+    call = {"mode": mode, "causal": True}
+    grads = []
+    for backend in ("auto", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (QUERY, KEY, VALUE, *PREFIX)]
+        factor = torch.linspace(0.1, 1.5, 28).view(2, 14).requires_grad_()
+        query, key, value, *prefix = leaves
+        output = attention(query, key, value, factor, prefix=tuple(prefix), backend=backend, **call)
+        output.square().sum().backward()
+        grads.append([t.grad for t in (*leaves, factor)])
+    for got, expected in zip(*grads, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_that_wants_gradients_is_not_served_by_triton_alone():
+    prefix = tuple(t.clone().requires_grad_() for t in PREFIX)
+    output = attention(*inputs(), prefix=prefix, backend="triton")
+    with pytest.raises(NotImplementedError, match="has no backward pass; use backend='auto'"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("queries", PREFIX_KERNELS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_prefix_compiles_whole(queries, backend):
+    def run(query, key, value, factor, prefix):
+        return attention(
+            query, key, value, factor, mode="min_shift", causal=True, prefix=prefix, backend=backend
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (9, 12):
+        case = (*inputs(query_tokens=queries, key_tokens=tokens), PREFIX)
+        torch.testing.assert_close(compiled(*case), run(*case))
 
 
 def test_full_mode_is_served_by_the_reference():
@@ -336,6 +501,16 @@ def test_opcheck(features):
     torch.library.opcheck(torch.ops.atman_triton.attention_fwd.default, arguments)
 
 
+@pytest.mark.parametrize("queries", PREFIX_KERNELS)
+def test_opcheck_of_a_prefix(queries):
+    query, key, value, factor = inputs(query_tokens=queries)
+    optional = (None, None, torch.ones(2, 14, dtype=torch.bool), None, torch.tensor(3), 0)
+    torch.library.opcheck(
+        torch.ops.atman_triton.shared_prefix_fwd.default,
+        (query, key, value, *PREFIX, factor, *optional, "min_shift", True, 0.25, 4, None),
+    )
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operator returns."""
 
@@ -363,3 +538,25 @@ def test_the_fused_path_holds_no_score_matrix(mode):
     with LargestTensor() as largest:
         attention(query, key, value, factor, backend="reference", **features)
     assert largest.elements >= tokens * tokens  # the same instrument sees the score matrix
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tokens", [4, 24], ids=["packed", "long"])
+def test_the_fused_path_copies_no_prefix(mode, tokens):
+    """Neither a prefix per batch row, B·Tp·D, nor a score matrix, Tq·(Tp + Tk)."""
+    batch, prefix_tokens, dim = 16, 200, 16
+    query, key, value, factor = inputs(batch, 2, 1, tokens, tokens, dim)
+    prefix = tuple(torch.randn(2, 1, 1, prefix_tokens, dim))
+    factor = torch.cat([torch.ones(batch, prefix_tokens), factor], 1)
+    factor[:, 7] = 0.5
+    with LargestTensor() as largest:
+        attention(
+            query, key, value, factor, mode=mode, causal=True, prefix=prefix, backend="triton"
+        )
+    scores = batch * 2 * tokens * (prefix_tokens + tokens)
+    assert query.numel() <= largest.elements < min(batch * prefix_tokens * dim, scores)
+    with LargestTensor() as largest:
+        attention(
+            query, key, value, factor, mode=mode, causal=True, prefix=prefix, backend="reference"
+        )
+    assert largest.elements >= max(batch * prefix_tokens * dim, scores)

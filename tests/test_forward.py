@@ -22,7 +22,11 @@ from atman_triton.testing import assert_close_to_oracle, count_launches
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
+import triton
+import triton.language as tl
+
 from atman_triton.kernels.forward import attention_fwd
+from atman_triton.kernels.primitives import key_tiles
 from atman_triton.kernels.reference import attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,22 +175,24 @@ def check(case: Case, seed: int = 0) -> None:
     assert_close_to_oracle(lse, eager_lse.float(), oracle_lse, name="lse")
 
 
-def covering_cases() -> list[Case]:
-    """Cases in which every pair of values of two fields occurs, built greedily."""
-    levels = {
-        "tokens": [(113, 203), (203, 113), (1, 131), (65, 64), (70, 150), (130, 70)],
-        "dims": [(40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)],
-        "heads": [(2, 2), (4, 2), (3, 1)],
-        "dtype": [torch.float32, torch.float16],
-        "mode": [*MODES],
-        "factors": ["none", "some", "per_head", "one"],
-        "band": ["full", "causal", "upper_left", "offset", "window", "window_full"],
-        "softcap": [None, 2.5, 50.0],
-        "sinks": [False, True],
-        "bias": ["none", "dense", "shared", "alibi"],
-        "mask": ["none", "left", "right", "holes", "rows", "heads"],
-        "layout": ["plain", "tokens_first", "shared_keys"],
-    }
+LEVELS = {
+    "tokens": [(113, 203), (203, 113), (1, 131), (65, 64), (70, 150), (130, 70)],
+    "dims": [(40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)],
+    "heads": [(2, 2), (4, 2), (3, 1)],
+    "dtype": [torch.float32, torch.float16],
+    "mode": [*MODES],
+    "factors": ["none", "some", "per_head", "one"],
+    "band": ["full", "causal", "upper_left", "offset", "window", "window_full"],
+    "softcap": [None, 2.5, 50.0],
+    "sinks": [False, True],
+    "bias": ["none", "dense", "shared", "alibi"],
+    "mask": ["none", "left", "right", "holes", "rows", "heads"],
+    "layout": ["plain", "tokens_first", "shared_keys"],
+}
+
+
+def covering(levels: dict[str, list]) -> list[dict]:
+    """Choices in which every pair of values of two fields occurs, built greedily."""
     names = list(levels)
 
     def pairs(row):
@@ -198,7 +204,7 @@ def covering_cases() -> list[Case]:
         for x, y in itertools.product(levels[a], levels[b])
     }
     generator = random.Random(0)
-    cases = []
+    chosen = []
     while wanted:
         a, x, b, y = min(wanted, key=str)
         rows = []
@@ -207,11 +213,11 @@ def covering_cases() -> list[Case]:
             rows.append(row | {a: x, b: y})
         best = max(rows, key=lambda row: len(pairs(row) & wanted))
         wanted -= pairs(best)
-        cases.append(Case(**best))
-    return cases
+        chosen.append(best)
+    return chosen
 
 
-COVERING = covering_cases()
+COVERING = [Case(**row) for row in covering(LEVELS)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -444,6 +450,30 @@ def test_rows_far_apart_use_wide_offsets():
     far.copy_(tensors[1])
     got = launch([tensors[0], far, *tensors[2:]], options)
     assert torch.equal(got[0], expected[0])
+
+
+@triton.jit
+def _key_tiles_kernel(
+    found_ptr, position, window, keys, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    low, high, inner_low, inner_high = key_tiles(
+        position, position + 63, 0, keys, window, CAUSAL, HAS_WINDOW, 64
+    )
+    tl.store(found_ptr, low)
+    tl.store(found_ptr + 1, inner_low)
+    tl.store(found_ptr + 2, inner_high)
+    tl.store(found_ptr + 3, high)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("position", [-5000, -64, 0, 100, 193, 5000])
+@pytest.mark.parametrize("window", [None, 40])
+def test_tiles_of_rows_beyond_the_keys_stay_among_the_tiles(causal, position, window):
+    """They index lists of flagged tiles, wherever the rows stand."""
+    found = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    _key_tiles_kernel[(1,)](found, position, window or 0, 130, causal, window is not None)
+    assert found.tolist() == sorted(found.tolist())
+    assert 0 <= found[0] <= found[3] <= 3
 
 
 class Allocations(TorchDispatchMode):

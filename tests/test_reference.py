@@ -108,6 +108,29 @@ def test_query_offset_moves_the_diagonal(offset):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("own_length", [False, True], ids=["spanning", "own_length"])
+def test_a_prefix_stands_in_front_of_every_row(mode, own_length):
+    """As written out by hand: the first 3 keys of row 0 are those of row 1 too."""
+    query, key, value, factor = make_inputs()
+    key[1, :, :3], value[1, :, :3] = key[0, :, :3], value[0, :, :3]
+    if own_length:
+        factor[:, :3] = 1.0
+    prefix = (key[:1, :, :3], value[:1, :, :3])
+    mask = torch.ones(B, TK, dtype=torch.bool)
+    mask[1, 1] = mask[0, 5] = False
+    expected = by_hand(
+        query, key, value, factor, mode=mode, scale=0.7,
+        sees=lambda b, h, i, j: j <= i + TK - TQ and bool(mask[b, j]),
+    )  # fmt: skip
+    actual = attention_reference(
+        query, key[:, :, 3:], value[:, :, 3:], factor[:, 3 * own_length :],
+        mode=mode, causal=True, scale=0.7, mask=mask, prefix=prefix,
+    )  # fmt: skip
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_rows_without_a_key_give_zero(mode):
     query, key, value, factor = make_inputs()
     mask = torch.ones(B, TK, dtype=torch.bool)
@@ -143,6 +166,18 @@ def test_gradients(mode, features):
         return attention_reference(
             query, key, value, factor, mode=mode, causal=True, sinks=sinks, **features
         )
+
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_a_prefix(mode):
+    query, key, value, factor = make_inputs()
+    inputs = (query, key[:, :, 3:], value[:, :, 3:], factor + 0.1, key[:1, :, :3], value[:1, :, :3])
+    inputs = tuple(t.detach().clone().requires_grad_() for t in inputs)
+
+    def run(query, key, value, factor, *prefix):
+        return attention_reference(query, key, value, factor, mode=mode, causal=True, prefix=prefix)
 
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
