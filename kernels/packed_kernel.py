@@ -51,31 +51,30 @@ def _merge_partials(
     row_min,
     partial_ptr,  # [splits, Hk, packed rows, Dv]
     stats_ptr,  # [3, splits, Hk, packed rows]: maximum, sum, minimum
-    row,
+    first_row,  # of the block, among those of all key heads
+    offs_row,  # [BLOCK_M]
     rows_per_split,
     splits,
-    inside,
     SPEC: tl.constexpr,
 ):
     """Add the partial states of all splits to a state; minima are merged, maxima rescaled."""
     for split in range(0, splits):
-        part = row + split * rows_per_split  # [BLOCK_M], int64
-        pointer = stats_ptr + part
-        part_max = tl.load(pointer)
-        part_sum = tl.load(pointer + splits * rows_per_split)
-        row_min = tl.minimum(row_min, tl.load(pointer + 2 * splits * rows_per_split))
+        first = first_row + split * rows_per_split
+        part_max = tl.load(stats_ptr + first + offs_row)
+        part_sum = tl.load(stats_ptr + first + splits * rows_per_split + offs_row)
+        part_min = tl.load(stats_ptr + first + 2 * splits * rows_per_split + offs_row)
+        row_min = tl.minimum(row_min, part_min)
         new_max = tl.maximum(row_max, part_max)
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         rescale = tl.exp2(row_max - shift)
         share = tl.exp2(part_max - shift)
         row_sum = row_sum * rescale + part_sum * share
-        offs = part * SPEC.value_dim
-        part0 = gather_columns(partial_ptr, offs, 1, inside, 0, SPEC.v0, SPEC.value_dim, False)
+        part_ptr = partial_ptr + first * SPEC.value_dim
+        offs = offs_row * SPEC.value_dim
+        part0 = gather_columns(part_ptr, offs, 1, None, 0, SPEC.v0, SPEC.value_dim, False)
         acc0 = acc0 * rescale[:, None] + part0 * share[:, None]
         if SPEC.v1 > 0:
-            part1 = gather_columns(
-                partial_ptr, offs, 1, inside, SPEC.v0, SPEC.v1, SPEC.value_dim, False
-            )
+            part1 = gather_columns(part_ptr, offs, 1, None, SPEC.v0, SPEC.v1, SPEC.value_dim, False)
             acc1 = acc1 * rescale[:, None] + part1 * share[:, None]
         row_max = new_max
     return acc0, acc1, row_max, row_sum, row_min
@@ -171,7 +170,7 @@ def _packed_prefix_fwd_kernel(
     key_head = key_head.to(tl.int64)
     first_head = key_head * group
     first_batch = first_batch.to(tl.int64)
-    partial_row = key_head * packed_rows + offs_m
+    partial_row = key_head * packed_rows + start_m
     rows_per_split = (heads // group).to(tl.int64) * packed_rows
 
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
@@ -186,7 +185,7 @@ def _packed_prefix_fwd_kernel(
     if SPEC.stage == "merge":
         acc0, acc1, row_max, row_sum, row_min = _merge_partials(
             acc0, acc1, row_max, row_sum, row_min,
-            partial_ptr, stats_ptr, partial_row, rows_per_split, splits, inside_m, SPEC,
+            partial_ptr, stats_ptr, partial_row, offs_m - start_m, rows_per_split, splits, SPEC,
         )  # fmt: skip
 
     if SPEC.stage != "merge" or DEFERS:
@@ -315,12 +314,14 @@ def _packed_prefix_fwd_kernel(
                 )  # fmt: skip
 
     if SPEC.stage == "partial":
-        part = partial_row + split * rows_per_split
-        stats_ptr += part
-        tl.store(stats_ptr, row_max, mask=inside_m)
-        tl.store(stats_ptr + splits * rows_per_split, row_sum, mask=inside_m)
-        tl.store(stats_ptr + 2 * splits * rows_per_split, row_min, mask=inside_m)
-        offs = part * SPEC.value_dim
+        partial_row += split * rows_per_split
+        offs = offs_m - start_m
+        stats_ptr += partial_row
+        tl.store(stats_ptr + offs, row_max, mask=inside_m)
+        tl.store(stats_ptr + splits * rows_per_split + offs, row_sum, mask=inside_m)
+        tl.store(stats_ptr + 2 * splits * rows_per_split + offs, row_min, mask=inside_m)
+        partial_ptr += partial_row * SPEC.value_dim
+        offs *= SPEC.value_dim
         scatter_columns(partial_ptr, acc0, offs, 1, inside_m, 0, V0, SPEC.value_dim)
         if SPEC.v1 > 0:
             scatter_columns(partial_ptr, acc1, offs, 1, inside_m, V0, V1, SPEC.value_dim)

@@ -56,6 +56,15 @@ _LOG2_E = math.log2(math.e)
 _FAR = 1 << 30  # a window that hides nothing; position + window stays within int32
 
 
+def _halves(size: int) -> tuple[int, int]:
+    """A head dim as :func:`split_head_dim` splits it, but 256 as 128 + 128.
+
+    A tile of 256 values goes through more registers at once than five loops leave free.
+    """
+    first, second = split_head_dim(size)
+    return (128, 128) if first == 256 else (first, second)
+
+
 def packed_variant(
     config: PackedConfig,
     head_dim: int,
@@ -80,8 +89,8 @@ def packed_variant(
         prefix_factor: the factors span the prefix too, not only a row's own keys.
         positive_unit: scores need no scaling before the softmax to keep their order.
     """
-    d0, d1 = split_head_dim(head_dim)
-    v0, v1 = split_head_dim(value_dim)
+    d0, d1 = _halves(head_dim)
+    v0, v1 = _halves(value_dim)
     return PackedVariant(
         stage=stage,
         mode=mode,
