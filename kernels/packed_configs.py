@@ -77,7 +77,7 @@ def _nvidia_packed(architecture: str, width: int, rows: int, load: int) -> Packe
     """
     if width <= 64:
         if load == 2:
-            return PackedConfig(rows, 32, 16, num_warps=8, num_stages=3)
+            return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
         edge_n = 16 if architecture == "sm_80" else 32
         return PackedConfig(rows, 64, edge_n, num_warps=8, num_stages=3)
     if width <= 128:
@@ -86,7 +86,7 @@ def _nvidia_packed(architecture: str, width: int, rows: int, load: int) -> Packe
         block_n = 32 if architecture == "sm_80" else 64
         stages = 2 if architecture == "sm_80" else 3
         return PackedConfig(rows, block_n, 16, num_warps=8, num_stages=stages)
-    return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
+    return PackedConfig(64, 16 if load == 2 else 32, 16, num_warps=8, num_stages=2)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:
