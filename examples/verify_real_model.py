@@ -61,6 +61,7 @@ class Manipulation:
     key_factor: Tensor | None = None  # [B, T]
     mode: str = "min_shift"
     layers: tuple[int, ...] | None = None
+    first_row: int = 0  # queries before it are left alone, as for a direct effect
     calls: int = 0
 
 
@@ -126,18 +127,20 @@ def oracle_attention(
     bias = torch.where(visible, added, 0.0) if position_bias is None else position_bias
     reached = APPLIED.layers is None or getattr(module, "layer_idx", None) in APPLIED.layers
     factor = APPLIED.key_factor if reached else None
-    out, _ = attention_reference(
-        query,
-        key,
-        value,
-        None if factor is None else factor.to(query.dtype).expand(query.shape[0], -1),
-        mode=APPLIED.mode,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        position_bias=bias.to(query.dtype),
-        mask=visible,
-    )
+    if factor is not None:
+        factor = factor.to(query.dtype).expand(query.shape[0], -1)
+    settings: dict[str, Any] = {
+        "mode": APPLIED.mode,
+        "scale": scaling,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "position_bias": bias.to(query.dtype),
+        "mask": visible,
+    }
+    out, _ = attention_reference(query, key, value, factor, **settings)
+    if APPLIED.first_row:
+        plain, _ = attention_reference(query, key, value, **settings)
+        out = torch.cat([plain[:, :, : APPLIED.first_row], out[:, :, APPLIED.first_row :]], 2)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -232,8 +235,21 @@ def check_explanation(report: Report, model: Any, exact: Any, tokenizer: Any) ->
         found = explainer.explain(prompt, target)
         if not tops:
             alone = atman.Explainer(model, tokenizer, batch_size=1, **settings)
-            runs = {"in batches": found, "one by one": alone.explain(prompt, target)}
-            check_scores(report, model, exact, tokenizer(prompt).input_ids, runs)
+            several = explainer.explain(prompt, targets=[asked for _, asked, _ in QUESTIONS])
+            runs = {
+                "in batches": found,
+                "one by one": alone.explain(prompt, target),
+                "among several targets": several.branch(0),
+            }
+            ids = tokenizer(prompt).input_ids
+            check_scores(report, model, exact, ids, runs)
+            runner = found.provenance["runner"]
+            why = "; ".join(found.provenance["runner_reasons"])
+            report.add("perturbations run", True, f"{runner} {why}".strip())
+            if runner == "shared_prefix":
+                direct = atman.Explainer(model, tokenizer, method="direct", **settings)
+                runs = {"of direct effects": direct.explain(prompt, target)}
+                check_scores(report, model, exact, ids, runs, first_row=len(ids) - 1)
         tops.append(top_sentence(found))
         said = "none" if tops[-1] is None else DOCUMENT[tops[-1]]
         report.add(f"evidence for {target!r}", tops[-1] == sentence, f"most relevant: {said}")
@@ -241,7 +257,12 @@ def check_explanation(report: Report, model: Any, exact: Any, tokenizer: Any) ->
 
 
 def check_scores(
-    report: Report, model: Any, exact: Any, prompt: list[int], runs: dict[str, Any]
+    report: Report,
+    model: Any,
+    exact: Any,
+    prompt: list[int],
+    runs: dict[str, Any],
+    first_row: int = 0,
 ) -> None:
     """The base run and the strongest unit's of each explanation in ``runs`` against the oracle."""
     found = next(iter(runs.values()))
@@ -254,7 +275,8 @@ def check_scores(
     key_factor[0, list(found.units[strongest].tokens)] = FACTOR
 
     def logprobs(chosen: Any, factors: Tensor | None) -> Tensor:
-        logits = by_oracle(chosen, tokens, key_factor=factors, mode="min_shift")[first - 1 :]
+        manipulation = {"key_factor": factors, "mode": "min_shift", "first_row": first_row}
+        logits = by_oracle(chosen, tokens, **manipulation)[first - 1 :]
         upcast = torch.promote_types(logits.dtype, torch.float32)
         return torch.log_softmax(logits, -1, dtype=upcast).gather(1, wanted[:, None])[:, 0].cpu()
 

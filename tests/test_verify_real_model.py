@@ -51,7 +51,7 @@ def test_checks_pass(
 ) -> None:
     status, report = run(reader, monkeypatch)
     assert [name for name in report.failed if not name.startswith(NEED_TRAINING)] == []
-    assert len(report.checks) == 16
+    assert len(report.checks) == 19
     assert status == bool(report.failed)
     assert "LlamaForCausalLM" in capsys.readouterr().out
 
@@ -67,6 +67,6 @@ def test_checks_can_fail(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
     status, report = run(reader, monkeypatch)
     assert status == 1
     # Without factors the swap and the model's own eager attention still agree.
-    unmoved = ("no factors: atman", *NEED_TRAINING)
+    unmoved = ("no factors: atman", "perturbations run", *NEED_TRAINING)
     exact = [n for n in report.checks if not n.startswith(unmoved) and not n.endswith("felt")]
     assert set(exact) <= set(report.failed)
