@@ -154,13 +154,16 @@ class Engine:
         self.rows = _slices(self.targets)  # of each target, its rows among the M
         prompt = inputs["input_ids"].shape[1]
         self.prompt_tokens = prompt
-        self._passes: list[_Pass] = []
+
+        def start(chosen: list[int]) -> _Pass:
+            branches = Branches(prompt, tuple(self.targets[k] for k in chosen))
+            return _Pass(model, inputs, branches, chosen, settings, self.record, expect, advance)
+
         with _timed(self.record):
-            for chosen in self._partition(model, inputs, settings):
-                branches = Branches(prompt, tuple(self.targets[k] for k in chosen))
-                self._passes.append(
-                    _Pass(model, inputs, branches, chosen, settings, self.record, expect, advance)
-                )
+            try:
+                self._passes = [start(c) for c in self._partition(model, inputs, settings)]
+            except _NotSideBySide as error:
+                self._passes = [start(c) for c in self._apart(str(error))]
         base = torch.cat([each.base for each in self._passes])
         order = [row for each in self._passes for k in each.chosen for row in self.rows[k]]
         self.base_logprobs = torch.empty_like(base)
@@ -193,19 +196,21 @@ class Engine:
                 if mine:
                     rows = [row for k in each.chosen for row in self.rows[k]]
                     result[torch.tensor(mine)[:, None], torch.tensor(rows)] = found
-        for u, unit in enumerate(units):
-            for k, rows in enumerate(self.rows):
-                reached = max(unit.positions) - self.prompt_tokens + 1  # tokens at or before it
-                hidden = len(rows) if unit.branch not in (None, k) else max(0, reached)
-                result[u, rows[:hidden]] = torch.nan
-        return result
+        owner = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows])  # [M]
+        place = torch.tensor(
+            [self.prompt_tokens + i for rows in self.rows for i in range(len(rows))]
+        )
+        last = torch.tensor([max(unit.positions) for unit in units], dtype=torch.long)[:, None]
+        branch = [-1 if unit.branch is None else unit.branch for unit in units]
+        branch = torch.tensor(branch, dtype=torch.long)[:, None]
+        foreign = (branch >= 0) & (branch != owner)
+        return result.masked_fill_(foreign | (last >= place), torch.nan)
 
     def _partition(
         self, model: nn.Module, inputs: Mapping[str, Any], settings: Settings
     ) -> list[list[int]]:
         """Targets that go through the model together."""
         everything = list(range(len(self.targets)))
-        single = [k for k in everything if len(self.targets[k]) == 1]
         several = [k for k in everything if len(self.targets[k]) > 1]
         if "one_pass" in settings.without:
             return [[k] for k in everything]
@@ -222,10 +227,18 @@ class Engine:
         if reason is None and padding is not None and "position_ids" not in inputs:
             if not bool(padding.bool().all()):
                 reason = "the prompt is padded and comes without position_ids"
-        if reason is None:
-            return [everything]
+        return [everything] if reason is None else self._apart(reason)
+
+    def _apart(self, reason: str) -> list[list[int]]:
+        """Targets of one token together, every other one alone."""
         self.record.reasons.append(f"targets of several tokens ran separately: {reason}")
-        return [*([single] if single else []), *([k] for k in several)]
+        single = [k for k, target in enumerate(self.targets) if len(target) == 1]
+        several = [[k] for k, target in enumerate(self.targets) if len(target) > 1]
+        return [single, *several] if single else several
+
+
+class _NotSideBySide(Exception):
+    """Targets stand side by side behind a prompt only where attention alone joins tokens."""
 
 
 class _Pass:
@@ -430,11 +443,16 @@ class _Pass:
 
     def _why_full(self) -> str | None:
         """Why perturbations must run over the whole input; None if they can share a prefix."""
-        if "shared_prefix" in self.settings.without:
-            return "the shared prefix is switched off"
+        off = "the shared prefix is switched off"
+        off = off if "shared_prefix" in self.settings.without else None
+        if self.branches.linear and off is not None:
+            return off
         if self.settings.mode == "min_shift_full":
             return "mode='min_shift_full' looks at future keys"
-        return why_not_prefix(self.model, self.branches.length) or self._probe()
+        reason = why_not_prefix(self.model, self.branches.length) or self._probe()
+        if reason is not None and not self.branches.linear:
+            raise _NotSideBySide(reason)
+        return off or reason
 
     def _probe(self) -> str | None:
         """Run the start of the input whole and in two pieces, once per model."""
