@@ -155,15 +155,15 @@ def signature(
     return types, constants, attributes
 
 
-def _family(name: str) -> tuple[Any, Any]:
-    """The kernel of that name and the function that chooses its tiles."""
-    from atman_triton.kernels import configs, forward
+def _family(name: str) -> tuple[Any, Any, int]:
+    """The kernel of that name, the function that chooses its tiles, and its segments of keys."""
+    from atman_triton.kernels import configs, forward, shared_prefix
 
+    if name == "shared_prefix":
+        return shared_prefix._shared_prefix_fwd_kernel, configs.shared_prefix_config, 2
     if name == "attention":
-        return forward._attention_fwd_kernel, configs.forward_config
-    from atman_triton.kernels import shared_prefix
-
-    return shared_prefix._shared_prefix_fwd_kernel, configs.shared_prefix_config
+        return forward._attention_fwd_kernel, configs.forward_config, 1
+    raise ValueError(f"kernel must be attention or shared_prefix, got {name!r}.")
 
 
 def compile_case(case: Case) -> Report:
@@ -176,7 +176,7 @@ def compile_case(case: Case) -> Report:
     from atman_triton.kernels.configs import TileConfig, extra_load
     from atman_triton.kernels.launch import make_variant
 
-    kernel, choose_config = _family(case.kernel)
+    kernel, choose_config, segments = _family(case.kernel)
     value_dim = case.value_dim or case.head_dim
     config = choose_config(
         case.architecture,
@@ -185,7 +185,7 @@ def compile_case(case: Case) -> Report:
         getattr(torch, case.dtype),
         case.mode,
         case.queries,
-        load=extra_load(case.mode, case.features),
+        load=extra_load(case.mode, case.features, segments),
     )
     if case.tiles is not None:
         config = TileConfig(*case.tiles)
@@ -314,6 +314,12 @@ def table() -> list[Case]:
             cases.append(Case(architecture, head_dim, mode="min_shift", features=()))
             cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
             cases.append(Case(architecture, head_dim, dtype="float32", mode="min_shift"))
+        for head_dim in (64, 128, 256):
+            for dtype in ("bfloat16", "float16"):
+                cases += [
+                    Case(architecture, head_dim, kernel="shared_prefix", dtype=dtype, mode=mode)
+                    for mode in MODES
+                ]
         cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
         cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]
     return cases

@@ -54,16 +54,17 @@ def device_architecture(device: torch.device, interpreted: bool) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def extra_load(mode: str, features: Collection[str]) -> int:
+def extra_load(mode: str, features: Collection[str], segments: int = 1) -> int:
     """How many registers ``features`` need beyond the plain kernel: 0 few, 1 more, 2 most.
 
     Args:
         features: names of what the call uses beyond ``causal``.
+        segments: walks over keys, each with tile ranges of its own.
     """
     if not {"bias", "mask"}.isdisjoint(features):  # a number per query and key
         return 2
     costly = {"softcap", "alibi"}
-    if mode == "min_shift":
+    if mode == "min_shift" or segments > 1:
         costly |= {"window", "padding"}
     return int(not costly.isdisjoint(features))
 
@@ -156,5 +157,20 @@ def shared_prefix_config(
     queries: int,
     load: int,
 ) -> TileConfig:
-    """Tile sizes of the shared-prefix kernel; arguments as in :func:`forward_config`."""
-    return forward_config(architecture, head_dim, value_dim, dtype, mode, queries, load)
+    """Tile sizes of the shared-prefix kernel; arguments as in :func:`forward_config`.
+
+    Two walks hold the addresses of both segments, so that on NVIDIA some tiles are smaller.
+    """
+    config = forward_config(architecture, head_dim, value_dim, dtype, mode, queries, load)
+    tuned = architecture.startswith("sm_") and dtype != torch.float32 and queries > 16
+    if not tuned:
+        return config
+    width, deferred = max(head_dim, value_dim), mode == "min_shift"
+    if width > 128 and (load == 2 or (deferred and architecture == "sm_90")):
+        return TileConfig(32, 32, num_warps=8, num_stages=2)
+    if load == 2:
+        rows = 128 if width <= 64 else 64
+        return TileConfig(rows, 32, num_warps=8, num_stages=3 if width <= 64 else 2)
+    if 64 < width <= 128 and deferred and architecture != "sm_100":
+        return TileConfig(128, 32, num_warps=8, num_stages=3)
+    return config

@@ -137,6 +137,7 @@ def prepare(
     key_padding: Tensor | None,
     block_mask: Tensor | None,
     choose_config: Callable[..., TileConfig] = forward_config,
+    segments: int = 1,
 ) -> Call:
     """Choose tiles and variant; expand what broadcasts, without a copy.
 
@@ -144,6 +145,7 @@ def prepare(
         keys: Tk, which ``position_bias``, ``key_padding`` and ``block_mask`` span.
         matrices: every tensor of which the kernel reads or writes tiles.
         choose_config: see ``forward_config``.
+        segments: see ``extra_load``.
     """
     batch, heads, rows, head_dim = query.shape
     kind = "plain" if key_factor is None else mode
@@ -167,7 +169,7 @@ def prepare(
         query.dtype,
         kind,
         rows,
-        load=extra_load(kind, features),
+        load=extra_load(kind, features, segments),
     )
     if key_factor is not None:
         if key_factor.dim() == 2:

@@ -267,6 +267,7 @@ def shared_prefix_fwd(
         (query, key, value, prefix_key, prefix_value, out),
         **features,
         choose_config=shared_prefix_config,
+        segments=2,
     )
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
