@@ -148,7 +148,7 @@ def test_units_of_every_size_are_on_the_page():
     assert page.text == explanation.text
     assert [e.attributes["value"] for e in radios(page, "level")] == ["0", "1", "2"]
     names = [e.text for e in page.elements if e.tag == "bdi"][:3]
-    assert names == ["words and sentences (10)", "sentences (3)", "paragraphs (2)"]
+    assert names == ["words and sentences (9)", "sentences (3)", "paragraphs (2)"]
     assert len(page.data["explanations"]) == 3
     assert not page.data["overlay"]
     for size, each in enumerate(layout.by_size(explanation)):
@@ -199,6 +199,7 @@ def test_several_targets_are_laid_over_others_by_their_prompt():
     values = [e.attributes["value"] for e in page.elements if e.tag == "option"]
     assert values == ["0", "-1", "1", "2", "-2", "3", "4", "-3", "5", "0", "1", "2"]
     assert "3 targets" in [e.text for e in page.elements if e.attributes.get("class") == "answer"]
+    assert Page(to_html([explain_several(), explain_several()])).text == CONTRACT
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

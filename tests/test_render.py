@@ -422,7 +422,22 @@ def test_lists_of_targets_and_of_larger_units_stay_within_the_width(width):
 
 def test_levels_are_named_from_small_to_large():
     assert layout.levels(explain()) == "tokens"
+    sentences, fine = hierarchical().coarse, explain()
+    assert sentences
+    own = dataclasses.replace(fine.units[-1], level="token")  # of the target, it does not count
+    suppressed = torch.cat([sentences.suppressed_logprobs, fine.suppressed_logprobs[:, -1:]], 1)
+    with_target = dataclasses.replace(
+        sentences, units=[*sentences.units, own], suppressed_logprobs=suppressed, coarse=None
+    )
+    assert layout.levels(with_target) == "sentences"
+    shown = printed(dataclasses.replace(fine, method="hierarchical", coarse=with_target))
+    assert "First by sentences (3, total effect):" in shown
+    assert len(shown.split("total effect):")[1].split("\n\n")[0].strip().splitlines()) == 3
+    assert "  34\n" not in shown
     assert layout.levels(hierarchical()) == "words and sentences"
+    fine = hierarchical()
+    fine.units[0] = dataclasses.replace(fine.units[0], level="token")
+    assert layout.levels(fine) == "tokens, words and sentences"
     assert [layout.levels(each) for each in layout.by_size(hierarchical())[1:]] == [
         "sentences",
         "paragraphs",

@@ -57,7 +57,7 @@ def _levels(explanation: Explanation) -> str:
         return ""
     chips = []
     for level, each in enumerate(sizes):
-        text = f"{layout.levels(each)} ({len(each.units)})"
+        text = f"{layout.levels(each)} ({len(layout.of_prompt(each))})"
         chips.append(_chip("level", level, text, checked=level == 0))
     legend = "By which pieces (the first ones were refined from the others)"
     return _fieldset(legend, chips)

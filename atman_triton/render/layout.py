@@ -215,9 +215,15 @@ def effect(explanation: Explanation, mark: str) -> str:
 
 
 def levels(explanation: Explanation) -> str:
-    """What its units are: ``words``, ``words and sentences``."""
-    known = {unit.level for unit in explanation.units}
-    return " and ".join(f"{level}s" for level in LEVELS if level in known)
+    """What the prompt's units are: ``words``, ``words and sentences``."""
+    known = {explanation.units[unit].level for unit in of_prompt(explanation)}
+    *names, last = [f"{level}s" for level in LEVELS if level in known] or ["units"]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def of_prompt(explanation: Explanation) -> list[int]:
+    """Which units are pieces of the prompt."""
+    return [index for index, unit in enumerate(explanation.units) if unit.part == "prompt"]
 
 
 def by_size(explanation: Explanation) -> list[Explanation]:

@@ -221,16 +221,18 @@ def _targets(explanation: Explanation, width: int) -> list[Text]:
 
 
 def _coarser(explanation: Explanation, target: int | None, width: int) -> list[Text]:
-    """What larger units said, from which the explanation was refined: the largest ones first."""
+    """What larger units of the prompt said that were refined: the largest ones first."""
     rows = []
     for place, coarse in enumerate(layout.by_size(explanation)[:0:-1]):
+        prompt = layout.of_prompt(coarse)
         values = layout.in_sight(coarse, target)
-        ranking, digits = layout.ranking(values), layout.decimals(values)
+        ranking = [prompt[i] for i in layout.ranking([values[unit] for unit in prompt])]
+        digits = layout.decimals(values[unit] for unit in prompt)
         kind = "direct effect" if coarse.effect == "direct" else "total effect"
         if coarse.effect == "mixed":
             kind = "total and direct effect"
         when = "Then" if place else "First"
-        head = f"{when} by {layout.levels(coarse)} ({len(coarse.units)}, {kind}):"
+        head = f"{when} by {layout.levels(coarse)} ({len(prompt)}, {kind}):"
         rows += [Text(), Text(head, FAINT)]
         for unit in ranking[:COARSE]:
             row = Text(f"{layout.signed(values[unit], digits):>10}  ")
