@@ -117,6 +117,18 @@ AttentionMaskInterface.register("plain_eager", eager_mask)
 
 
 @torch.no_grad()
+def plain_logits(model, input_ids, matrix=None, mode="min_shift", layers=None, heads=None):
+    """Logits ``[S, V]`` of one eager forward; own eager code would round to float32 in float64."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("plain_eager")
+    matrix = torch.ones(len(input_ids), len(input_ids)) if matrix is None else matrix
+    _perturbation.update(matrix=matrix, mode=mode, layers=layers, heads=heads)
+    try:
+        return model(input_ids=torch.tensor([input_ids]), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation(before)
+
+
 def plain_loop(
     model, input_ids, target_ids, units, factor, mode, layers=None, heads=None, first_row=0
 ):
@@ -124,17 +136,11 @@ def plain_loop(
 
     Queries before ``first_row`` feel no factor.
     """
-    before = model.config._attn_implementation
-    model.set_attn_implementation("plain_eager")
     rows = []
-    try:
-        for tokens in [(), *units]:
-            matrix = torch.ones(len(input_ids), len(input_ids))
-            matrix[first_row:, list(tokens)] = factor
-            _perturbation.update(matrix=matrix, mode=mode, layers=layers, heads=heads)
-            logits = model(input_ids=torch.tensor([input_ids]), use_cache=False).logits[0]
-            logprobs = logits[-len(target_ids) :].log_softmax(-1)
-            rows.append(logprobs[torch.arange(len(target_ids)), torch.tensor(target_ids)])
-    finally:
-        model.set_attn_implementation(before)
+    for tokens in [(), *units]:
+        matrix = torch.ones(len(input_ids), len(input_ids))
+        matrix[first_row:, list(tokens)] = factor
+        logits = plain_logits(model, input_ids, matrix, mode, layers, heads)
+        logprobs = logits[-len(target_ids) :].log_softmax(-1)
+        rows.append(logprobs[torch.arange(len(target_ids)), torch.tensor(target_ids)])
     return torch.stack(rows)
