@@ -119,6 +119,23 @@ def test_long_texts_are_elided_around_marks():
     assert layout.elide(marked, 39) == [0, 1, None, 19, 20, 21, None, 36, 37, 38, 39]
 
 
+def test_of_too_many_marks_the_largest_are_kept():
+    marked = [0.5] * 40
+    marked[10], marked[30] = 0.75, 1.0
+    shown = [0, 1, None, 9, 10, 11, None, 29, 30, 31, None, 36, 37, 38, 39]
+    assert layout.elide(marked, 12) == shown
+    assert layout.elide(marked, 11) == [*shown[:3], *shown[7:]]
+    rows = [[layout.Run("a", 0, 0.25), layout.Run("b", 1, -0.5)], [layout.Run("c", 2, 0.25)], []]
+    assert layout.notable(rows, 0.35) == [0.5, 0.0, 0.0]
+
+
+def test_a_text_that_matters_everywhere_stays_short():
+    words = [f"w{index}" for index in range(2000)]
+    explanation = explain(" ".join(words), scores=dict.fromkeys(words, 1.0))
+    assert len(printed(explanation).splitlines()) < 90
+    assert explanation.plot().get_size_inches()[1] < 20
+
+
 def test_units_without_a_place_stand_behind_the_text():
     explanation = Explanation(
         text="ab",

@@ -79,8 +79,7 @@ def plot(
     """
     values = layout.in_sight(explanation, target)
     rows = layout.heat_lines(explanation, values, COLUMNS)
-    notable = [any(abs(run.strength) >= NOTABLE for run in row) for row in rows]
-    chosen = layout.elide(notable, MAX_LINES)
+    chosen = layout.elide(layout.notable(rows, NOTABLE), MAX_LINES)
     bars = _bars(values)
     names, table = _table(explanation)
     with_matrix = 1 < len(names) <= MATRIX_TARGETS and table.shape[1] <= MATRIX_UNITS

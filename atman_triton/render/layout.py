@@ -311,8 +311,16 @@ def lines(text: str, width: int) -> list[Span]:
     return spans
 
 
-def elide(marked: Sequence[bool], limit: int) -> list[int | None]:
+def notable(rows: Sequence[Sequence[Run]], least: float) -> list[float]:
+    """For each line the largest magnitude in it, 0 where that is less than ``least``."""
+    peaks = [max((abs(run.strength) for run in row), default=0.0) for row in rows]
+    return [peak if peak >= least else 0.0 for peak in peaks]
+
+
+def elide(marked: Sequence[float], limit: int) -> list[int | None]:
     """Which lines to show of more than ``limit``: the first, the last and those around marks.
+
+    Where marks are too many for the limit, the largest are kept.
 
     Returns: line numbers in order; None stands for a stretch that is left out.
     """
@@ -320,9 +328,11 @@ def elide(marked: Sequence[bool], limit: int) -> list[int | None]:
     if total <= limit:
         return list(range(total))
     keep = {0, 1, *range(total - 4, total)}
-    for index, mark in enumerate(marked):
-        if mark:
-            keep |= {index - 1, index, index + 1}
+    for index in sorted(range(total), key=lambda index: -marked[index]):
+        around = {index - 1, index, index + 1}
+        if not marked[index] or len(keep | around) > limit:
+            break
+        keep |= around
     shown: list[int | None] = []
     for index in sorted(keep & set(range(total))):
         if shown and shown[-1] is not None and index > shown[-1] + 1:

@@ -386,9 +386,8 @@
       byId("found").textContent = wanted ? `${found} found` : "";
     };
     const { base, branch } = all[0];
-    const likely = chips.map(() => 0);
+    const likely = chips.map(() => 0); // log p; that of "all" stays 0 and comes first
     branch.forEach((b, t) => { likely[b + 1] += base[t]; });
-    likely[0] = Infinity;
     const sort = () => {
       const order = [...chips.keys()];
       if (byId("order").value === "likely") order.sort((a, b) => likely[b] - likely[a] || a - b);

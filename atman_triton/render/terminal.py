@@ -105,11 +105,10 @@ def _heat_map(
 ) -> list[Text]:
     """The text in lines, coloured by strength; without colour strong units stand in brackets."""
     rows = layout.heat_lines(explanation, values, width if coloured else width - 6)
-    notable = [any(abs(run.strength) >= NOTABLE for run in row) for row in rows]
     draw = _coloured_line if coloured else _plain_line
     return [
         Text("⋯", FAINT) if index is None else draw(rows[index], explanation.prompt_stop)
-        for index in layout.elide(notable, MAX_LINES)
+        for index in layout.elide(layout.notable(rows, NOTABLE), MAX_LINES)
     ]
 
 
