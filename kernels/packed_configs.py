@@ -56,7 +56,8 @@ def packed_config(
         block_n = 16 if amd and width > 128 else 32
         return PackedConfig(block_m, block_n, 16, num_warps=4 if amd else 8, num_stages=1)
     if rows <= 32:  # memory is the limit
-        return PackedConfig(rows, 64 if width <= 128 else 32, 16, num_warps=4, num_stages=2)
+        warps = 4 if amd or max(rows * 8, width) <= 128 else 8
+        return PackedConfig(rows, 64 if width <= 128 else 32, 16, num_warps=warps, num_stages=2)
     if amd:
         # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
         if width <= 64:
@@ -86,7 +87,7 @@ def _nvidia_packed(architecture: str, width: int, rows: int, load: int) -> Packe
         block_n = 32 if architecture == "sm_80" else 64
         stages = 2 if architecture == "sm_80" else 3
         return PackedConfig(rows, block_n, 16, num_warps=8, num_stages=stages)
-    return PackedConfig(64, 16 if load == 2 else 32, 16, num_warps=8, num_stages=2)
+    return PackedConfig(32 if load == 2 else 64, 32, 16, num_warps=8, num_stages=2)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:

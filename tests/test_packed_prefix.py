@@ -319,20 +319,23 @@ def test_padding_at_tile_borders(mode):
         assert (out - oracle).abs().max() < 1e-5, start
 
 
+@pytest.mark.parametrize("places", [(70,), (3,), (149,), (152,), (3, 70, 149, 152)], ids=str)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_ties_for_the_minimum(splits):
-    """The smallest score occurs in several parts, with and without a factor on it."""
+def test_where_the_minimum_lies(splits, places):
+    """In a plain, a flagged, an edge or an own tile, or tied in all of them."""
     case = Case(tokens=(4, 150, 6), batch=4, heads=(2, 1), mode="min_shift", band="full")
     tensors, options = make_inputs(case)
     query, key, _, prefix_key, _, factor = tensors
     query[..., 0], prefix_key[..., 0], key[..., 0] = 4.0, 0.0, 0.0
-    for copies in (prefix_key[:, :, 3:4], prefix_key[:, :, 149:], key[:, :, 2:3]):
-        copies.copy_(prefix_key[:, :, :1])
-        copies[..., 0] = -20.0
+    for place in places:
+        spot = prefix_key[:, :, place] if place < 150 else key[:, :, place - 150]
+        spot.copy_(prefix_key[:, :, 10])
+        spot[..., 0] = -20.0
     factor.fill_(1.0)
-    factor[0, 3] = 0.2  # suppressed in one part, plain in another
-    factor[1, [3, 149, 152]] = torch.tensor([0.5, 0.0, 1.5], device=DEVICE)  # everywhere
-    factor[2, [7, 152]] = 0.3
+    factor[0, 5] = 0.2
+    factor[1, [5, 151]] = 1.5
+    factor[2, [3, 149, 152]] = torch.tensor([0.5, 0.0, 1.5], device=DEVICE)  # also on the ties
+    factor[3, [7, 152]] = 0.3
     compare(*launch(tensors, options, splits), tensors, options)
 
 
