@@ -406,6 +406,8 @@ class Explanation:
     ) -> str:
         """One self-contained HTML page: the text coloured by relevance, numbers on hover or focus.
 
+        The reader chooses the target, the target token and, of a refined result, larger units.
+
         Args:
             path: Also write the page to this file.
             others: Explanations of the same document (other questions, other targets) to lay over
