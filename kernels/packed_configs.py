@@ -67,10 +67,10 @@ def packed_config(
                 return PackedConfig(64, 64, 32, num_warps=4, num_stages=2)
             return PackedConfig(128, 64, 16, num_warps=4, num_stages=2)
         return PackedConfig(64, 32, 32, num_warps=4, num_stages=2)
-    return _nvidia_packed(architecture, width, min(rows, 128), load)
+    return _nvidia_packed(architecture, width, mode, min(rows, 128), load)
 
 
-def _nvidia_packed(architecture: str, width: int, rows: int, load: int) -> PackedConfig:
+def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: int) -> PackedConfig:
     """sm_80 to sm_100 in half precision.
 
     Found by compiling: the largest tiles without spills. Numbers that are gathered for every row
@@ -87,7 +87,10 @@ def _nvidia_packed(architecture: str, width: int, rows: int, load: int) -> Packe
         block_n = 32 if architecture == "sm_80" else 64
         stages = 2 if architecture == "sm_80" else 3
         return PackedConfig(rows, block_n, 16, num_warps=8, num_stages=stages)
-    return PackedConfig(32 if load == 2 else 64, 32, 16, num_warps=8, num_stages=2)
+    if load == 2:
+        return PackedConfig(32, 32, 16, num_warps=8, num_stages=2)
+    block_n = 16 if architecture == "sm_80" and mode == "log_additive" else 32
+    return PackedConfig(64, block_n, 16, num_warps=8, num_stages=2)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:
