@@ -1,17 +1,14 @@
 """The Explainer from a prompt to an Explanation: forms of input, generation, settings, refusals."""
 
-import io
 import json
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from toy_models import MODELS, VOCABULARY, WINDOW, llama, plain_loop
 from toy_tokenizers import byte_level, chat, sentencepiece
 from transformers import GenerationConfig, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
-from atman_triton import engine, progress
 from atman_triton.explain import Explainer
 from atman_triton.explanation import load
 from atman_triton.integration import UnsupportedModelError
@@ -92,7 +89,9 @@ def test_text_ids_and_encodings_agree():
         assert e.text == "<s> " + of_text.text
     bare = explainer(None).explain(words, answer)
     assert len(bare.units) == len(of_text.units) + 1  # without a tokenizer BOS is a unit like any
-    assert torch.equal(bare.scores[:, 1:].nan_to_num(), of_text.scores.nan_to_num())
+    torch.testing.assert_close(
+        bare.scores[:, 1:], of_text.scores, rtol=0, atol=1e-5, equal_nan=True
+    )
 
 
 def test_the_border_between_prompt_and_target():
@@ -223,11 +222,13 @@ def test_generation_arguments_with_a_target_are_refused():
 
 
 def test_provenance(tmp_path):
-    e = explainer(preset="paper", layers=[1], heads=[0, 2], batch_size=4).explain(PROMPT, "23")
-    known = e.provenance
-    rows = len(e.units) + 1
-    assert known["batch_sizes"] == [4] * (rows // 4) + [rows % 4] * (rows % 4 > 0)
-    assert known["runs"] == rows
+    e = explainer(preset="paper", layers=[1], heads=[0, 2], batch_size=4).explain(
+        PROMPT, "23 euros"
+    )
+    known, units = e.provenance, len(e.units)
+    assert known["batch_sizes"] == [1] + [4] * (units // 4) + [units % 4] * (units % 4 > 0)
+    assert known["runs"] == units + 1
+    assert (known["exact_runs"], known["direct_runs"]) == (units, 0)
     assert known["model"] == known["model_class"] == "LlamaForCausalLM"
     settings = {key: known[key] for key in ("preset", "mode", "factor", "layers", "heads")}
     assert settings == {
@@ -237,11 +238,41 @@ def test_provenance(tmp_path):
         "layers": [1],
         "heads": [0, 2],
     }
+    assert known["method"] == "exact"
+    assert known["budget"] is None
+    assert known["granularity"] == "token"
+    assert known["effect"].startswith("total effect: each unit was suppressed in every row")
+    assert (known["runner"], known["runner_reasons"]) == ("shared_prefix", [])
+    # Keys and values: 2 layers, 2 heads of 8, float32, prompt and all of the target but the last.
+    words = e.targets[0].token
+    columns = words + len(e.targets) - 1
+    assert known["prefix_bytes"] == 2 * 2 * 2 * 8 * 4 * columns
+    starts = [unit.tokens[0] for unit in e.units]
+    firsts = [starts[row // 4 * 4] for row in range(units)]  # rows of four, in order
+    ran = sum(columns - first for first in firsts)
+    assert known["wasted_share"] == pytest.approx(1 - sum(columns - s for s in starts) / ran)
+    assert known["forwards"] == pytest.approx((columns + ran) / words)
     assert {"atman_triton", "torch", "transformers", "python"} <= known["versions"].keys()
     assert known["seconds"] > 0
     e.save(tmp_path / "e.json")
     assert load(tmp_path / "e.json") == e
     json.dumps(known, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("direct", "direct effect: each unit was suppressed only in the rows that predict the"),
+        ("hybrid", "total effect of the most promising units, direct effect of the others"),
+        ("hierarchical", "total effect: each unit was suppressed in every row of every layer"),
+    ],
+)
+def test_provenance_says_what_a_score_is(method, words):
+    budget = None if method == "direct" else 9
+    known = explainer(method=method, budget=budget).explain(PROMPT, "23").provenance
+    assert known["method"] == method
+    assert known["budget"] == budget
+    assert known["effect"].startswith(words)
 
 
 def test_presets_can_be_changed_in_part():
@@ -254,30 +285,6 @@ def test_layers_and_heads_change_the_scores():
     whole = explainer().explain(PROMPT, "23").scores
     assert not torch.allclose(explainer(layers=[0]).explain(PROMPT, "23").scores, whole)
     assert not torch.allclose(explainer(heads=[1]).explain(PROMPT, "23").scores, whole)
-
-
-def test_progress_is_drawn_on_a_terminal_only(monkeypatch, capsys):
-    explainer().explain(PROMPT, "23")
-    assert capsys.readouterr() == ("", "")
-    for shown in (True, False):
-        drawn = io.StringIO()
-
-        def terminal(drawn=drawn, **_):
-            return Console(file=drawn, force_terminal=True, width=100)
-
-        monkeypatch.setattr(progress, "Console", terminal)
-        e = explainer(progress=shown, batch_size=3).explain(PROMPT, "23")
-        total = e.provenance["runs"] * e.targets[0].token
-        assert (f"{total} of {total} tokens" in drawn.getvalue()) == shown
-
-
-def test_every_token_is_counted_once():
-    done = []
-    model = MODELS["llama"]()
-    how = engine.Settings(0.1, "min_shift", batch_size=2)
-    with engine.undisturbed(model):
-        engine.run_perturbations(model, [1, 2, 3], [4], [(0,), (1,)], how, done.append)
-    assert done == [6, 3]
 
 
 # --- on the fused kernel ------------------------------------------------------------------------
@@ -338,7 +345,36 @@ def test_bad_settings_are_refused(changes, error, message):
         ({"target": []}, ValueError, "target must not be empty."),
         ({"target": [VOCABULARY]}, ValueError, "target holds token id 512, but the model knows"),
         ({"prompt": [VOCABULARY]}, ValueError, "prompt holds token id 512, but the model knows"),
-        ({"granularity": "sentence"}, ValueError, "granularity must be one of token, got"),
+        (
+            {"granularity": "word"},
+            ValueError,
+            "granularity must be one of token, sentence, paragraph, got 'word'",
+        ),
+        ({"granularity": None}, ValueError, "granularity must be one of .*, got None"),
+        ({"targets": ["a"]}, TypeError, "target and targets exclude each other; put the one"),
+        ({"target": None, "targets": []}, ValueError, "targets must hold at least one target"),
+        (
+            {"target": None, "targets": "23"},
+            TypeError,
+            "targets must be a sequence of str or token ids, got '23'",
+        ),
+        (
+            {"target": None, "targets": 5},
+            TypeError,
+            "targets must be a sequence of str or token ids, got 5",
+        ),
+        (
+            {"target": None, "targets": ["23", 7]},
+            TypeError,
+            r"targets\[1\] must be a str or a sequence of token ids, got 7; a single .* is \[7\]",
+        ),
+        ({"target": None, "targets": ["23", ""]}, ValueError, "target must not be empty."),
+        ({"target": None, "targets": [[VOCABULARY]]}, ValueError, "target holds token id 512"),
+        (
+            {"target": None, "targets": ["23"], "max_new_tokens": 3},
+            TypeError,
+            "max_new_tokens would go to model.generate, but a target is given",
+        ),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, got 'max'"),
         ({"explain_only": [99]}, ValueError, "explain_only holds unit index 99, but this input"),
         ({"explain_only": 3}, TypeError, "explain_only must be a sequence of ints or None, got 3"),
