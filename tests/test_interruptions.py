@@ -35,7 +35,7 @@ class Interrupter:
     """Raises in the n-th pass through the last module of a model's text stack."""
 
     def __init__(self, model, module, error):
-        self.error, self.at, self.passes = error, None, 0
+        self.error, self.at, self.passes = error, 0, 0  # never
         self.model = model
         module.register_forward_pre_hook(self)
 

@@ -46,6 +46,7 @@ def test_what_was_recorded_is_read_in_place(cuts):
         own = columns(tokens, S, rows=3)
         key, value, prefix = store.around(0, *own, causal(S))
         assert key is own[0] and value is own[1]
+        assert prefix is not None
         assert [part.shape for part in prefix] == [
             (1, HEADS, tokens, DIM),
             (1, HEADS, tokens, VALUE_DIM),
@@ -66,8 +67,9 @@ def test_perturbations_write_nothing():
     store.tokens = 3
     store.around(0, torch.full((2, HEADS, 4, DIM), -1.0), torch.zeros(2, HEADS, 4, 6), causal(S))
     store.tokens = 6
-    _, _, (key, _) = store.around(0, *columns(6, 7), causal(S))
-    assert key[0, 0, :, 0].tolist() == list(range(6))
+    _, _, prefix = store.around(0, *columns(6, 7), causal(S))
+    assert prefix is not None
+    assert prefix[0][0, 0, :, 0].tolist() == list(range(6))
 
 
 def test_every_layer_has_its_own():
@@ -80,8 +82,9 @@ def test_every_layer_has_its_own():
     assert store.bytes() == 2 * HEADS * S * (4 * DIM + 8 * VALUE_DIM)
     store.recording, store.tokens = False, 5
     for layer in (0, 2):
-        _, _, (key, _) = store.around(layer, *columns(5, 7), causal(S))
-        assert key[0, 0, 0, 0] == layer
+        _, _, prefix = store.around(layer, *columns(5, 7), causal(S))
+        assert prefix is not None
+        assert prefix[0][0, 0, 0, 0] == layer
 
 
 def _dense(rows, sees):

@@ -217,6 +217,7 @@ def test_every_own_token_is_in_one_unit_and_offsets_are_exact(kind, level, text)
                 token
                 for token in layout.tokens
                 if token.start is not None
+                and token.stop is not None
                 and token.tokens[0] in unit.tokens
                 and token.start < starts[segment + 1] < token.stop
             ]
