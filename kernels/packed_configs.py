@@ -52,8 +52,8 @@ def packed_config(
     rows = max(16, 1 << (packed_rows - 1).bit_length())  # of fewer rows, no more than needed
     if dtype == torch.float32:
         # True float32 products have few matrix instructions or none, and keep much in registers.
-        block_m = min(rows, 32 if width <= 128 else 16)
-        block_n = 16 if amd and width > 128 else 32
+        block_m = 32 if amd and rows > 16 and width <= 128 else 16
+        block_n = 32 if width <= 128 else 16
         return PackedConfig(block_m, block_n, 16, num_warps=4 if amd else 8, num_stages=1)
     if rows <= 32:  # memory is the limit
         warps = 4 if amd or max(rows * 8, width) <= 128 else 8
