@@ -394,7 +394,7 @@ def test_a_manipulation_around_it_is_kept(mode, effect, targets):
     around = torch.ones(1, 12)
     around[0, [2, 5, 10]] = torch.tensor([0.2, 3.0, 0.5])
     with manipulate(model, around, mode):
-        found = perturbed(started(model, targets, mode=mode), UNITS[:4], effect)
+        found = perturbed(started(model, targets, mode=mode, batch_size=1), UNITS[:4], effect)
     assert (
         found - perturbed(started(model, targets, mode=mode), UNITS[:4], effect)
     ).abs().max() > 0.1

@@ -119,6 +119,22 @@ def test_chat_messages():
     assert ("assistant\n", "chat template") in [(p.text, p.reason) for p in e.left_out]
 
 
+def test_chat_scores_are_those_of_the_rendered_ids():
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello world"},
+    ]
+    e = explainer(chat()).explain(messages, "hi there")
+    ids = chat().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    answer = [target.token_id for target in e.targets]
+    whole = explainer(None).explain(ids, answer)
+    columns = [unit.tokens[0] for unit in e.units]
+    torch.testing.assert_close(
+        e.scores, whole.scores[:, columns], rtol=0, atol=1e-5, equal_nan=True
+    )
+    assert len(e.units) < len(whole.units)
+
+
 def test_explain_only_gives_the_same_columns():
     everything = explainer().explain(PROMPT, "23 euros. The")
     some = explainer().explain(PROMPT, "23 euros. The", explain_only=[1, 4])

@@ -269,20 +269,19 @@ def test_many_targets_are_explained_as_by_plain_full_forwards(name: str, layout:
         assert len(record.runners) == (4 if reasons else 1)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_explanations_run_on_the_kernel_with_every_launch_counted(name: str) -> None:
+def _on_kernel(name: str, answers: tuple[tuple[int, ...], ...], calls: int) -> None:
+    """Both effects of two pieces by the fused kernel, launched ``calls`` times a layer and pass."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = FAMILIES[name].build().to(device)
-
     layout = "plain" if name == "bloom" else "placed"  # BLOOM takes no position_ids
 
     def run(backend: str) -> tuple[Tensor, int]:
-        """Both effects of two pieces on two targets, and how many passes that took."""
         settings = Settings(0.1, "min_shift", backend=backend)
         with undisturbed(model):
-            engine = Engine(model, _words(layout), ANSWERS[2:4], settings)
+            engine = Engine(model, _words(layout), answers, settings)
             found = [engine.perturb(PIECES[:2], effect) for effect in EFFECTS]
+        assert engine.record.reasons == []
         return torch.cat([engine.base_logprobs[None], *found]), len(engine.record.batch_sizes)
 
     model.double()
@@ -291,6 +290,17 @@ def test_explanations_run_on_the_kernel_with_every_launch_counted(name: str) -> 
     portable, _ = run("torch")
     with count_launches() as launches:
         fused, passes = run("triton")
-    assert launches.attention == passes * LAYERS
     assert passes == 3
+    assert launches.attention == passes * LAYERS * calls
     assert_close_to_oracle(fused, portable, oracle.double(), name=name)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_explanations_run_on_the_kernel_with_every_launch_counted(name: str) -> None:
+    _on_kernel(name, ANSWERS[2:4], 1)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_branches_run_on_the_kernel_with_every_launch_counted(name: str) -> None:
+    """Windows, soft caps and sinks; the prompt's rows and the branches' rows are a call each."""
+    _on_kernel(name, (ANSWERS[3], ANSWERS[1], ANSWERS[0][:3]), 2)
