@@ -174,8 +174,8 @@ class _Planned(Exception):
     """Ends a run once it is known how many tokens it would take."""
 
 
-def planned_tokens(task: Task, units: Sequence[int], effect: Effect = "total") -> int:
-    """Tokens that a run over units takes, wasted ones included; the base run is not counted."""
+def planned_tokens(task: Task, units: Sequence[int], without: Iterable[str] = ()) -> int:
+    """Tokens that exact runs of units take, wasted ones included; the base run is not counted."""
     plan: list[int] = []
     armed = False
 
@@ -184,11 +184,11 @@ def planned_tokens(task: Task, units: Sequence[int], effect: Effect = "total") -
             plan.append(tokens)
             raise _Planned
 
-    engine = task.engine(expect=expect)
+    engine = task.engine(without, expect=expect)
     armed = True
     try:
         with undisturbed(task.model):
-            engine.perturb([Unit((unit,)) for unit in units], effect)
+            engine.perturb([Unit((unit,)) for unit in units])
     except _Planned:
         return plan[0]
     raise RuntimeError("the engine ran without saying how many tokens it would run.")

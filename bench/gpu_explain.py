@@ -1,0 +1,197 @@
+"""The set ``explain`` of ``bench/gpu.py``: explanations of random Llamas, every prompt token.
+
+For each size: exact and direct, exact with each saving left out, and the loop of eager forwards
+with full logits. What takes long is timed on evenly spread units and scaled, and is named so: our
+runs by the tokens that all batches would run, the loop by its forwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from atman_triton.engine import SAVINGS, Unit, undisturbed
+from bench.explaining import (
+    LOOP,
+    MODE,
+    LlamaShape,
+    Task,
+    check,
+    make_task,
+    planned_tokens,
+    spread,
+)
+from bench.harness import Row, clock, summarise
+
+WHAT = f"explanation, {MODE}"
+SIZES = (
+    LlamaShape("llama-1B", 2048, 16, 32, 8, 8192),
+    LlamaShape("llama-6B", 4096, 30, 32, 32, 11008),
+    LlamaShape("llama-30B", 6656, 60, 52, 52, 17920),
+)
+TINY_SIZES = (
+    LlamaShape("llama-toy", 32, 2, 4, 2, 48, vocabulary=101),
+    LlamaShape("llama-toy-deeper", 32, 3, 4, 4, 48, vocabulary=101),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much is run."""
+
+    prompt: int = 1024
+    target: int = 4
+    some: int = 128  # units of a run that is scaled: enough to fill batches
+    alone: int = 32  # the same, one row at a time
+    loop: int = 10
+    whole: float = 45.0  # seconds that an exact explanation may take; longer ones are scaled
+    minutes: float = 7.0  # after which no further model is begun
+
+
+TOY = Sizes(prompt=24, target=2, some=6, alone=3, loop=3)
+
+
+def checked(shape: LlamaShape, dtype: torch.dtype, device: torch.device, target: int) -> None:
+    """Refuse to time wrong scores: the same shape with two layers, every variant."""
+    small = dataclasses.replace(shape, layers=2)
+    task = make_task(small.model(dtype, device), 96, [target])
+    units = spread(96, 48)
+    outputs = {
+        f"without {name}": (task.scores(units, without={name}), "total")
+        for name in SAVINGS
+        if name != "one_pass"
+    }
+    check(
+        task,
+        {
+            "exact": (task.scores(units), "total"),
+            "direct": (task.scores(units, "direct"), "direct"),
+            **outputs,
+        },
+        units,
+    )
+
+
+def necessary_flops(shape: LlamaShape, prompt: int, target: int) -> float:
+    """Of all exact runs together: each from its suppressed token on, logits at the targets."""
+    length = prompt + target - 1
+    head = shape.vocabulary * shape.width
+    layers = shape.parameters - 2 * head
+    flops = 0.0
+    for start in range(prompt):
+        tokens = length - start
+        pairs = (length * (length + 1) - start * (start + 1)) / 2  # of a row and a key it sees
+        flops += 2 * layers * tokens + 2 * head * target + 4 * shape.layers * shape.width * pairs
+    return flops
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of one large matrix product, the best of ten."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    return 2 * size**3 / (min(clock(lambda: left @ right, device) for _ in range(10)) / 1e3)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def partly(task: Task, count: int, without: frozenset[str]) -> tuple[float, str]:
+    """Seconds of an exact explanation, from some of its units, and how that is said."""
+    prompt = len(task.prompt)
+    units = spread(prompt, count)
+    scale = planned_tokens(task, list(range(prompt)), without=without)
+    scale /= planned_tokens(task, units, without=without)
+    engine = task.engine(without)
+    perturbations = [Unit((unit,)) for unit in units]
+    with undisturbed(task.model):
+        engine.perturb(perturbations[:2])  # compiles
+        spent = seconds_of(lambda: engine.perturb(perturbations), task.model.device)
+    return spent * scale, f" ({len(units)} of {prompt} units, scaled)"
+
+
+def measure(shape: LlamaShape, sizes: Sizes, dtype: torch.dtype, device: torch.device):
+    """Seconds of each provider, one or more times."""
+    checked(shape, dtype, device, sizes.target)
+    task = make_task(
+        shape.model(dtype, device, sizes.prompt + sizes.target), sizes.prompt, [sizes.target]
+    )
+    found: dict[str, list[float]] = {}
+    estimate, note = partly(task, sizes.some, frozenset())
+    if estimate <= sizes.whole:
+        found["exact"] = [seconds_of(task.scores, device)]
+    else:
+        found["exact" + note] = [estimate]
+
+    def direct() -> None:
+        task.scores(effect="direct")
+
+    direct()
+    found["direct"] = [seconds_of(direct, device) for _ in range(3)]
+    for name in SAVINGS:
+        if name != "one_pass":
+            count = sizes.alone if name == "batching" else sizes.some
+            spent, note = partly(task, count, frozenset({name}))
+            found[f"exact without {name}{note}"] = [spent]
+    units = spread(sizes.prompt, sizes.loop)
+    task.loop(units[:1])
+    spent = seconds_of(lambda: task.loop(units), device)
+    name = f"{LOOP} ({len(units)} of {sizes.prompt} units, scaled)"
+    found[name] = [spent * (sizes.prompt + 1) / (len(units) + 1)]
+    return found
+
+
+def fits(shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the weights leave a tenth of the free memory to work with."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return shape.parameters * dtype.itemsize <= 0.9 * free
+
+
+def run(device: torch.device, tiny: bool) -> tuple[list[Row], str]:
+    """All sizes that memory and time allow: rows, and the table."""
+    began = time.perf_counter()
+    sizes = TOY if tiny else Sizes()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    peak = matmul_peak(device, dtype, 128 if tiny else 8192)
+    rows: list[Row] = []
+    lines = [f"matrix product: {peak / 1e12:.3g} TFLOP/s"]
+    for shape in TINY_SIZES if tiny else SIZES:
+        if not fits(shape, device, dtype):
+            lines.append(f"{shape.name}: left out, its weights do not fit")
+            continue
+        if time.perf_counter() - began > 60 * sizes.minutes:
+            lines.append(f"{shape.name}: left out, {sizes.minutes:g} minutes have passed")
+            continue
+        print(f"{shape.name} ...", file=sys.stderr, flush=True)
+        found = measure(shape, sizes, dtype, device)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        label = f"{shape.name}-prompt{sizes.prompt}-target{sizes.target}"
+        own = summarise(found, what=WHAT, shape=label, dtype=dtype, device=device, metric="s")
+        rows += own
+        flops = necessary_flops(shape, sizes.prompt, sizes.target)
+        share = flops / own[0].median / peak
+        lines.append(
+            f"{label} {own[0].dtype}: exact uses {share:.1%} of the matrix product's rate on the "
+            f"necessary work, {sizes.prompt / own[0].median:.1f} units/s"
+        )
+        for row in own:
+            ratio = row.median / own[0].median
+            lines.append(f"  {row.provider:<62}{row.median:>10.3f} s{ratio:>9.2f}x exact")
+    return rows, "\n".join(lines)
