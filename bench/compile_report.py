@@ -49,11 +49,12 @@ class Case:
 
     architecture: str
     head_dim: int
-    kernel: str = "attention"  # | shared_prefix
+    kernel: str = "attention"  # | shared_prefix | packed_prefix
+    stage: str = ""  # of packed_prefix: whole | partial | merge
     dtype: str = "bfloat16"
     mode: str = "multiplicative"
     value_dim: int | None = None
-    queries: int = 4096
+    queries: int = 4096  # rows per head; of packed_prefix, all rows that read the same keys
     features: tuple[str, ...] = ("causal",)
     tiles: tuple[int, int, int, int, int] | None = None  # TileConfig's numbers, in order
     skip_plain: bool | None = None
@@ -65,6 +66,7 @@ class Report:
 
     triton: str
     kernel: str
+    stage: str
     architecture: str
     head_dim: int
     value_dim: int
@@ -87,7 +89,7 @@ class Report:
 
 
 def signature(
-    kernel: Any, spec: Any, dtype: str, prefix_spec: Any
+    kernel: Any, spec: Any, dtype: str
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and attributes that the launcher's arguments would specialise to.
 
@@ -110,12 +112,17 @@ def signature(
         "sinks_ptr": short if spec.has_sinks else None,
         "query_offset": "*i64" if spec.offset_in_memory else "i32",
     }
-    for prefix, segment in (("", spec), ("prefix_", prefix_spec)):
-        lists = "*i32" if segment.mode == "min_shift" or segment.skip_plain else None
-        pointers[f"{prefix}before_ptr"] = lists if segment.has_key_factor else None
-        pointers[f"{prefix}flagged_ptr"] = lists if segment.has_key_factor else None
-        pointers[f"{prefix}range_ptr"] = "*i32" if spec.has_padding else None
-    scalars = dict.fromkeys(("rows", "keys", "prefix_keys", "heads", "group", "window"), "i32")
+    packed = hasattr(spec, "stage")
+    listed = packed or spec.mode == "min_shift" or spec.skip_plain
+    lists = "*i32" if spec.has_key_factor and listed else None
+    for name in ("before_ptr", "flagged_ptr", "tiles_ptr"):
+        pointers[name] = pointers[f"prefix_{name}"] = lists
+    for name in ("range_ptr", "prefix_range_ptr"):
+        pointers[name] = "*i32" if spec.has_padding else None
+    for name in ("partial_ptr", "stats_ptr"):
+        pointers[name] = "*fp32" if packed and spec.stage != "whole" else None
+    counts = "batch rows keys prefix_keys own_keys heads group splits factor_start window"
+    scalars = dict.fromkeys(counts.split(), "i32")
     scalars |= {"unit": "fp32", "inner_scale": "fp32"}
     strides = {
         "stride_out": 4,
@@ -136,7 +143,7 @@ def signature(
     for index, name in enumerate(kernel.arg_names):
         if name in ("SPEC", "PREFIX"):
             types[name] = "constexpr"
-            constants[(index,)] = spec if name == "SPEC" else prefix_spec
+            constants[(index,)] = spec
         elif name in strides:
             inner = strides[name] - 1
             types[name] = ("i32",) * inner + ("constexpr",)
@@ -145,25 +152,50 @@ def signature(
                 attributes[(index, i)] = aligned
         elif name in scalars:
             types[name] = scalars[name]
-        elif pointers[name] is None:
-            types[name] = "constexpr"
-            constants[(index,)] = None
         else:
-            types[name] = pointers[name]
-            if pointers[name].startswith("*"):
+            pointer = pointers[name]
+            types[name] = pointer or "constexpr"
+            if pointer is None:
+                constants[(index,)] = None
+            elif pointer.startswith("*"):
                 attributes[(index,)] = aligned
     return types, constants, attributes
 
 
-def _family(name: str) -> tuple[Any, Any, int]:
-    """The kernel of that name, the function that chooses its tiles, and its segments of keys."""
-    from atman_triton.kernels import configs, forward, shared_prefix
+@dataclass(frozen=True)
+class Family:
+    """A kernel, the functions that choose its tiles and variant, and its segments of keys."""
 
-    if name == "shared_prefix":
-        return shared_prefix._shared_prefix_fwd_kernel, configs.shared_prefix_config, 2
-    if name == "attention":
-        return forward._attention_fwd_kernel, configs.forward_config, 1
-    raise ValueError(f"kernel must be attention or shared_prefix, got {name!r}.")
+    kernel: Any
+    choose_config: Any
+    make_variant: Any
+    segments: int
+
+
+def family(name: str) -> Family:
+    """The kernel of that name; imports triton."""
+    from atman_triton.kernels import configs, forward, launch, packed_prefix, shared_prefix
+
+    families = {
+        "attention": Family(
+            forward._attention_fwd_kernel, configs.forward_config, launch.make_variant, 1
+        ),
+        "shared_prefix": Family(
+            shared_prefix._shared_prefix_fwd_kernel,
+            configs.shared_prefix_config,
+            launch.make_variant,
+            2,
+        ),
+        "packed_prefix": Family(
+            packed_prefix._packed_prefix_fwd_kernel,
+            packed_prefix.packed_config,
+            packed_prefix.packed_variant,
+            1,
+        ),
+    }
+    if name not in families:
+        raise ValueError(f"kernel must be one of {', '.join(families)}, got {name!r}.")
+    return families[name]
 
 
 def compile_case(case: Case) -> Report:
@@ -174,25 +206,26 @@ def compile_case(case: Case) -> Report:
     from triton.compiler import ASTSource
 
     from atman_triton.kernels.configs import TileConfig, extra_load
-    from atman_triton.kernels.launch import make_variant
 
-    kernel, choose_config, segments = _family(case.kernel)
+    chosen = family(case.kernel)
+    kernel = chosen.kernel
     value_dim = case.value_dim or case.head_dim
-    config = choose_config(
+    config = chosen.choose_config(
         case.architecture,
         case.head_dim,
         value_dim,
         getattr(torch, case.dtype),
         case.mode,
         case.queries,
-        load=extra_load(case.mode, case.features, segments),
+        load=extra_load(case.mode, case.features, chosen.segments),
     )
     if case.tiles is not None:
         config = TileConfig(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
-    spec = make_variant(config, case.mode, case.features, case.head_dim, value_dim)
-    types, constants, attributes = signature(kernel, spec, case.dtype, spec)
+    stage = {"stage": case.stage} if case.stage else {}
+    spec = chosen.make_variant(config, case.head_dim, value_dim, case.mode, case.features, **stage)
+    types, constants, attributes = signature(kernel, spec, case.dtype)
     if case.architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(case.architecture[3:]), 32)
     else:
@@ -212,6 +245,7 @@ def compile_case(case: Case) -> Report:
     report = Report(
         triton=triton.__version__,
         kernel=case.kernel,
+        stage=case.stage,
         architecture=case.architecture,
         head_dim=case.head_dim,
         value_dim=value_dim,
@@ -223,8 +257,8 @@ def compile_case(case: Case) -> Report:
         block_n=config.block_n,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        edge_stages=config.edge_stages,
-        skip_plain=config.skip_plain_tiles,
+        edge_stages=getattr(config, "edge_stages", config.num_stages),
+        skip_plain=getattr(config, "skip_plain_tiles", False),
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
@@ -296,10 +330,25 @@ def _line(result: Report | str) -> str:
         + "+skip" * r.skip_plain
     )
     return (
-        f"{r.kernel:14}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} {r.features:28} "
-        f"q{r.queries:<5} {tiles:16} regs {r.registers:3} spills {r.spills:3} shared {r.shared:6} "
-        f"{r.matrix_kind} {r.matrix_instructions} {', '.join(r.problems)}"
+        f"{r.kernel:14}{r.stage:8}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} "
+        f"{r.features:28} q{r.queries:<5} {tiles:16} regs {r.registers:3} "
+        f"spills {r.spills:3} shared {r.shared:6} {r.matrix_kind} {r.matrix_instructions} "
+        f"{', '.join(r.problems)}"
     )
+
+
+def prefix_cases(architecture: str) -> list[Case]:
+    """Both kernels for a shared prefix: every head dim and mode; split keys for one of them."""
+    cases = []
+    for head_dim in (64, 128, 256):
+        for mode in MODES:
+            case = Case(architecture, head_dim, mode=mode)
+            cases.append(replace(case, kernel="shared_prefix"))
+            cases.append(replace(case, kernel="shared_prefix", dtype="float16"))
+            cases.append(replace(case, kernel="packed_prefix", stage="whole"))
+        case = Case(architecture, head_dim, kernel="packed_prefix", mode="min_shift")
+        cases.append(replace(case, stage="partial"))
+    return cases
 
 
 def table() -> list[Case]:
@@ -314,12 +363,7 @@ def table() -> list[Case]:
             cases.append(Case(architecture, head_dim, mode="min_shift", features=()))
             cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
             cases.append(Case(architecture, head_dim, dtype="float32", mode="min_shift"))
-        for head_dim in (64, 128, 256):
-            for dtype in ("bfloat16", "float16"):
-                cases += [
-                    Case(architecture, head_dim, kernel="shared_prefix", dtype=dtype, mode=mode)
-                    for mode in MODES
-                ]
+        cases += prefix_cases(architecture)
         cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
         cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]
     return cases

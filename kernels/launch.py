@@ -72,10 +72,10 @@ def strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
 
 def make_variant(
     config: TileConfig,
-    mode: str,
-    features: Collection[str],
     head_dim: int,
     value_dim: int,
+    mode: str,
+    features: Collection[str],
     *,
     offset_in_memory: bool = False,
     positive_unit: bool = True,
@@ -188,10 +188,10 @@ def prepare(
         config=config,
         spec=make_variant(
             config,
-            kind,
-            features,
             head_dim,
             value_dim,
+            kind,
+            features,
             offset_in_memory=isinstance(query_offset, Tensor),
             positive_unit=unit > 0,
             wide=longest * 256 >= 1 << 31,

@@ -1,4 +1,4 @@
-"""The forward kernel compiles for every target without spills, within launchable shared memory.
+"""The attention kernels compile for every target without spills, within launchable shared memory.
 
 Compiling needs no GPU, but a process without TRITON_INTERPRET. The full table is
 ``python -m bench.compile_report``; here are the variants that use most registers, one test per
@@ -19,7 +19,13 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from atman_triton.kernels.configs import extra_load, forward_config, split_head_dim
+from atman_triton.kernels.configs import (
+    extra_load,
+    forward_config,
+    shared_prefix_config,
+    split_head_dim,
+)
+from atman_triton.kernels.packed_configs import packed_config
 from bench.compile_report import (
     ARCHITECTURES,
     FAMILIES,
@@ -29,12 +35,18 @@ from bench.compile_report import (
 )
 
 ROOT = Path(__file__).parent.parent
+# tiles, and segments of keys, of each kernel
+KERNELS = {
+    "attention": (forward_config, 1),
+    "shared_prefix": (shared_prefix_config, 2),
+    "packed_prefix": (packed_config, 1),
+}
 SLIDING, CAPPED, _, DENSE = (list(family) for family in FAMILIES)
 
 
 def load(row: dict) -> int:
     """What the launcher would tell the configuration."""
-    return extra_load(row["mode"], row["features"].split("+"))
+    return extra_load(row["mode"], row["features"].split("+"), KERNELS[row["kernel"]][1])
 
 
 def compile_cases(cases: list[dict]) -> list[dict]:
@@ -70,13 +82,47 @@ def test_no_spills_and_launchable(architecture):
             base | {"head_dim": 256, "mode": "min_shift", "features": CAPPED},
         ]
     )
+    check_reports(reports)
+    for report in reports:
+        if report["head_dim"] <= 128 and load(report) == 0:
+            assert min(report["block_m"], report["block_n"]) >= 64, report
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_shared_prefix_compiles_without_spills(architecture):
+    base = {"architecture": architecture, "kernel": "shared_prefix"}
+    reports = compile_cases(
+        [
+            base | {"head_dim": 64, "mode": "min_shift"},
+            base | {"head_dim": 128, "mode": "plain"},
+            base | {"head_dim": 128, "mode": "min_shift"},
+            base | {"head_dim": 128, "dtype": "float16", "mode": "multiplicative"},
+            base | {"head_dim": 256, "mode": "min_shift"},
+        ]
+    )
+    check_reports(reports)
+    base |= {"kernel": "packed_prefix", "mode": "min_shift"}
+    packed = compile_cases(
+        [
+            base | {"head_dim": 64, "stage": "whole"},
+            base | {"head_dim": 128, "stage": "partial"},
+            base | {"head_dim": 128, "stage": "whole", "queries": 16},
+            base | {"head_dim": 256, "stage": "whole", "dtype": "float16"},
+        ]
+    )
+    check_reports(packed)
+    for report in reports:
+        if report["head_dim"] <= 128 and report["mode"] != "min_shift":
+            assert min(report["block_m"], report["block_n"]) >= 64, report
+
+
+def check_reports(reports: list[dict]) -> None:
+    """Nothing spilled, all can be launched, and the matrix units are used."""
     for report in reports:
         assert report["spills"] == 0, report
         assert report["registers"] > 32, report  # a count that was not read would be small
-        assert 0 < report["shared"] <= SHARED_LIMIT[architecture], report
+        assert 0 < report["shared"] <= SHARED_LIMIT[report["architecture"]], report
         assert report["matrix_instructions"] > 0, report
-        if report["head_dim"] <= 128 and load(report) == 0:
-            assert min(report["block_m"], report["block_n"]) >= 64, report
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
@@ -104,7 +150,8 @@ def test_published_table_is_complete_and_current():
     seen = set()
     for row in rows:
         assert row["problems"] == "", row
-        config = forward_config(
+        choose_config, _ = KERNELS[row["kernel"]]
+        config = choose_config(
             row["architecture"],
             int(row["head_dim"]),
             int(row["value_dim"]),
@@ -116,12 +163,15 @@ def test_published_table_is_complete_and_current():
         tiles = (config.block_m, config.block_n, config.num_warps, config.num_stages)
         named = ("block_m", "block_n", "num_warps", "num_stages")
         assert tuple(int(row[name]) for name in named) == tiles, row
-        seen.add((row["architecture"], int(row["head_dim"]), row["dtype"], row["mode"]))
+        seen.add(
+            (row["kernel"], row["architecture"], int(row["head_dim"]), row["dtype"], row["mode"])
+        )
     wanted = {
-        (architecture, head_dim, dtype, mode)
+        (kernel, architecture, head_dim, dtype, mode)
+        for kernel in KERNELS
         for architecture in ARCHITECTURES
         for head_dim in (64, 128, 256)
-        for dtype in ("bfloat16", "float16")
+        for dtype in ("bfloat16", "float16")[: 1 if kernel == "packed_prefix" else 2]
         for mode in MODES[1:]
     }
     assert wanted <= seen

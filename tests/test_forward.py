@@ -456,7 +456,7 @@ def test_rows_far_apart_use_wide_offsets():
 def _key_tiles_kernel(
     found_ptr, position, window, keys, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr
 ):
-    low, high, inner_low, inner_high = key_tiles(
+    low, high, inner_low, inner_high = key_tiles(  # pyright: ignore
         position, position + 63, 0, keys, window, CAUSAL, HAS_WINDOW, 64
     )
     tl.store(found_ptr, low)
