@@ -57,6 +57,11 @@ class Branches:
         return sum(len(target) > 1 for target in self.targets) <= 1
 
     @property
+    def first_stop(self) -> int:
+        """The first so many columns are a plain sequence: the prompt and one target."""
+        return self.prompt_tokens + next((len(t) - 1 for t in self.targets if len(t) > 1), 0)
+
+    @property
     def longest(self) -> tuple[int, ...]:
         """The longest target."""
         return max(self.targets, key=len)

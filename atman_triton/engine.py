@@ -461,19 +461,23 @@ class _Pass:
             return _PROBED[stack]
         replay = self.replay
         shown = replay.first_shown()
-        stop = replay.closed_stop(min(shown + _PROBE_TOKENS, self.branches.prompt_tokens))
-        half = replay.closed_start(shown + (stop - shown) // 2)
+        length = self.branches.length
+        stop = replay.closed_stop(min(shown + _PROBE_TOKENS, self.branches.first_stop))
+        middle = shown + (stop - shown) // 2
+        half = replay.closed_start(middle)
+        half = half if half > shown else replay.closed_stop(middle)
         if not shown < half < stop:
-            return None  # nothing to share
-        store, self.store = self.store, PrefixStore(self.branches.length)
+            # a single column shares nothing
+            return None if length == 1 else "the input is too short to try whether it can be split"
+        store, self.store = self.store, PrefixStore(length)
         self.store.tree = store.tree
         try:
             with self._manipulated(None):
-                whole = replay.run(0, stop, 1, 1)
+                whole = replay.run(0, stop, 1, stop - half)
             self.store.recording = True
-            for self.store.tokens, end in ((0, half), (half, stop)):
+            for self.store.tokens, end, kept in ((0, half, 1), (half, stop, stop - half)):
                 with self._manipulated(None):
-                    pieces = replay.run(self.store.tokens, end, 1, 1)
+                    pieces = replay.run(self.store.tokens, end, 1, kept)
         finally:
             self.store = store
         error = (whole - pieces).double().abs().max()
