@@ -77,8 +77,10 @@ def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: in
     and key of a tile (factors, masks, biases) take an address each, so edge tiles are narrow.
     """
     if width <= 64:
-        if load == 2:
+        if load == 2 and architecture == "sm_80":
             return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
+        if load == 2:
+            return PackedConfig(rows, 32, 16, num_warps=8, num_stages=3)
         edge_n = 16 if architecture == "sm_80" else 32
         return PackedConfig(rows, 64, edge_n, num_warps=8, num_stages=3)
     if width <= 128:
