@@ -270,7 +270,7 @@ def test_many_targets_are_explained_as_by_plain_full_forwards(name: str, layout:
 
 
 def _on_kernel(name: str, answers: tuple[tuple[int, ...], ...], calls: int) -> None:
-    """Both effects of two pieces by the fused kernel, launched ``calls`` times a layer and pass."""
+    """Both effects of one piece by the fused kernel, launched ``calls`` times a layer and pass."""
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = FAMILIES[name].build().to(device)
@@ -280,7 +280,7 @@ def _on_kernel(name: str, answers: tuple[tuple[int, ...], ...], calls: int) -> N
         settings = Settings(0.1, "min_shift", backend=backend)
         with undisturbed(model):
             engine = Engine(model, _words(layout), answers, settings)
-            found = [engine.perturb(PIECES[:2], effect) for effect in EFFECTS]
+            found = [engine.perturb(PIECES[2:3], effect) for effect in EFFECTS]
         assert engine.record.reasons == []
         return torch.cat([engine.base_logprobs[None], *found]), len(engine.record.batch_sizes)
 

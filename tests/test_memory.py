@@ -1,4 +1,4 @@
-"""What fits: estimates, halving when memory runs out, prompts in pieces, no copies of the prefix."""
+"""What fits: estimates, halving when memory runs out, prompts in pieces, no copied prefix."""
 
 from __future__ import annotations
 
