@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toy_models import MODELS, VOCABULARY, in_float64, llama, plain_loop
 from transformers import LlamaForCausalLM
 
-from atman_triton import engine, memory
+from atman_triton import memory, runner
 from atman_triton.engine import SAVINGS, Engine, Settings, Unit, undisturbed
 from atman_triton.integration import UnsupportedModelError, manipulate
 from atman_triton.testing import assert_close_to_oracle
@@ -46,7 +46,7 @@ def perturbed(run, units=UNITS, effect="total"):
         u if isinstance(u, Unit) else Unit(u, None if max(u) < run.prompt_tokens else 0)
         for u in units
     ]
-    with undisturbed(run._passes[0].model):
+    with undisturbed(run._runners[0].model):
         found = run.perturb(several, effect)
     return torch.cat([run.base_logprobs[None], found.where(~found.isnan(), run.base_logprobs)])
 
@@ -138,7 +138,7 @@ def test_no_plan_and_no_saving_changes_a_number(
                 units.append(Unit(tuple(positions), branch))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "tokens_per_batch", lambda device: tokens)
-        patch.setattr(engine, "_PIECE", {"cpu": piece})
+        patch.setattr(runner, "_PIECE", {"cpu": piece})
         changes = {"mode": mode, "batch_size": size, "without": frozenset(without)}
         run = started(model, targets, prompt, **changes)
         with undisturbed(model):
@@ -363,7 +363,7 @@ def test_models_without_logits_to_keep_are_sliced(effect, targets):
 
 def test_targets_reads_are_reduced_some_rows_at_a_time(monkeypatch):
     whole = perturbed(started(MODELS["llama"]()))
-    monkeypatch.setattr(engine, "_REDUCTION_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr(runner, "_REDUCTION_BYTES", 4 * VOCABULARY * 2)
     assert torch.equal(perturbed(started(MODELS["llama"]())), whole)
 
 
@@ -371,7 +371,7 @@ def test_half_precision_is_reduced_in_float32():
     logits = torch.randn(2, 3, 50).bfloat16()
     rows, tokens = torch.tensor([1, 2, 2]), torch.tensor([2, 3, 40])
     expected = logits.double().log_softmax(-1)[:, rows, tokens]
-    result = engine.target_logprobs(logits, rows, tokens)
+    result = runner.target_logprobs(logits, rows, tokens)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -443,3 +443,36 @@ def test_a_padded_prompt_with_positions_is_the_prompt_alone(name, targets, effec
     found = perturbed(run, moved, effect)
     expected = perturbed(started(model, targets), UNITS[:4], effect)
     close(found, expected)
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("without", [frozenset(), frozenset({"shared_prefix"})])
+def test_nan_is_refused(without):
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(ValueError, match=r"the model returns NaN in torch\.float32"):
+        started(model, without=without)
+
+
+@pytest.mark.parametrize("effect", EFFECTS)
+def test_nan_in_a_perturbation_is_refused(effect):
+    model = llama()
+    run = started(model)
+    model.model.norm.register_forward_hook(lambda module, args, output: output.fill_(torch.nan))
+    with pytest.raises(ValueError, match=r"the model returns NaN in torch\.float32"):
+        perturbed(run, effect=effect)
+
+
+def test_impossible_targets_are_refused():
+    model = llama()
+
+    def mask(module, args, output):
+        output[..., TARGET[1]] = -torch.inf
+        return output
+
+    model.lm_head.register_forward_hook(mask)
+    with pytest.raises(ValueError, match="gives target token 1 probability 0"):
+        started(model)

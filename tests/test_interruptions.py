@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, VOCAB
 from toy_models import llama
 
-from atman_triton import Explainer, engine
+from atman_triton import Explainer, runner
 from atman_triton.layers import THREAD
 from atman_triton.stacks import find_stack
 
@@ -70,7 +70,7 @@ def test_the_model_is_left_as_it_was(name, error, method):
     before, interrupted = snapshot(model), 0
     while True:
         interrupter.passes, interrupter.at = 0, interrupted + 1
-        engine._PROBED.clear()
+        runner._PROBED.clear()
         explainer = Explainer(model, method=method, batch_size=3, budget=_budget(method))
         try:
             found = explainer.explain(PROMPT, ANSWER)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy_models import MODELS, gemma2, gpt2, llama
 
-from atman_triton import engine, memory
+from atman_triton import memory, runner
 from atman_triton.engine import Unit, undisturbed
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory.")
@@ -164,7 +164,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch, build, targets, piece):
     """Gemma 2's window of 5 is longer than a piece, and shorter."""
     model, tried = build(), []
     expected = perturbed(started(model, targets), UNITS[:4])
-    monkeypatch.setattr(engine, "_PIECE", {"cpu": piece})
+    monkeypatch.setattr(runner, "_PIECE", {"cpu": piece})
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: tried.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )

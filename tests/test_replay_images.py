@@ -1,5 +1,7 @@
 """Vision-language inputs replayed column by column give what the whole model gives in one pass."""
 
+from typing import Any
+
 import pytest
 import torch
 from toy_images import MODELS
@@ -77,7 +79,7 @@ def test_the_start_moves_back_to_where_earlier_tokens_see_later_ones():
     for name in MODELS:
         model, inputs = MODELS[name]()
         with undisturbed(model):
-            (run,) = Engine(model, inputs, TARGETS[:1], Settings(0.1, "min_shift"))._passes
+            (run,) = Engine(model, inputs, TARGETS[:1], Settings(0.1, "min_shift"))._runners
         count = inputs["input_ids"].shape[1]
         starts[name] = [run.replay.closed_start(token) for token in range(count)]
     assert starts["gemma3"] == [0, 1, 2, *[3] * 9, 12, 13, 14, 15]
@@ -91,7 +93,7 @@ def test_pieces_never_cut_through_what_sees_itself(name, monkeypatch):
     model, inputs = MODELS[name]()
     with undisturbed(model):
         expected = Engine(model, inputs, TARGETS, Settings(0.1, "min_shift"))
-        monkeypatch.setattr("atman_triton.engine._PIECE", {"cpu": 3})
+        monkeypatch.setattr("atman_triton.runner._PIECE", {"cpu": 3})
         pieces = Engine(model, inputs, TARGETS, Settings(0.1, "min_shift"))
         units = units_of(inputs)
         torch.testing.assert_close(pieces.base_logprobs, expected.base_logprobs)
@@ -115,7 +117,7 @@ def test_a_prompt_that_sees_the_target_is_refused():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 def test_an_interruption_leaves_no_hooks(name, error):
     model, inputs = MODELS[name]()
-    stack, _ = find_stack(model)
+    stack: Any = find_stack(model)[0]
     calls = []
 
     def interrupt(module, args, kwargs):

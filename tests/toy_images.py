@@ -44,7 +44,7 @@ _QWEN_TOKENS = {
 }
 
 
-def _drawn(model):
+def _drawn(model: Any) -> Any:
     """Weights large enough that suppressing a token shows far above rounding."""
     torch.manual_seed(3)
     with torch.no_grad():

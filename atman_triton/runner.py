@@ -1,0 +1,368 @@
+"""Runs one prompt with its targets: once as it is, then once per perturbation.
+
+There are two ways. Behind a *shared prefix*, the base run's keys and values are kept and a
+perturbation runs from its first suppressed token on. In *full*, where a model keeps more than
+attention keys, every perturbation runs over the whole input.
+
+Legend: U units, M scored tokens, S input columns, P prompt tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import memory
+from .branches import Branches, TreeMask
+from .capabilities import device_of, dtype_of, why_not_prefix
+from .integration import UnsupportedModelError, run_as_atman
+from .layers import Manipulation
+from .perturbations import Effect, Record, RunFailed, Settings, Unit
+from .plan import Batch, plan_batches, wasted_tokens
+from .prefix import PrefixStore
+from .replay import Replay
+from .stacks import find_stack
+
+# Tokens of the base run that go through the model at once, so that no activation of a long prompt
+# grows with its length times the width of the feed-forward layers.
+_PIECE = {"cpu": 1024}
+_PIECE_ELSEWHERE = 8192
+# Vocabulary-sized float32 copies are made for so many bytes of rows at a time.
+_REDUCTION_BYTES = 1 << 26
+# A first pass in two pieces must give the logits of one in a whole. A model that does not split is
+# off by about the spread of its logits; rounding stays far below these shares of it.
+_PROBE_TOKENS = 16
+_PROBE_SHARE = {torch.float64: 1e-3, torch.float32: 1e-3}
+_PROBE_SHARE_HALF = 0.15
+
+
+class NotSideBySide(Exception):
+    """Targets stand side by side behind a prompt only where attention alone joins tokens."""
+
+
+class Runner:
+    """Targets that stand behind one prompt at the same time.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        inputs: What its forward takes for the prompt alone.
+        branches: The layout of the targets.
+        chosen: Which of the engine's targets they are.
+        settings: How to perturb.
+        record: What is done is noted here.
+        expect: Called with the number of tokens that will be run.
+        advance: Called with the number of tokens that each finished batch ran.
+    Raises:
+        NotSideBySide: if there are several targets and they cannot stand side by side.
+        torch.OutOfMemoryError: if not even one row fits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        branches: Branches,
+        chosen: list[int],
+        settings: Settings,
+        record: Record,
+        expect: Callable[[int], None],
+        advance: Callable[[int], None],
+    ) -> None:
+        self.model = model
+        self.branches = branches
+        self.chosen = chosen
+        self.settings = settings
+        self.record = record
+        self.expect = expect
+        self.advance = advance
+        self.device = device_of(model)
+        inputs = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in inputs.items()
+        }
+        self.replay = Replay(model, inputs, branches)
+        self.ids = torch.tensor(branches.scored_ids)
+        self.predictors = torch.tensor(branches.predictors)
+        self.tail = branches.prompt_tokens - 1  # first column whose logits are read
+        self.store = PrefixStore(branches.length)
+        if not branches.linear:
+            self.store.tree = TreeMask(branches, self.device)
+        if not self.replay.keeps_logits or "target_logits" in settings.without:
+            record.logits = "all positions"
+        try:
+            self.reason, self.base = self._run_base()
+        except (RuntimeError, MemoryError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            raise self._nothing_fits(branches.length, str(error)) from error
+        reason = self.reason
+        if reason is not None and reason not in record.reasons:
+            record.reasons.append(reason)
+        record.runners.append("full" if reason is not None else "shared_prefix")
+        record.prefix_bytes = max(record.prefix_bytes, self.store.bytes())
+
+    # --- runs ------------------------------------------------------------------------------------
+
+    def perturb(self, units: Sequence[Unit], effect: Effect) -> Tensor:
+        """``[U, M]`` of the runner's targets; 0 where a unit comes too late to be felt."""
+        if effect == "direct" and self.reason is not None:
+            raise UnsupportedModelError(
+                f"method='direct' keeps the prompt's keys and values of the base run, but "
+                f"{self.reason}; use method='exact'."
+            )
+        columns = [
+            self.branches.columns(self._branch(unit), sorted(unit.positions)) for unit in units
+        ]
+        starts = [self._start(own, effect) for own in columns]
+        result = torch.empty(len(units), len(self.ids))
+        if not units:
+            return result
+        size = self.settings.batch_size
+        rows = 1 if "batching" in self.settings.without else None if size == "auto" else size
+        tokens = self._tokens_per_batch(starts) if rows is None else None
+        pending = plan_batches(starts, self.branches.length, tokens=tokens, rows=rows)
+        run = sum(batch.tokens(self.branches.length) for batch in pending)
+        if effect == "total" and self.reason is None:
+            self.record.shared_tokens += run
+            self.record.wasted_tokens += wasted_tokens(pending, starts)
+        self.expect(run)
+        while pending:
+            batch = pending[0]
+            try:
+                found = self._run_rows([columns[row] for row in batch.rows], batch, effect)
+            except (RuntimeError, MemoryError) as error:
+                if not memory.out_of_memory(error):
+                    raise
+                refused = str(error)
+            else:
+                result[list(batch.rows)] = found
+                self.record.runs[effect] += len(batch.rows)
+                pending = pending[1:]
+                continue
+            # Outside the except block, so that the failed pass's tensors are gone by now.
+            most = self._smaller(batch, refused)
+            pending = [part for each in pending for part in each.split(self.branches.length, most)]
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        check_nan(result, dtype_of(self.model))
+        return result
+
+    def _branch(self, unit: Unit) -> int | None:
+        return None if unit.branch is None else self.chosen.index(unit.branch)
+
+    def _start(self, columns: Sequence[int], effect: Effect) -> int:
+        """The first column that a perturbation has to run."""
+        if effect == "direct":
+            return self.tail
+        if self.reason is not None:
+            return 0
+        start = self.replay.closed_start(columns[0])
+        # the tree mask is made from that of the prompt's end
+        return start if self.branches.linear else min(start, self.branches.prompt_tokens)
+
+    def _run_base(self) -> tuple[str | None, Tensor]:
+        """Why perturbations run in full, if they do, and the base run's log-probabilities."""
+        self.reason = self._why_full()
+        if self.reason is None:
+            base = self._base_in_pieces()
+            if self.replay.prepared or not self.store.looks_ahead:
+                return None, base
+            self.reason = f"earlier tokens of {type(self.model).__name__} see later ones"
+        tree = self.store.tree
+        self.store = PrefixStore(self.branches.length)
+        self.store.tree = tree
+        self.expect(self.branches.length)
+        return self.reason, self._run_rows([()], Batch(0, (0,)), "total")[0]
+
+    def _base_in_pieces(self) -> Tensor:
+        """The base run, its keys and values kept: log-probabilities ``[M]``."""
+        length, store = self.branches.length, self.store
+        size = _PIECE.get(self.device.type, _PIECE_ELSEWHERE)
+        last = self.replay.closed_start(self.tail)
+        cuts = [0]
+        while length - cuts[-1] > size and cuts[-1] < last:
+            cut = min(self.replay.closed_stop(cuts[-1] + size), last)
+            cuts.append(cut)
+        store.recording = True
+        self.expect(length)
+        for start, stop in zip(cuts, [*cuts[1:], length], strict=True):
+            store.tokens = start
+            kept = length - self.tail if stop == length else 1
+            with self._manipulated(None):
+                logits = self.replay.run(start, stop, 1, self._logits(kept))
+            if stop == length:
+                base = self._logprobs(logits, self.tail)[0]
+            self.advance(stop - start)
+            self._count(1, stop - start)
+        store.recording = False
+        return base
+
+    def _run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
+        """One batch: log-probabilities ``[rows, M]`` on the CPU."""
+        length, start = self.branches.length, batch.start
+        factors = torch.ones(len(rows), length)
+        for factor, columns in zip(factors, rows, strict=True):
+            factor[list(columns)] = self.settings.factor
+        kept = length - max(start, self.tail)
+        whole = self.reason is not None
+        self.store.tokens = start
+        self.store.own_factors_only = effect == "total" and self._alone
+        with self._manipulated(factors.to(self.device)):
+            logits = self.replay.run(start, length, len(rows), self._logits(kept), cached=not whole)
+        result = self._logprobs(logits, length - kept)
+        self.advance(len(rows) * (length - start))
+        self._count(len(rows), length - start)
+        return result
+
+    @property
+    def _alone(self) -> bool:
+        """Whether no manipulation of the user's is around this run."""
+        return find_stack(self.model)[1].current.manipulation is None
+
+    @contextmanager
+    def _manipulated(self, factors: Tensor | None) -> Iterator[Manipulation]:
+        settings = self.settings
+        if factors is not None and settings.heads is not None:
+            heads = find_stack(self.model)[1].heads
+            per_head = factors[:, None].expand(-1, heads, -1).clone()
+            per_head[:, [head for head in range(heads) if head not in settings.heads]] = 1.0
+            factors = per_head
+        with run_as_atman(
+            self.model, factors, settings.mode, settings.layers, settings.backend, self.store
+        ) as manipulation:
+            yield manipulation
+
+    def _logits(self, kept: int) -> int | None:
+        return None if "target_logits" in self.settings.without else kept
+
+    def _logprobs(self, logits: Tensor, first: int) -> Tensor:
+        """Of the scored tokens that columns from ``first`` on predict; others stay 0."""
+        logits = logits[:, first - self.branches.length :]
+        here = self.predictors >= first
+        found = torch.zeros(len(logits), len(self.ids))
+        found[:, here] = target_logprobs(
+            logits, (self.predictors[here] - first).to(logits.device), self.ids[here]
+        ).cpu()
+        return found
+
+    def _count(self, rows: int, tokens: int) -> None:
+        self.record.batch_sizes.append(rows)
+        self.record.tokens += rows * tokens
+
+    # --- choices ---------------------------------------------------------------------------------
+
+    def _why_full(self) -> str | None:
+        """Why perturbations must run over the whole input; None if they can share a prefix."""
+        off = "the shared prefix is switched off"
+        off = off if "shared_prefix" in self.settings.without else None
+        if self.branches.linear and off is not None:
+            return off
+        if self.settings.mode == "min_shift_full":
+            return "mode='min_shift_full' looks at future keys"
+        reason = why_not_prefix(self.model, self.branches.length) or self._probe()
+        if reason is not None and not self.branches.linear:
+            raise NotSideBySide(reason)
+        return off or reason
+
+    def _probe(self) -> str | None:
+        """Run the start of the input whole and in two pieces, once per model."""
+        stack, _ = find_stack(self.model)
+        if stack in _PROBED:
+            return _PROBED[stack]
+        replay = self.replay
+        shown = replay.first_shown()
+        length = self.branches.length
+        stop = replay.closed_stop(min(shown + _PROBE_TOKENS, self.branches.first_stop))
+        middle = shown + (stop - shown) // 2
+        half = replay.closed_start(middle)
+        half = half if half > shown else replay.closed_stop(middle)
+        if not shown < half < stop:
+            # a single column shares nothing
+            return None if length == 1 else "the input is too short to try whether it can be split"
+        store, self.store = self.store, PrefixStore(length)
+        self.store.tree = store.tree
+        try:
+            with self._manipulated(None):
+                whole = replay.run(0, stop, 1, stop - half)
+            self.store.recording = True
+            for self.store.tokens, end, kept in ((0, half, 1), (half, stop, stop - half)):
+                with self._manipulated(None):
+                    pieces = replay.run(self.store.tokens, end, 1, kept)
+        finally:
+            self.store = store
+        error = (whole - pieces).double().abs().max()
+        allowed = _PROBE_SHARE.get(whole.dtype, _PROBE_SHARE_HALF) * whole.double().std()
+        if bool(error > allowed):
+            _PROBED[stack] = (
+                f"{type(self.model).__name__} gives other logits when its input comes in two "
+                f"pieces (by {float(error):.2g})"
+            )
+        elif not bool(error.isnan()):  # NaN tells nothing; the run itself will refuse it
+            _PROBED[stack] = None
+        return _PROBED.get(stack)
+
+    def _tokens_per_batch(self, starts: Sequence[int]) -> int:
+        """As many as the free memory holds, up to where more bring no more speed."""
+        length = self.branches.length
+        most = memory.tokens_per_batch(self.device)
+        free = memory.free_memory(self.model)
+        if free is None:
+            return most
+        longest = length - min(starts)
+        kept = longest
+        if self.replay.keeps_logits and "target_logits" not in self.settings.without:
+            kept = length - self.tail
+        row = memory.bytes_per_row(self.model, longest, kept, length)
+        return min(most, max(1, int(free * memory.SHARE) // row) * longest)
+
+    def _smaller(self, batch: Batch, refused: str) -> int:
+        """The most tokens of a batch to go on with after ``batch`` did not fit."""
+        own = self.branches.length - batch.start
+        size = self.settings.batch_size
+        if size != "auto":
+            raise torch.OutOfMemoryError(
+                f"batch_size {len(batch.rows)} with {own} tokens each does not fit in memory: "
+                f"lower it or use batch_size='auto'. ({refused})"
+            )
+        if len(batch.rows) == 1:
+            raise self._nothing_fits(own, refused)
+        return len(batch.rows) // 2 * own
+
+    @staticmethod
+    def _nothing_fits(tokens: int, refused: str) -> torch.OutOfMemoryError:
+        return torch.OutOfMemoryError(
+            f"not even one row of {tokens} tokens fits in memory: shorten the prompt, use a "
+            f"smaller dtype or free some memory. ({refused})"
+        )
+
+
+_PROBED: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def target_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+    """``log softmax(logits[:, row])[id]`` in float32 (float64 for float64), some rows at a time.
+
+    Args:
+        logits: ``[B, N, V]``.
+        rows: ``[M]``, in ``[0, N)``; each row is normalised once, however many ids read it.
+        ids: ``[M]``.
+    Returns: ``[B, M]`` float32.
+    """
+    batch, count, vocabulary = logits.shape
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    chosen = logits[:, rows, ids.to(logits.device)].to(dtype)
+    flat = logits.flatten(0, 1)  # [B · N, V]
+    step = max(1, _REDUCTION_BYTES // (4 * vocabulary))
+    normaliser = torch.cat([part.to(dtype).logsumexp(-1) for part in flat.split(step)])
+    return (chosen - normaliser.view(batch, count)[:, rows]).float()
+
+
+def check_nan(logprobs: Tensor, dtype: torch.dtype) -> None:
+    """Refuse numbers that mean nothing."""
+    if bool(logprobs.isnan().any()):
+        raise RunFailed(f"the model returns NaN in {dtype}; try another dtype.")
