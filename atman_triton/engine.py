@@ -76,6 +76,11 @@ class Engine:
         self.base_logprobs[order] = base
         _check(self.base_logprobs, dtype_of(model))
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether perturbations read the base run's keys, so that there are direct effects."""
+        return all(each.reason is None for each in self._runners)
+
     def perturb(self, units: Sequence[Unit], effect: Effect = "total") -> Tensor:
         """Log-probabilities of all scored tokens with each unit suppressed in turn.
 

@@ -31,7 +31,8 @@ EFFECTS = {
     "direct": "direct effect: each unit was suppressed only in the rows that predict the target, "
     "so what reached the answer through other tokens is not counted",
     "hybrid": "total effect of the most promising units, direct effect of the others",
-    "hierarchical": "total effect: each unit was suppressed in every row of every layer",
+    "hierarchical": "total effect of the tokens of the most promising pieces; of the other pieces "
+    "the direct effect, or the total one where runs were left",
 }
 """What the scores of each method are."""
 
@@ -86,9 +87,12 @@ class Explainer:
               answer through other tokens. Every unit costs the target's tokens instead of a run.
             - ``hybrid``: direct effects first, then total ones for the units that stand highest;
               the others keep their direct effect, and ``Unit.effect`` says which is which.
-            - ``hierarchical``: total effects of paragraphs (or sentences, or chunks where there are
-              none), then again and again of the parts of the best one, down to tokens. The units
-              of the result differ in size; ``Explanation.coarse`` is where it started.
+            - ``hierarchical``: for long documents. Pieces (paragraphs, then the sentences of the
+              best; chunks where there is no text) are ranked by their direct effects, and the
+              tokens of the best get total effects, until the budget is spent. The others stay
+              pieces, with their direct effect, or the total one if runs are left: units of the
+              result differ in size and effect, and say so. ``Explanation.coarse`` is where it
+              started. A model without direct effects ranks by total ones, within the budget.
         budget: The most exact runs of ``hybrid`` (None: a fifth) and ``hierarchical`` (None: a
             quarter): a float is a share of the runs that ``exact`` would need, an int a count. The
             base run and direct effects do not count.

@@ -1,11 +1,11 @@
 """Which perturbations an explanation runs: all of them, few, or cheaper ones.
 
-======================  =================================================================
+======================  ==================================================================
 ``exact``               every unit's total effect: the paper's quantity
 ``direct``              every unit's direct effect, for the price of the target's tokens
 ``hybrid``              direct effects, then total ones of the units that promise most
-``hierarchical``        total effects of large pieces, then of what the best are made of
-======================  =================================================================
+``hierarchical``        total effects of the tokens in the best pieces; the rest stay pieces
+======================  ==================================================================
 
 Legend: U units, K targets, M scored tokens of all targets.
 """
@@ -91,44 +91,83 @@ def _hybrid(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcom
 
 
 def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcome:
-    """Divide the best unit, over and over, as long as there are runs left for its parts."""
+    """Choose by the pieces' direct effects, and spend the exact runs on tokens of the best.
+
+    Exact runs of the pieces themselves would take half of a small budget. Only where a model
+    cannot share a prefix, and so has no direct effects, are the pieces chosen by total ones.
+    """
+    effect: Effect = "direct" if engine.shares_prefix else "total"
+    price = 0 if effect == "direct" else 1  # exact runs for the score of a piece
     units = coarsest(layout)
-    if len(units) > runs:
+    tokens = sum(unit.level == "token" for unit in units)
+    left = runs - tokens - price * (len(units) - tokens)
+    if left < 0:
         raise ValueError(
-            f"budget must allow at least {len(units)} runs, one for each of the largest pieces of "
-            f"this input, got {runs}; raise it, or take method='direct'."
+            f"budget must allow at least {runs - left} runs for this input, got {runs}; raise it, "
+            "or take method='direct'."
         )
-    first = outcome = _all(engine, units, "total")
-    left = runs - len(units)
-    while (best := _next(engine, outcome, layout, left, reduction)) is not None:
+    first = found = _all(engine, units, effect)
+    opened: list[Unit] = []
+    while (best := _next(engine, found, layout, left, price, reduction)) is not None:
         place, parts = best
-        left -= len(parts)
-        outcome = _refined(outcome, place, _all(engine, parts, "total"))
-    return outcome if outcome is first else replace(outcome, coarse=first)
+        if parts[0].level == "token":
+            left -= len(parts)
+            opened += parts
+            found = _replaced(found, [place])
+        else:
+            left -= price * len(parts)
+            found = _replaced(found, [place], _all(engine, parts, effect))
+    order = _order(engine, found, reduction)
+    direct = [place for place in order if found.units[place].effect == "direct"]
+    again = [place for place in direct if found.units[place].level == "token"]
+    again += [place for place in direct if found.units[place].level != "token"][:left]
+    exact = _all(engine, opened + [found.units[place] for place in again], "total")
+    result = _replaced(found, again, exact)
+    return result if len(units) == tokens else replace(result, coarse=first)
 
 
 def _next(
-    engine: Engine, outcome: Outcome, layout: Layout, left: int, reduction: str
+    engine: Engine, found: Outcome, layout: Layout, left: int, price: int, reduction: str
 ) -> tuple[int, list[Unit]] | None:
-    """The best unit that can be divided with the runs that are left, and its parts."""
-    relevance = _relevances(engine, outcome, reduction).nan_to_num(-math.inf).amax(0)
-    for place in relevance.argsort(descending=True, stable=True).tolist():
-        unit = outcome.units[place]
-        if unit.level == "token":
+    """The best piece that can be divided with the runs that are left, and its parts.
+
+    Once the tokens of a piece are too many for the runs, smaller ones after it still get a chance,
+    but nothing larger is looked into.
+    """
+    short = False
+    for place in _order(engine, found, reduction) if left else []:
+        unit = found.units[place]
+        if unit.level == "token" or (short and len(unit.tokens) > left):
             continue
         parts = divided(unit, layout)
-        if 1 < len(parts) <= left:
+        if len(parts) * (1 if parts[0].level == "token" else price) <= left:
             return place, parts
+        short = True
     return None
 
 
-def _refined(outcome: Outcome, place: int, parts: Outcome) -> Outcome:
-    """One unit replaced by its parts."""
-    columns = outcome.suppressed_logprobs
-    return Outcome(
-        [*outcome.units[:place], *parts.units, *outcome.units[place + 1 :]],
-        torch.cat([columns[:, :place], parts.suppressed_logprobs, columns[:, place + 1 :]], 1),
-    )
+def _order(engine: Engine, outcome: Outcome, reduction: str) -> list[int]:
+    """Places of the units, the one first that is best for some target."""
+    relevance = _relevances(engine, outcome, reduction).nan_to_num(-math.inf).amax(0)
+    return relevance.argsort(descending=True, stable=True).tolist()
+
+
+def _replaced(outcome: Outcome, places: Sequence[int], by: Outcome | None = None) -> Outcome:
+    """Without the units at some places, and with others instead, in text order."""
+    gone = set(places)
+    kept = [place for place in range(len(outcome.units)) if place not in gone]
+    units = [outcome.units[place] for place in kept]
+    scores = outcome.suppressed_logprobs[:, kept]
+    if by is not None:
+        units += by.units
+        scores = torch.cat([scores, by.suppressed_logprobs], 1)
+
+    def position(column: int) -> tuple[int, int]:
+        unit = units[column]
+        return (-1 if unit.branch is None else unit.branch, unit.tokens[0])
+
+    order = sorted(range(len(units)), key=position)
+    return Outcome([units[column] for column in order], scores[:, order])
 
 
 def _relevances(engine: Engine, outcome: Outcome, reduction: str) -> Tensor:
@@ -139,6 +178,6 @@ def _relevances(engine: Engine, outcome: Outcome, reduction: str) -> Tensor:
 
 
 def _runs(method: Method, budget: float | int | None, units: int) -> int:
-    """The budget as a number of runs."""
+    """The budget as a number of runs, at least 1."""
     budget = DEFAULT_BUDGET[method] if budget is None else budget
-    return min(units, budget) if isinstance(budget, int) else math.ceil(budget * units)
+    return min(units, budget) if isinstance(budget, int) else max(1, math.floor(budget * units))

@@ -280,7 +280,7 @@ def test_provenance(tmp_path):
     [
         ("direct", "direct effect: each unit was suppressed only in the rows that predict the"),
         ("hybrid", "total effect of the most promising units, direct effect of the others"),
-        ("hierarchical", "total effect: each unit was suppressed in every row of every layer"),
+        ("hierarchical", "total effect of the tokens of the most promising pieces; of the other"),
     ],
 )
 def test_provenance_says_what_a_score_is(method, words):

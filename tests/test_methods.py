@@ -104,7 +104,7 @@ def test_hybrid_units_are_exact_or_direct_and_say_so(budget, targets):
     same(e.scores[:, total], exact.scores[:, total])
     same(e.scores[:, ~total], direct.scores[:, ~total])
     share = 0.2 if budget is None else budget
-    runs = share if isinstance(share, int) else math.ceil(share * len(e.units))
+    runs = share if isinstance(share, int) else max(1, math.floor(share * len(e.units)))
     assert int(total.sum()) == e.provenance["exact_runs"] == min(runs, len(e.units))
     assert e.provenance["direct_runs"] == len(e.units)
     assert e.effect == ("total" if total.all() else "mixed")
@@ -146,16 +146,20 @@ def test_hierarchical_units_divide_the_input(budget, targets):
         spans = [(u.start, u.stop) for u in each.units]
         assert spans == sorted(spans)
     share = 0.25 if budget is None else budget
-    runs = share if isinstance(share, int) else math.ceil(share * len(exact.units))
-    assert e.provenance["exact_runs"] <= runs
-    assert e.provenance["direct_runs"] == 0
+    runs = share if isinstance(share, int) else math.floor(share * len(exact.units))
+    total = [unit for unit in e.units if unit.effect == "total"]
+    assert len(total) == e.provenance["exact_runs"] <= runs
     assert e.coarse.coarse is None
     assert {u.level for u in e.coarse.units if u.part == "prompt"} == {"paragraph"}
+    assert {u.effect for u in e.coarse.units} == {"direct"}
     assert {u.level for u in e.units} > {"token"} or budget == 1.0
-    assert {u.effect for u in e.units} == {"total"}
     # Where it came down to tokens, their scores are those of an exact run.
     tokens = [c for c, unit in enumerate(e.units) if unit.level == "token"]
     assert tokens
+    assert {e.units[c].effect for c in tokens} == {"total"}
+    # Pieces keep their direct effect only where no run was left for them.
+    if len(total) < runs:
+        assert e.effect == "total"
     places = {(unit.tokens, unit.branch): column for column, unit in enumerate(exact.units)}
     columns = [places[e.units[c].tokens, e.units[c].branch] for c in tokens]
     same(e.scores[:, tokens], exact.scores[:, columns])
@@ -167,9 +171,13 @@ def test_every_size_has_the_scores_of_a_loop():
     answer = [target.token_id for target in e.targets]
     for each in (e, e.coarse):
         units = [unit.tokens for unit in each.units]
-        loop = plain_loop(model(), words + answer[:-1], answer, units, 0.1, "min_shift")
-        known = ~each.scores.isnan()
-        same(each.scores[known], (loop[0] - loop[1:]).T.float()[known])
+        for effect, row in (("total", 0), ("direct", len(words) - 1)):
+            loop = plain_loop(
+                model(), words + answer[:-1], answer, units, 0.1, "min_shift", first_row=row
+            )
+            mine = torch.tensor([unit.effect == effect for unit in each.units])
+            known = ~each.scores.isnan() & mine
+            same(each.scores[known], (loop[0] - loop[1:]).T.float()[known])
     levels = {unit.level for unit in (*e.units, *e.coarse.units)}
     assert levels == {"paragraph", "sentence", "token"}
 
@@ -181,11 +189,37 @@ def test_the_best_paragraph_is_divided_first():
     assert best.tokens in divided or best.level == "token"
 
 
-def test_a_budget_that_does_not_reach_the_largest_pieces_is_refused():
-    message = "budget must allow at least 4 runs, one for each of the largest pieces .*, got 3"
+def test_a_budget_below_the_target_s_own_tokens_is_refused():
+    message = "budget must allow at least 2 runs for this input, got 1; raise it, or take method"
     with pytest.raises(ValueError, match=message):
-        explained("hierarchical", [[5, 6]], budget=3)
-    explained("hierarchical", [[5, 6]], budget=4)
+        explained("hierarchical", [[5, 6, 7]], budget=1)
+    e = explained("hierarchical", [[5, 6, 7]], budget=2)
+    assert [unit.effect for unit in e.units if unit.part == "target"] == ["total"] * 2
+    assert e.units[0].level == "paragraph" and e.units[0].effect == "direct"
+
+
+def test_runs_that_are_left_go_to_the_best_pieces():
+    """Too few for the tokens of any sentence, yet none is wasted."""
+    e = explained("hierarchical", [[5]], budget=1)
+    pieces = [unit for unit in e.units if unit.effect == "total"]
+    assert len(pieces) == e.provenance["exact_runs"] == 1
+    assert {unit.level for unit in pieces} <= {"paragraph", "sentence"}
+
+
+def test_without_direct_effects_pieces_are_chosen_by_total_ones():
+    from test_capabilities import STATEFUL, sharp
+
+    stateful = sharp(STATEFUL["falcon-h1"][0])
+    ids = [5 + token % 90 for token in range(40)]
+    explainer = Explainer(stateful, method="hierarchical", budget=20)
+    e = explainer.explain(ids, [8])
+    assert e.effect == e.coarse.effect == "total"
+    assert e.provenance["direct_runs"] == 0
+    assert e.provenance["exact_runs"] <= 20
+    assert [len(unit.tokens) for unit in e.coarse.units] == [8] * 5
+    assert {unit.level for unit in e.units} == {"chunk", "token"}
+    with pytest.raises(ValueError, match="budget must allow at least 5 runs for this input, got 4"):
+        Explainer(stateful, method="hierarchical", budget=4).explain(ids, [8])
 
 
 def test_ids_without_a_tokenizer_are_divided_into_chunks():
