@@ -136,8 +136,8 @@ def explain(
         str,
         typer.Option(
             help="exact: total effects, a run per unit | direct: direct effects, for the price of "
-            "a few forward passes | hybrid: direct, then exact for the best | hierarchical: exact, "
-            "from paragraphs down to tokens."
+            "a few forward passes | hybrid: direct, then exact for the best | hierarchical: pieces "
+            "by direct effects, tokens of the best exactly."
         ),
     ] = "exact",
     budget: Annotated[
