@@ -32,8 +32,10 @@ from .stacks import find_stack
 # grows with its length times the width of the feed-forward layers.
 _PIECE = {"cpu": 1024}
 _PIECE_ELSEWHERE = 8192
-# Vocabulary-sized float32 copies are made for so many bytes of rows at a time.
-_REDUCTION_BYTES = 1 << 26
+# Vocabulary-sized float32 copies are made for so many bytes of rows at a time. On a CPU they stay in
+# its cache: 2048 rows of 32 000 took 38 ms (2 threads), 56 ms in pieces of 8 MB, 109 ms at once.
+_REDUCTION_BYTES = {"cpu": 1 << 20}
+_REDUCTION_BYTES_ELSEWHERE = 1 << 26
 # A first pass in two pieces must give the logits of one in a whole. A model that does not split is
 # off by about the spread of its logits; rounding stays far below these shares of it.
 _PROBE_TOKENS = 16
@@ -357,7 +359,8 @@ def target_logprobs(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     chosen = logits[:, rows, ids.to(logits.device)].to(dtype)
     flat = logits.flatten(0, 1)  # [B · N, V]
-    step = max(1, _REDUCTION_BYTES // (4 * vocabulary))
+    size = _REDUCTION_BYTES.get(logits.device.type, _REDUCTION_BYTES_ELSEWHERE)
+    step = max(1, size // (4 * vocabulary))
     normaliser = torch.cat([part.to(dtype).logsumexp(-1) for part in flat.split(step)])
     return (chosen - normaliser.view(batch, count)[:, rows]).float()
 

@@ -363,7 +363,7 @@ def test_models_without_logits_to_keep_are_sliced(effect, targets):
 
 def test_targets_reads_are_reduced_some_rows_at_a_time(monkeypatch):
     whole = perturbed(started(MODELS["llama"]()))
-    monkeypatch.setattr(runner, "_REDUCTION_BYTES", 4 * VOCABULARY * 2)
+    monkeypatch.setattr(runner, "_REDUCTION_BYTES", {"cpu": 4 * VOCABULARY * 2})
     assert torch.equal(perturbed(started(MODELS["llama"]())), whole)
 
 
