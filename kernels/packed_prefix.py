@@ -3,37 +3,8 @@
 Legend: B batch, Hq/Hk query/key heads, Tq query tokens, Tp keys of the prefix, Tk keys of a row's
 own, D head dim, Dv value dim, m factor of a key, c minimum of a row.
 
-**Packing.** A tile of the plain kernel holds rows of one head of one batch row: with 4 query
-tokens, 12 of its 16 rows are padding, and the prefix is read once per batch row and head. Here all
-``R = B · (Hq / Hk) · Tq`` query rows of one key head form one matrix, row r being
-
-    r = (batch · group + head in group) · Tq + token
-
-so that a tile is full and reads the prefix once for many batch rows. A tile's rows differ in
-batch and head, so everything that belongs to them (query, factors, masks, output) is gathered by
-row; only keys and values of the prefix are common. All R rows stand at the same Tq positions, so
-the band of visible prefix tiles is the same for every tile of rows.
-
-**Own keys** follow in the same walk: those of a tile's batch rows, laid end to end, make a few
-more key tiles, and a row sees the columns of its own batch row (a block-diagonal mask). With
-Tk = Tq that is at most one column per row and one or two tiles.
-
-**Factors.** A factor row per batch row (and head) would cost more bytes than the keys. A prepass
-lists for each tile of rows the key tiles where *any* of its rows has some m ≠ 1. The others run
-without factors; only the listed ones gather ``[BLOCK_M, BLOCK_N]`` of them. With one suppressed
-key per batch row, in order, that is one or two tiles.
-
-**min_shift** needs c over all visible keys of all parts. A state therefore holds the softmax of
-the columns with m = 1 and the minimum of all visible scores; only when every part is in, the
-listed tiles and the own keys are visited again for the deferred columns (m ≠ 1).
-
-**Split keys.** Where R is small, the prefix is split over several programs, the last of which
-takes the own keys too. Each stores its state ``(M, L, O, c)`` in float32, and a second launch
-merges them: with M = max Mᵢ,
-
-    L = Σ exp(Mᵢ − M) Lᵢ     O = Σ exp(Mᵢ − M) Oᵢ     c = min cᵢ
-
-then adds the sink and the deferred columns, and normalises. Where R is large, one launch does all.
+Query rows of many batch rows and of the heads of a group share a tile, each with its own factors;
+see "Many short queries over one prefix" in README.md.
 """
 
 from __future__ import annotations
