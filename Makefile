@@ -64,9 +64,12 @@ test: lint ## Check style and types, then run the tests (PYTEST_ARGS="-k causal"
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-bench: $(VENV)/tools-ready ## Time the op and a whole explanation against eager; rows go to bench/results/.
-	@echo "==> Benchmarks: on CPU several minutes; keep the machine otherwise idle"
+bench: $(VENV)/tools-ready ## Time everything against eager; rows and pictures go to bench/results/.
+	@echo "==> Benchmarks: on CPU about half an hour; keep the machine otherwise idle"
 	@$(BIN)/python -m pytest bench -q -s -p no:xdist --benchmark-disable-gc --benchmark-columns=min,median,iqr,rounds $(PYTEST_ARGS)
+	@for part in savings many_targets memory explain_scaling; do \
+		echo "==> $$part"; $(BIN)/python -m bench.$$part; \
+	done
 
 clean: ## Remove .venv, builds and caches.
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

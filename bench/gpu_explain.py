@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from atman_triton.engine import SAVINGS, Unit, undisturbed
+from atman_triton.engine import SAVINGS, Effect, Unit, undisturbed
 from bench.explaining import (
     LOOP,
     MODE,
@@ -61,7 +62,7 @@ def checked(shape: LlamaShape, dtype: torch.dtype, device: torch.device, target:
     small = dataclasses.replace(shape, layers=2)
     task = make_task(small.model(dtype, device), 96, [target])
     units = spread(96, 48)
-    outputs = {
+    outputs: dict[str, tuple[Tensor, Effect]] = {
         f"without {name}": (task.scores(units, without={name}), "total")
         for name in SAVINGS
         if name != "one_pass"
@@ -94,8 +95,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """FLOP/s of one large matrix product, the best of ten."""
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
-        left @ right
-    return 2 * size**3 / (min(clock(lambda: left @ right, device) for _ in range(10)) / 1e3)
+        torch.mm(left, right)
+    return (
+        2 * size**3 / (min(clock(lambda: torch.mm(left, right), device) for _ in range(10)) / 1e3)
+    )
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
