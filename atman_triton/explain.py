@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
@@ -14,12 +13,22 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
+from .arguments import (
+    check_generation,
+    check_one_of,
+    check_sequence,
+    checked_batch_size,
+    checked_budget,
+    checked_factor,
+    checked_indices,
+    checked_targets,
+    plain,
+)
 from .attention import BACKENDS, MODES
 from .capabilities import check_causal, context_window, vocabulary_size
 from .engine import Engine, Record, RunFailed, Settings, undisturbed
 from .explanation import Explanation, LeftOut
-from .integration import checked_indices
-from .methods import DEFAULT_BUDGET, METHODS, Method, Outcome, measure
+from .methods import METHODS, Method, Outcome, measure
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack
@@ -127,12 +136,12 @@ class Explainer:
         backend: str = "auto",
     ) -> None:
         check_causal(model)
-        _check_one_of("preset", preset, tuple(PRESETS))
+        check_one_of("preset", preset, tuple(PRESETS))
         chosen = PRESETS[preset]
         mode = chosen.mode if mode is None else mode
-        _check_one_of("mode", mode, MODES)
-        _check_one_of("method", method, METHODS)
-        _check_one_of("backend", backend, BACKENDS)
+        check_one_of("mode", mode, MODES)
+        check_one_of("method", method, METHODS)
+        check_one_of("backend", backend, BACKENDS)
         if mode == "min_shift_full" and method in ("direct", "hybrid"):
             raise ValueError(
                 f"method={method!r} keeps the prompt's keys of the base run, which "
@@ -143,15 +152,15 @@ class Explainer:
         self.tokenizer = tokenizer
         self.preset = preset
         self.method: Method = method
-        self.budget = _checked_budget(method, budget)
+        self.budget = checked_budget(method, budget)
         self.progress = progress
         self.settings = Settings(
-            factor=_checked_factor(chosen.factor if factor is None else factor),
+            factor=checked_factor(chosen.factor if factor is None else factor),
             mode=mode,
-            layers=_checked_indices("layers", layers, stack.layers),
-            heads=_checked_indices("heads", heads, range(stack.heads)),
+            layers=checked_indices("layers", layers, stack.layers),
+            heads=checked_indices("heads", heads, range(stack.heads)),
             backend=backend,
-            batch_size=_checked_batch_size(batch_size),
+            batch_size=checked_batch_size(batch_size),
         )
 
     def explain(
@@ -208,13 +217,13 @@ class Explainer:
             torch.OutOfMemoryError: if not even one perturbation fits in memory.
         Source: AtMan, Eq. 2 and 3.
         """
-        _check_one_of("granularity", granularity, GRANULARITIES)
-        _check_one_of("reduction", reduction, get_args(Reduction))
-        _check_sequence("explain_only", explain_only)
+        check_one_of("granularity", granularity, GRANULARITIES)
+        check_one_of("reduction", reduction, get_args(Reduction))
+        check_sequence("explain_only", explain_only)
         if separator is not None and not isinstance(separator, str):
             raise TypeError(f"separator must be a str or None, got {separator!r}.")
-        several = _checked_targets(target, targets)
-        _check_generation(several, max_new_tokens, generation_kwargs)
+        several = checked_targets(target, targets)
+        check_generation(several, max_new_tokens, generation_kwargs)
         if self.method == "hierarchical" and granularity != "token":
             raise ValueError(
                 f"method='hierarchical' chooses the size of units itself, got "
@@ -233,7 +242,7 @@ class Explainer:
                 answer, end = self._generate(words, generation)
                 answers = [answer]
                 facts = {"target": "generated"}
-                facts["generation"] = {name: _plain(value) for name, value in generation.items()}
+                facts["generation"] = {name: plain(value) for name, value in generation.items()}
             else:
                 answers, separators = self._encode_targets(prompt, words, several, separator)
                 if separators:
@@ -413,102 +422,3 @@ def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[i
     several = given if isinstance(given, (list, tuple)) else [given]
     known = [*several, getattr(tokenizer, "eos_token_id", None)]
     return {int(token_id) for token_id in known if token_id is not None}
-
-
-def _check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-
-
-def _check_sequence(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Iterable)):
-        raise TypeError(f"{name} must be a sequence of ints or None, got {value!r}.")
-
-
-def _checked_indices(
-    name: str, given: Sequence[int] | None, known: Sequence[int]
-) -> tuple[int, ...] | None:
-    """Indices of layers or heads, each of which must exist; None stays None, for all."""
-    _check_sequence(name, given)
-    return None if given is None else checked_indices(name, given, tuple(known))
-
-
-def _checked_targets(target: Any, targets: Any) -> list[Any] | None:
-    """All targets, of which there must be one way to give them; None to generate one."""
-    if targets is None:
-        return None if target is None else [target]
-    if target is not None:
-        raise TypeError("target and targets exclude each other; put the one among the several.")
-    if isinstance(targets, (str, bytes)) or not isinstance(targets, Iterable):
-        raise TypeError(f"targets must be a sequence of str or token ids, got {targets!r}.")
-    several = list(targets)
-    if not several:
-        raise ValueError("targets must hold at least one target, got none.")
-    for index, each in enumerate(several):
-        if isinstance(each, int):
-            raise TypeError(
-                f"targets[{index}] must be a str or a sequence of token ids, got {each!r}; a "
-                f"single token id is [{each!r}]."
-            )
-    return several
-
-
-def _checked_budget(method: str, budget: Any) -> float | int | None:
-    if method not in DEFAULT_BUDGET:
-        if budget is not None:
-            raise ValueError(
-                f"budget is for {' and '.join(DEFAULT_BUDGET)}, but method is {method!r}."
-            )
-        return None
-    if budget is None:
-        return DEFAULT_BUDGET[method]
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise TypeError(
-            f"budget must be a float (a share), an int (a count) or None, got {budget!r}."
-        )
-    if isinstance(budget, float) and not 0 < budget <= 1:
-        raise ValueError(f"budget as a share must lie in (0, 1], got {budget}.")
-    if budget < 1 and isinstance(budget, int):
-        raise ValueError(f"budget as a count must be at least 1, got {budget}.")
-    return budget
-
-
-def _check_generation(targets: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
-    """Refuse generation arguments beside given targets, and a length that is none."""
-    names = [*(["max_new_tokens"] if max_new_tokens is not None else []), *others]
-    if targets is not None and names:
-        raise TypeError(f"{', '.join(names)} would go to model.generate, but a target is given.")
-    if max_new_tokens is None:
-        return
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens must be an int or None, got {max_new_tokens!r}.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-
-
-def _checked_factor(factor: Any) -> float:
-    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-        raise TypeError(f"factor must be a number, got {factor!r}.")
-    if not math.isfinite(factor) or not 0 <= factor < 1:
-        raise ValueError(
-            f"factor must lie in [0, 1), got {factor}: 1 suppresses nothing, and a score's sign "
-            "means something only where a unit is suppressed."
-        )
-    return float(factor)
-
-
-def _checked_batch_size(batch_size: Any) -> int | Literal["auto"]:
-    if batch_size == "auto":
-        return "auto"
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be 'auto' or an int, got {batch_size!r}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    return batch_size
-
-
-def _plain(value: Any) -> Any:
-    """A generation argument as a JSON value."""
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)

@@ -32,8 +32,8 @@ from .stacks import find_stack
 # grows with its length times the width of the feed-forward layers.
 _PIECE = {"cpu": 1024}
 _PIECE_ELSEWHERE = 8192
-# Vocabulary-sized float32 copies are made for so many bytes of rows at a time. On a CPU they stay in
-# its cache: 2048 rows of 32 000 took 38 ms (2 threads), 56 ms in pieces of 8 MB, 109 ms at once.
+# Vocabulary-sized float32 copies are made for so many bytes of rows at a time. On a CPU they stay
+# in its cache: 2048 rows of 32 000 took 38 ms (2 threads), 56 ms in pieces of 8 MB, 109 ms whole.
 _REDUCTION_BYTES = {"cpu": 1 << 20}
 _REDUCTION_BYTES_ELSEWHERE = 1 << 26
 # A first pass in two pieces must give the logits of one in a whole. A model that does not split is

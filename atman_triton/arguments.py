@@ -1,0 +1,114 @@
+"""Checks of what is given to ``Explainer``: each error names the argument and the way out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from .integration import checked_indices as _known_indices
+from .methods import DEFAULT_BUDGET
+
+
+def check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse a value that is not among the known ones."""
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def check_sequence(name: str, value: Any) -> None:
+    """Refuse what is neither None nor a sequence; a str is none."""
+    if value is not None and (isinstance(value, (str, bytes)) or not isinstance(value, Iterable)):
+        raise TypeError(f"{name} must be a sequence of ints or None, got {value!r}.")
+
+
+def checked_indices(
+    name: str, given: Sequence[int] | None, known: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Indices of layers or heads, each of which must exist; None stays None, for all."""
+    check_sequence(name, given)
+    return None if given is None else _known_indices(name, given, tuple(known))
+
+
+def checked_targets(target: Any, targets: Any) -> list[Any] | None:
+    """All targets, of which there must be one way to give them; None to generate one."""
+    if targets is None:
+        return None if target is None else [target]
+    if target is not None:
+        raise TypeError("target and targets exclude each other; put the one among the several.")
+    if isinstance(targets, (str, bytes)) or not isinstance(targets, Iterable):
+        raise TypeError(f"targets must be a sequence of str or token ids, got {targets!r}.")
+    several = list(targets)
+    if not several:
+        raise ValueError("targets must hold at least one target, got none.")
+    for index, each in enumerate(several):
+        if isinstance(each, int):
+            raise TypeError(
+                f"targets[{index}] must be a str or a sequence of token ids, got {each!r}; a "
+                f"single token id is [{each!r}]."
+            )
+    return several
+
+
+def checked_budget(method: str, budget: Any) -> float | int | None:
+    """The budget of a method that has one: a share or a count; None of the others."""
+    if method not in DEFAULT_BUDGET:
+        if budget is not None:
+            raise ValueError(
+                f"budget is for {' and '.join(DEFAULT_BUDGET)}, but method is {method!r}."
+            )
+        return None
+    if budget is None:
+        return DEFAULT_BUDGET[method]
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise TypeError(
+            f"budget must be a float (a share), an int (a count) or None, got {budget!r}."
+        )
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(f"budget as a share must lie in (0, 1], got {budget}.")
+    if budget < 1 and isinstance(budget, int):
+        raise ValueError(f"budget as a count must be at least 1, got {budget}.")
+    return budget
+
+
+def check_generation(targets: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:
+    """Refuse generation arguments beside given targets, and a length that is none."""
+    names = [*(["max_new_tokens"] if max_new_tokens is not None else []), *others]
+    if targets is not None and names:
+        raise TypeError(f"{', '.join(names)} would go to model.generate, but a target is given.")
+    if max_new_tokens is None:
+        return
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be an int or None, got {max_new_tokens!r}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+
+
+def checked_factor(factor: Any) -> float:
+    """A suppression, not an amplification."""
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise TypeError(f"factor must be a number, got {factor!r}.")
+    if not math.isfinite(factor) or not 0 <= factor < 1:
+        raise ValueError(
+            f"factor must lie in [0, 1), got {factor}: 1 suppresses nothing, and a score's sign "
+            "means something only where a unit is suppressed."
+        )
+    return float(factor)
+
+
+def checked_batch_size(batch_size: Any) -> int | Literal["auto"]:
+    """Rows of a batch, or ``auto``."""
+    if batch_size == "auto":
+        return "auto"
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size must be 'auto' or an int, got {batch_size!r}.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    return batch_size
+
+
+def plain(value: Any) -> Any:
+    """A generation argument as a JSON value."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
