@@ -1,16 +1,13 @@
 """How good the cheaper methods' explanations are, on the shipped model and fresh documents.
 
-Removal gap: the tenth of the prompt's units that a method ranks highest is deleted from the input,
-and the lowest tenth likewise; the gap is how much more the first raises the loss of the answer
-(nats per token). Only documents that the model answers correctly count. Mode ``min_shift``::
+The removal gap is defined in ``bench.removal``. Only documents that the model answers correctly
+count. Mode ``min_shift``; ``bench.budget`` compares the modes::
 
     python -m bench.quality                      # 200 documents, then 20 long ones
     python -m bench.quality --documents 20 --long-documents 0
     python -m bench.quality --long-tokens 2048   # the model's whole window; far slower
 
 Rows go to ``bench/results/quality.csv``, the picture to ``bench/results/quality.png``.
-
-Legend: U units, P of them in the prompt, N tokens of the shortened input, T of the answer.
 """
 
 from __future__ import annotations
@@ -24,24 +21,29 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-import pandas
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import atman_triton as atman
 from atman_triton.demo import load_demo_model, prompt
-from atman_triton.demo.evaluate import fresh_cases, generate_answers
-from atman_triton.tokens import encode_prompt
+from atman_triton.demo.evaluate import fresh_cases
 from bench.harness import RESULTS, commit, device_name, version_of
+from bench.removal import (
+    SALT,
+    Case,
+    Removal,
+    answered_cases,
+    rank_correlation,
+    ranking,
+    standard_error,
+)
 
 MODE = "min_shift"
-SALT = "quality"
 EXPLAINED: dict[str, tuple[str, float | None]] = {
     "exact": ("exact", None),
     "direct": ("direct", None),
@@ -56,17 +58,7 @@ LEAVE_ONE_OUT, RANDOM = "leave-one-out", "random"
 METHODS = (*EXPLAINED, LEAVE_ONE_OUT, RANDOM)
 LONG_METHODS = ("exact", "hierarchical")
 BOUND_DOCUMENTS = 100
-_REMOVED = 0.1  # share of the prompt's units
 _TOP = 5
-_BATCH_TOKENS = 16384
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A prompt and the answer that is explained."""
-
-    prompt: str
-    answer: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,78 +103,12 @@ class Row:
     date: str
 
 
-def ranking(scores: Sequence[float], permutation: Sequence[int]) -> list[int]:
-    """Indices, highest score first; equal scores in the order of the permutation."""
-    return sorted(permutation, key=lambda index: -scores[index])
-
-
-def removed_count(units: int) -> int:
-    """How many of the prompt's units are deleted."""
-    return max(1, round(_REMOVED * units))
-
-
-@torch.inference_mode()
-def losses(model: Any, inputs: Sequence[Sequence[int]], answer: Sequence[int]) -> Tensor:
-    """``[len(inputs)]`` mean loss of the answer's tokens behind each input of one length, nats."""
-    found, size = [], max(1, _BATCH_TOKENS // (len(inputs[0]) + len(answer)))
-    target = torch.tensor(answer)
-    for start in range(0, len(inputs), size):
-        ids = torch.tensor([[*row, *answer[:-1]] for row in inputs[start : start + size]])
-        output = model(ids, logits_to_keep=len(answer), use_cache=False)
-        logprobs = output.logits.float().log_softmax(-1)  # [rows, T, vocabulary]
-        wanted = target.expand(len(ids), -1)[..., None]
-        found.append(-logprobs.gather(-1, wanted).squeeze(-1).double().mean(-1))
-    return torch.cat(found)
-
-
-def without(ids: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """The ids but for those at some positions."""
-    gone = set(positions)
-    return [token for position, token in enumerate(ids) if position not in gone]
-
-
-def removal_gap(
-    model: Any,
-    ids: Sequence[int],
-    answer: Sequence[int],
-    positions: Sequence[int],
-    order: Sequence[int],
-) -> float:
-    """Loss with the best units deleted less the loss with the worst deleted, nats per token.
-
-    Args:
-        ids, answer: tokens of the prompt and of what is scored behind it.
-        positions: ``P``, where each unit of the prompt stands.
-        order: ``P`` unit indices, the most relevant first.
-    """
-    count = removed_count(len(positions))
-    ends = (order[:count], order[-count:])
-    rows = [without(ids, [positions[unit] for unit in end]) for end in ends]
-    best, worst = losses(model, rows, answer).tolist()
-    return best - worst
-
-
-def leave_one_out(
-    model: Any, ids: Sequence[int], answer: Sequence[int], positions: Sequence[int]
-) -> list[float]:
-    """``P`` rises of the answer's loss, nats per token, each with one token deleted."""
-    base = losses(model, [ids], answer)
-    rows = [without(ids, [position]) for position in positions]
-    return (losses(model, rows, answer) - base).tolist()
-
-
 def token_scores(explanation: atman.Explanation, places: Sequence[tuple[int, ...]]) -> list[float]:
     """Relevance of each token; one of a larger piece gets an equal part of the piece's."""
     found: dict[tuple[int, ...], float] = {}
     for unit, score in zip(explanation.units, explanation.relevance.tolist(), strict=True):
         found |= {(token,): score / len(unit.tokens) for token in unit.tokens}
     return [found[place] for place in places]
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, equal values sharing the mean of their ranks."""
-    frame = pandas.DataFrame({"first": first, "second": second})
-    return float(frame.corr(method="spearman").loc["first", "second"])  # pyright: ignore
 
 
 def examine(
@@ -207,33 +133,21 @@ def examine(
             )
             explanations[name] = explainer.explain(case.prompt, case.answer)
     exact = explanations["exact"]
-    ids = encode_prompt(case.prompt, tokenizer, model.config.vocab_size).ids
-    answer = [target.token_id for target in exact.targets]
-    units = exact.units
-    places = [unit.tokens for unit in units]
-    inside = [index for index, unit in enumerate(units) if unit.part == "prompt"]
-    positions = [units[index].tokens[0] for index in inside]
-    rng = random.Random(f"{SALT}-ties-{seed}")
-    permutation = rng.sample(range(len(units)), len(units))
+    removal = Removal(model, tokenizer, case, exact, seed)
+    places, permutation = removal.places, removal.permutation
     scores = {name: token_scores(found, places) for name, found in explanations.items()}
     if RANDOM in methods:
-        scores[RANDOM] = [rng.random() for _ in units]
-    reference: list[float] | None = None
+        scores[RANDOM] = removal.random
     if LEAVE_ONE_OUT in methods:
-        reference = leave_one_out(model, ids, answer, positions)
-        scores[LEAVE_ONE_OUT] = [-math.inf] * len(units)
-        for index, score in zip(inside, reference, strict=True):
-            scores[LEAVE_ONE_OUT][index] = score
+        scores[LEAVE_ONE_OUT] = removal.leave_one_out()
+    reference = scores.get(LEAVE_ONE_OUT)
+    gaps = removal.gaps(scores)
     wanted = set(ranking(scores["exact"], permutation)[:_TOP])
-    # Places in the prompt, in the same order for every method.
-    shared = [inside.index(index) for index in permutation if units[index].part == "prompt"]
     result = {}
     for name in methods:
-        own = [scores[name][index] for index in inside]
-        order = ranking(own, shared)
         explained = explanations.get(name)
         alone: set[tuple[int, ...]] = set()
-        forwards, runs = (len(inside) + 1.0, 0) if name == LEAVE_ONE_OUT else (0.0, 0)
+        forwards, runs = (len(removal.inside) + 1.0, 0) if name == LEAVE_ONE_OUT else (0.0, 0)
         if explained is not None:
             forwards = explained.provenance["forwards"]
             runs = explained.provenance["exact_runs"]
@@ -242,30 +156,20 @@ def examine(
                 for unit in explained.units
                 if unit.level == "token" and unit.effect == "total"
             }
+        correlation = math.nan
+        if reference is not None:
+            own, theirs = removal.of_prompt(scores[name]), removal.of_prompt(reference)
+            correlation = rank_correlation(own, theirs)
         result[name] = Found(
-            gap=removal_gap(model, ids, answer, positions, order),
+            gap=gaps[name],
             forwards=forwards,
             exact_runs=runs,
             runs_share=runs / exact.provenance["exact_runs"],
-            rank_correlation=math.nan if reference is None else rank_correlation(own, reference),
+            rank_correlation=correlation,
             top5_recall=fmean(u in ranking(scores[name], permutation)[:_TOP] for u in wanted),
             top5_as_tokens=fmean(places[u] in alone for u in wanted),
         )
     return result
-
-
-def answered_cases(model: Any, tokenizer: Any, count: int) -> list[Case]:
-    """``count`` fresh documents that the model answers correctly, the first of the test set."""
-    found: list[Case] = []
-    tried = 0
-    while len(found) < count:
-        upto = tried + max(8, count - len(found))
-        fresh = fresh_cases(upto, SALT)[tried:]
-        cases = [Case(prompt(document, question), question.answer) for document, question in fresh]
-        answers = generate_answers(model, tokenizer, [case.prompt for case in cases])
-        found += [case for case, said in zip(cases, answers, strict=True) if said == case.answer]
-        tried = upto
-    return found[:count]
 
 
 def long_cases(model: Any, tokenizer: Any, count: int, tokens: int) -> list[Case]:
@@ -294,10 +198,6 @@ def long_cases(model: Any, tokenizer: Any, count: int, tokens: int) -> list[Case
     return found
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / math.sqrt(len(values))
-
-
 def summarise(
     what: str, found: Sequence[dict[str, Found]], device: torch.device | None = None
 ) -> list[Row]:
@@ -315,9 +215,9 @@ def summarise(
                 method=name,
                 documents=len(found),
                 gap=round(fmean(gaps), 4),
-                gap_se=round(_standard_error(gaps), 4),
+                gap_se=round(standard_error(gaps), 4),
                 difference=round(fmean(differences), 4),
-                difference_se=round(_standard_error(differences), 4),
+                difference_se=round(standard_error(differences), 4),
                 forwards=round(fmean(each.forwards for each in own), 2),
                 exact_runs=round(fmean(each.exact_runs for each in own), 2),
                 runs_share=round(fmean(each.runs_share for each in own), 4),

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
 from atman_triton.demo import load_demo_model
-from bench import quality
+from bench import quality, removal
 
 
 class Counting:
@@ -30,26 +30,27 @@ def _loss(ones):
 
 def test_removal_gap_by_hand():
     ids, positions = [1, 0, 1, 0], [0, 1, 2, 3]
-    gap = quality.removal_gap(Counting(), ids, [1], positions, [0, 2, 1, 3])
-    assert gap == pytest.approx(_loss(1) - _loss(2), abs=1e-6)
-    rises = quality.leave_one_out(Counting(), ids, [1], positions)
-    wanted = _loss(1) - _loss(2)
-    assert rises == pytest.approx([wanted, 0, wanted, 0], abs=1e-6)
+    orders = [[0, 2, 1, 3], [3, 0, 1, 2], [1, 0, 2, 3]]
+    gaps = removal.removal_gaps(Counting(), ids, [1], positions, orders)
+    gap = _loss(1) - _loss(2)
+    assert gaps == pytest.approx([gap, -gap, 0], abs=1e-6)
+    rises = removal.leave_one_out(Counting(), ids, [1], positions)
+    assert rises == pytest.approx([gap, 0, gap, 0], abs=1e-6)
 
 
 def test_tenth_of_the_units_is_removed():
-    assert [quality.removed_count(units) for units in (3, 10, 26, 104)] == [1, 1, 3, 10]
+    assert [removal.removed_count(units) for units in (3, 10, 26, 104)] == [1, 1, 3, 10]
 
 
 def test_ties_follow_the_permutation():
-    assert quality.ranking([1.0, 2.0, 1.0, 1.0], [3, 0, 1, 2]) == [1, 3, 0, 2]
-    assert quality.rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
+    assert removal.ranking([1.0, 2.0, 1.0, 1.0], [3, 0, 1, 2]) == [1, 3, 0, 2]
+    assert removal.rank_correlation([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
 
 
 def test_small_run(tmp_path, monkeypatch):
     monkeypatch.setitem(quality.EXPLAINED, "hybrid 1.0", ("hybrid", 1.0))
     model, tokenizer = load_demo_model()
-    cases = quality.answered_cases(model, tokenizer, 8)
+    cases = removal.answered_cases(model, tokenizer, 8)
     methods = ("exact", "direct", "hybrid 1.0", "hierarchical", "leave-one-out", "random")
     found = [quality.examine(model, tokenizer, case, methods, n) for n, case in enumerate(cases)]
     for each in found:
