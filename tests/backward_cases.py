@@ -1,0 +1,209 @@
+"""Cases of the backward pass: a problem, its gradients on any backend, and the tolerance rule.
+
+Everything goes through the public op, so that what is tested is what users differentiate. Legend:
+B batch, Hq/Hk heads, Tq/Tk tokens, Tp prefix tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from kernel_cases import DEVICE, Case, make_inputs
+from torch import Tensor
+
+import atman_triton as atman
+from atman_triton.testing import LaunchCount, assert_close_to_oracle, count_launches
+
+BACKEND = "triton"
+FORWARD, SHARED_PREFIX = "_attention_fwd_kernel", "_shared_prefix_fwd_kernel"
+ROWS, DQ = "_attention_bwd_rows_kernel", "_attention_bwd_dq_kernel"
+DKV, DBIAS = "_attention_bwd_dkv_kernel", "_attention_bwd_bias_kernel"
+PER_KEY = ("key", "value", "prefix_key", "prefix_value", "key_factor")
+WANTS = {"factor": ("key_factor",), "query": ("query",), "keys": PER_KEY[:4]}
+
+
+@dataclass(frozen=True)
+class BackwardCase(Case):
+    """A case whose first ``prefix`` keys are shared, and what is differentiated by what."""
+
+    prefix: int = 0
+    place: str = "all"  # keys that have a factor: all | own
+    dropout: float = 0.0
+    wants: str = "all"  # all | factor | query | keys
+    loss: str = "both"  # of out | lse | both
+    cotangent: str = "plain"  # in memory: plain | strided | expanded
+
+    def __str__(self):
+        parts = [super().__str__()]
+        if self.prefix:
+            parts += [f"Tp{self.prefix}"] + [self.place] * (self.factors != "none")
+        parts += [f"drop{self.dropout:g}"] * (self.dropout > 0)
+        parts += [f"d_{self.wants}", self.loss]
+        parts += [self.cotangent] * (self.cotangent != "plain")
+        return "-".join(parts)
+
+
+@dataclass
+class Problem:
+    """Arguments of the op by name, and the gradients of its results, from which all others follow.
+
+    A cotangent of ``None`` means that the loss does not depend on that result.
+    """
+
+    tensors: dict[str, Tensor]
+    options: dict
+    out_grad: Tensor | None
+    lse_grad: Tensor | None
+    wanted: tuple[str, ...]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The same with every tensor changed."""
+
+        def changed(part: dict) -> dict:
+            return {k: change(v) if isinstance(v, Tensor) else v for k, v in part.items()}
+
+        grads = (None if g is None else change(g) for g in (self.out_grad, self.lse_grad))
+        return Problem(changed(self.tensors), changed(self.options), *grads, self.wanted)
+
+    def double(self) -> Problem:
+        """The same in float64."""
+        return self.each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def make_problem(case: BackwardCase, seed: int = 0) -> Problem:
+    """The inputs of ``case``, random cotangents, and every tensor that it differentiates."""
+    (query, key, value, factor), options = make_inputs(case, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {"query": query, "key": key[:, :, case.prefix :], "value": value[:, :, case.prefix :]}
+    if case.prefix:
+        tensors["prefix_key"] = key[:1, :, : case.prefix]
+        tensors["prefix_value"] = value[:1, :, : case.prefix]
+    if factor is not None:
+        tensors["key_factor"] = factor[..., case.prefix * (case.place == "own") :]
+    for name in ("sinks", "position_bias"):
+        if name in options:
+            tensors[name] = options.pop(name)
+    if case.dropout:
+        options |= {"dropout": case.dropout, "dropout_seed": 1234 + seed}
+
+    (batch, heads, rows, _), width = query.shape, value.shape[-1]
+    shape = {"strided": (batch, rows, heads, width), "expanded": (width,)}
+    out_grad = torch.randn(
+        shape.get(case.cotangent, (batch, heads, rows, width)), generator=generator
+    )
+    if case.cotangent == "strided":
+        out_grad = out_grad.transpose(1, 2)
+    out_grad = out_grad.to(case.dtype).to(DEVICE).expand(batch, heads, rows, width)
+    lse_grad = torch.randn(batch, heads, rows, generator=generator).to(DEVICE)
+    wanted = tuple(tensors) if case.wants == "all" else WANTS[case.wants]
+    return Problem(
+        tensors,
+        options,
+        out_grad if case.loss != "lse" else None,
+        lse_grad if case.loss != "out" else None,
+        tuple(name for name in wanted if name in tensors),
+    )
+
+
+def call(tensors: dict[str, Tensor], options: dict, backend: str, return_lse: bool = True):
+    """The op with a problem's arguments."""
+    prefix = (tensors["prefix_key"], tensors["prefix_value"]) if "prefix_key" in tensors else None
+    return atman.attention(
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        tensors.get("key_factor"),
+        sinks=tensors.get("sinks"),
+        position_bias=tensors.get("position_bias"),
+        prefix=prefix,
+        return_lse=return_lse,
+        backend=backend,
+        **options,
+    )
+
+
+def gradients(problem: Problem, backend: str = BACKEND) -> dict[str, Tensor]:
+    """The gradient of each wanted tensor; zeros where the loss does not depend on it."""
+    leaves = {
+        name: tensor.detach().requires_grad_(name in problem.wanted)
+        for name, tensor in problem.tensors.items()
+    }
+    results = call(leaves, problem.options, backend, return_lse=problem.lse_grad is not None)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [
+        (result, grad)
+        for result, grad in zip(results, (problem.out_grad, problem.lse_grad), strict=False)
+        if grad is not None
+    ]
+    inputs = [leaves[name] for name in problem.wanted]
+    found = torch.autograd.grad(
+        [result for result, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True
+    )
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for name, leaf, grad in zip(problem.wanted, inputs, found, strict=True)
+    }
+
+
+def check_launches(problem: Problem, launches: LaunchCount) -> None:
+    """One pass forward, and backward only what a wanted gradient needs."""
+    wanted, bias = set(problem.wanted), problem.tensors.get("position_bias")
+    shared = "prefix_key" in problem.tensors
+    assert launches.attention == launches[SHARED_PREFIX if shared else FORWARD] == 1
+    assert launches[ROWS] == 1
+    assert launches[DQ] == ("query" in wanted)
+    bias_of_rows = bias is not None and bias.shape[2] > 1
+    assert launches[DBIAS] == ("position_bias" in wanted and bias_of_rows)
+    walks = wanted.intersection(PER_KEY) or ("position_bias" in wanted and not bias_of_rows)
+    most = (2 if shared else 1) if walks else 0
+    # of own keys alone, a walk over the prefix is not needed, but allowed
+    own = wanted == {"key_factor"} and problem.tensors["key_factor"].shape[-1] == keys_of(problem)
+    assert launches[DKV] == most or (own and 1 <= launches[DKV] <= most), launches
+
+
+def keys_of(problem: Problem) -> int:
+    """Own keys, without those of the prefix."""
+    return problem.tensors["key"].shape[2]
+
+
+def check_problem(
+    problem: Problem, judge: Problem | None = None, view: Callable[[dict], dict] = dict
+) -> dict[str, Tensor]:
+    """Launches, dtypes and the tolerance rule for each gradient; returns the gradients.
+
+    Args:
+        judge: the problem as plain PyTorch and the oracle solve it, where it is put in another way.
+        view: what is compared of the gradients, where not all of them are determined.
+    """
+    with count_launches() as launches:
+        actual = gradients(problem)
+    if BACKEND == "triton":
+        check_launches(problem, launches)
+    judge = problem if judge is None else judge
+    eager = view(gradients(judge, "reference"))
+    exact = view(gradients(judge.double(), "reference"))
+    for name, gradient in view(actual).items():
+        assert gradient.dtype == problem.tensors[name].dtype, name
+        assert_close_to_oracle(
+            gradient, eager[name], exact[name], factor=3.0, name=f"gradient of {name}"
+        )
+    return actual
+
+
+def check_nearly(problem: Problem, tolerance: float) -> None:
+    """Every gradient within ``tolerance`` of the oracle, relative to its largest number or 1.
+
+    For small problems in float32 in which what is wrong would be wrong by far more.
+    """
+    exact = gradients(problem.double(), "reference")
+    for name, gradient in gradients(problem).items():
+        allowed = tolerance * max(1.0, exact[name].abs().max().item())
+        assert gradient.isfinite().all(), name
+        assert (gradient - exact[name]).abs().max() <= allowed, name
+
+
+def check(case: BackwardCase, seed: int = 0) -> dict[str, Tensor]:
+    """:func:`check_problem` of ``case``."""
+    return check_problem(make_problem(case, seed))
