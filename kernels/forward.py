@@ -15,6 +15,7 @@ from .launch import prepare, strides
 from .prepass import key_ranges
 from .primitives import split_program
 from .tiles import (
+    finite_minimum,
     initial_state,
     load_queries,
     segment_tiles,
@@ -28,6 +29,8 @@ from .tiles import (
 def _attention_fwd_kernel(
     out_ptr,  # [B, Hq, Tq, Dv]
     lse_ptr,  # [B, Hq, Tq], contiguous
+    minimum_ptr,  # [B, Hq, Tq], contiguous
+    argmin_ptr,  # [B, Hq, Tq], contiguous
     query_ptr,  # [B, Hq, Tq, D]
     key_ptr,  # [B, Hk, Tk, D]
     value_ptr,  # [B, Hk, Tk, Dv]
@@ -39,6 +42,7 @@ def _attention_fwd_kernel(
     range_ptr,  # [B, 3], see key_ranges
     mask_ptr,  # [B, Hq, Tq, Tk]
     sinks_ptr,  # [Hq]
+    seed_ptr,  # [1]
     query_offset,  # a number or a pointer to one
     rows,
     keys,
@@ -47,6 +51,8 @@ def _attention_fwd_kernel(
     window,
     unit,  # base-2 logits per raw score
     inner_scale,  # of q·k inside the softcap's tanh
+    threshold,  # of dropout, see dropout.py
+    keep_scale,  # 1 / (1 - dropout)
     stride_out,
     stride_query,
     stride_key,
@@ -108,26 +114,31 @@ def _attention_fwd_kernel(
     )
     limits = (rows_left, keys, window)
     units = (unit, inner_scale)
+    dropout = (seed_ptr, threshold, 0, (batch * heads + head).to(tl.int32), start_m)
     state = walk_tiles(
         initial_state(sinks_ptr, head, SPEC), (low, high, inner_low, inner_high), queries,
-        first_position, pointers, padding, strides, limits, units, SPEC, FIRST_VISIT,
+        first_position, pointers, padding, strides, limits, units, dropout, SPEC, FIRST_VISIT,
     )  # fmt: skip
     if FIRST_VISIT == "ones":
-        acc0, acc1, row_max, row_sum, row_min = state
-        # a row that sees no key has no minimum; any finite number serves
-        row_min = tl.where(row_min == float("inf"), 0.0, row_min)
         tile_row = batch * stride_tiles[0] + head * stride_tiles[1]
         flagged_ptr += tile_row * tiles
         if not SPEC.skip_plain:
             before_ptr += tile_row * (tiles + 1)
         state = walk_deferred(
-            (acc0, acc1, row_max, row_sum, row_min),
+            finite_minimum(state),
             (flagged_ptr, tl.load(before_ptr + low), tl.load(before_ptr + high)), queries,
-            first_position, pointers, padding, strides, limits, units, SPEC,
+            first_position, pointers, padding, strides, limits, units, dropout, SPEC,
         )  # fmt: skip
-    lse_ptr += (batch * heads + head) * rows + first_row
+    saved = (batch * heads + head) * rows + first_row
+    lse_ptr += saved
+    if SPEC.save_minimum:
+        minimum_ptr += saved
+        argmin_ptr += saved
     out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
-    store_rows(state, out_ptr, lse_ptr, offs_m, (stride_out[2], stride_out[3]), rows_left, SPEC)
+    store_rows(
+        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr), offs_m, (stride_out[2], stride_out[3]),
+        rows_left, keep_scale, SPEC,
+    )  # fmt: skip
 
 
 def attention_fwd(
@@ -146,6 +157,9 @@ def attention_fwd(
     position_bias: Tensor | None = None,
     key_padding: Tensor | None = None,
     block_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    minima: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused forward kernel. Arguments are taken as validated by the op.
 
@@ -165,6 +179,10 @@ def attention_fwd(
         position_bias: broadcastable to ``[B, Hq, Tq, Tk]``, added after the manipulation.
         key_padding: bool ``[B, Tk]``, True = visible.
         block_mask: bool ``[B|1, Hq|1, Tq, Tk]``, True = visible.
+        dropout, dropout_seed: share of probabilities that become 0, and an int64 tensor of one
+            element that says which; see ``dropout.py``.
+        minima: written for the backward pass of ``min_shift``: float32 and int32 ``[B, Hq, Tq]``,
+            contiguous, each row's smallest visible score (in the kernel's unit) and its key.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype``, laid out in memory as
         ``[B, Tq, Hq, Dv]``, and log-sum-exp ``[B, Hq, Tq]`` float32, natural log. A row that sees
         no key gives 0 and -inf (with a sink: the sink).
@@ -192,7 +210,11 @@ def attention_fwd(
         position_bias=position_bias,
         key_padding=key_padding,
         block_mask=block_mask,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+        save_minimum=minima is not None,
     )
+    minimum, argmin = (None, None) if minima is None else minima
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
     tiles = call.factor_tiles(call.key_factor)
@@ -200,6 +222,8 @@ def attention_fwd(
     _attention_fwd_kernel[(triton.cdiv(rows, call.config.block_m) * batch * heads,)](
         out,
         lse,
+        minimum,
+        argmin,
         query,
         key,
         value,
@@ -211,6 +235,7 @@ def attention_fwd(
         ranges,
         call.block_mask,
         call.sinks,
+        call.dropout_seed,
         call.query_offset,
         rows,
         keys,
@@ -219,6 +244,8 @@ def attention_fwd(
         call.window,
         call.unit,
         call.inner_scale,
+        call.threshold,
+        call.keep_scale,
         out.stride(),
         query.stride(),
         key.stride(),

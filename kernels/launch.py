@@ -21,6 +21,7 @@ from .configs import (
     forward_config,
     split_head_dim,
 )
+from .dropout import dropout_threshold
 from .prepass import factor_tiles
 from .tiles import Variant
 
@@ -41,6 +42,7 @@ class FactorTiles:
 class Call:
     """A kernel's arguments, brought into the form in which it takes them."""
 
+    problem: tuple[str, int, int, torch.dtype, str, int, int]  # what tiles are chosen by
     config: TileConfig
     spec: Variant
     key_factor: Tensor | None  # [B, Hq, Tk]; heads that share a row have a stride of 0
@@ -48,12 +50,15 @@ class Call:
     key_padding: Tensor | None  # uint8 [B, Tk]
     block_mask: Tensor | None  # uint8 [B, Hq, Tq, Tk]
     sinks: Tensor | None  # contiguous
+    dropout_seed: Tensor | None  # int64 [1]; None without dropout
+    threshold: int  # see dropout.py
+    keep_scale: float
     query_offset: int | Tensor
     window: int
     unit: float
     inner_scale: float
 
-    def factor_tiles(self, key_factor: Tensor | None) -> FactorTiles:
+    def factor_tiles(self, key_factor: Tensor | None, block_n: int | None = None) -> FactorTiles:
         """Flagged tiles of factors ``[B, Hq, keys]``, where the kernel reads them at all."""
         if key_factor is None:
             return FactorTiles()
@@ -61,7 +66,7 @@ class Call:
             return FactorTiles()
         shared = key_factor.stride(1) == 0  # one row for all heads
         rows = key_factor[:, :1] if shared else key_factor
-        before, flagged = factor_tiles(rows, self.config.block_n)
+        before, flagged = factor_tiles(rows, block_n or self.config.block_n)
         return FactorTiles(before, flagged, (rows.shape[1], int(rows.shape[1] > 1)))
 
 
@@ -77,6 +82,7 @@ def make_variant(
     mode: str,
     features: Collection[str],
     *,
+    save_minimum: bool = False,
     offset_in_memory: bool = False,
     positive_unit: bool = True,
     wide: bool = False,
@@ -85,8 +91,8 @@ def make_variant(
 
     Args:
         mode: ``plain`` without factors, else the op's mode.
-        features: of ``causal, window, softcap, bias, alibi, padding, mask, sinks``; ``alibi`` is a
-            bias that is the same for every row.
+        features: of ``causal, window, softcap, bias, alibi, padding, mask, sinks, dropout``;
+            ``alibi`` is a bias that is the same for every row.
     """
     d0, d1 = split_head_dim(head_dim)
     v0, v1 = split_head_dim(value_dim)
@@ -102,6 +108,8 @@ def make_variant(
         has_padding="padding" in features,
         has_mask="mask" in features,
         has_sinks="sinks" in features,
+        has_dropout="dropout" in features,
+        save_minimum=save_minimum,
         offset_in_memory=offset_in_memory,
         skip_plain=config.skip_plain_tiles,
         # exp2's multiply-add applies a positive unit for nothing, where nothing is added before it
@@ -136,6 +144,9 @@ def prepare(
     position_bias: Tensor | None,
     key_padding: Tensor | None,
     block_mask: Tensor | None,
+    dropout: float,
+    dropout_seed: Tensor | None,
+    save_minimum: bool = False,
     choose_config: Callable[..., TileConfig] = forward_config,
     segments: int = 1,
 ) -> Call:
@@ -144,7 +155,7 @@ def prepare(
     Args:
         keys: Tk, which ``position_bias``, ``key_padding`` and ``block_mask`` span.
         matrices: every tensor of which the kernel reads or writes tiles.
-        choose_config: see ``forward_config``.
+        choose_config: takes the numbers of ``forward_config``.
         segments: see ``extra_load``.
     """
     batch, heads, rows, head_dim = query.shape
@@ -160,17 +171,19 @@ def prepare(
         "padding": key_padding,
         "mask": block_mask,
         "sinks": sinks,
+        "dropout": dropout or None,
     }
     features = {name for name, feature in optional.items() if feature is not None}
-    config = choose_config(
+    problem = (
         device_architecture(query.device, triton.knobs.runtime.interpret),
         head_dim,
         value_dim,
         query.dtype,
         kind,
         rows,
-        load=extra_load(kind, features, segments),
+        extra_load(kind, features, segments),
     )
+    config = choose_config(*problem)
     if key_factor is not None:
         if key_factor.dim() == 2:
             key_factor = key_factor[:, None]  # [B, 1, Tk]
@@ -185,6 +198,7 @@ def prepare(
     tiled = (*matrices, key_factor, position_bias, block_mask)
     longest = max(abs(stride) for t in tiled if t is not None for stride in t.stride()[-2:])
     return Call(
+        problem=problem,
         config=config,
         spec=make_variant(
             config,
@@ -192,6 +206,7 @@ def prepare(
             value_dim,
             kind,
             features,
+            save_minimum=save_minimum,
             offset_in_memory=isinstance(query_offset, Tensor),
             positive_unit=unit > 0,
             wide=longest * 256 >= 1 << 31,
@@ -201,6 +216,9 @@ def prepare(
         key_padding=None if key_padding is None else key_padding.view(torch.uint8),
         block_mask=block_mask,
         sinks=None if sinks is None else sinks.contiguous(),
+        dropout_seed=dropout_seed if dropout else None,
+        threshold=dropout_threshold(dropout),
+        keep_scale=1.0 / (1.0 - dropout),
         query_offset=keys - rows if query_offset is None else query_offset,
         window=_FAR if window is None else min(window, _FAR),
         unit=unit,

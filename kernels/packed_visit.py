@@ -186,7 +186,9 @@ def visit_tile(
 
     if EDGE:
         end = prefix_keys + own_keys if OWN else prefix_keys
-        visible = in_band(positions, offs_k, end, window, SPEC.causal, SPEC.has_window)
+        visible = in_band(
+            positions[:, None], offs_k[None, :], end, window, SPEC.causal, SPEC.has_window
+        )
         if OWN:
             visible = visible & (row_batch[:, None] == key_batch[None, :]) & inside[None, :]
         if SPEC.has_padding:

@@ -60,13 +60,59 @@ def key_tiles(
 
 
 @triton.jit
-def in_band(positions, offs_n, keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """``[BLOCK_M, BLOCK_N]`` bool: the keys each row sees by causality, window and their number."""
-    seen = offs_n[None, :] < keys
+def row_blocks(
+    start_n,
+    first_key,
+    keys,
+    solid,
+    position,
+    rows,
+    window,
+    CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Seen from a tile of keys: the range of row blocks that see some of it, and of the inner ones.
+
+    The counterpart of :func:`key_tiles`: rows of an inner block all exist and see every key of the
+    tile. ``position`` is that of row 0; ``solid`` says that ``[first_key, keys)`` has no holes.
+    """
+    low_key = tl.maximum(start_n, first_key)
+    high_key = tl.minimum(start_n + BLOCK_N, keys)
+    low_row = 0
+    high_row = rows
+    inner_low_row = 0
+    inner_high_row = rows
     if CAUSAL:
-        seen = seen & (offs_n[None, :] <= positions[:, None])
+        low_row = tl.maximum(low_row, low_key - position)
+        inner_low_row = tl.maximum(inner_low_row, high_key - 1 - position)
     if HAS_WINDOW:
-        distance = positions[:, None] - offs_n[None, :]
+        high_row = tl.minimum(high_row, high_key - 1 + window - position)
+        inner_high_row = tl.minimum(inner_high_row, low_key + window - position)
+        if not CAUSAL:
+            low_row = tl.maximum(low_row, low_key - window + 1 - position)
+            inner_low_row = tl.maximum(inner_low_row, high_key - window - position)
+    high_row = tl.where(low_key < high_key, high_row, 0)
+    low = tl.minimum(low_row, rows) // BLOCK_M
+    high = tl.maximum(low, tl.cdiv(tl.maximum(high_row, 0), BLOCK_M))
+    whole = solid & (start_n >= first_key) & (start_n + BLOCK_N <= keys)
+    inner_low = tl.minimum(tl.maximum(tl.cdiv(inner_low_row, BLOCK_M), low), high)
+    inner_high = tl.minimum(tl.maximum(inner_high_row, 0) // BLOCK_M, high)
+    return low, high, inner_low, tl.where(whole, tl.maximum(inner_low, inner_high), inner_low)
+
+
+@triton.jit
+def in_band(positions, offs_n, keys, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The keys each row sees by causality, window and their number, as a bool tile.
+
+    ``positions`` and ``offs_n`` broadcast against each other to the tile, rows along either axis.
+    """
+    seen = offs_n < keys
+    if CAUSAL:
+        seen = seen & (offs_n <= positions)
+    if HAS_WINDOW:
+        distance = positions - offs_n
         if not CAUSAL:
             distance = tl.abs(distance)
         seen = seen & (distance < window)
@@ -155,25 +201,32 @@ def tanh(x, PRECISE: tl.constexpr):
 def manipulate(scores, factor, key_bias, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
     """The score transform of the three modes; columns that are not VISITed become -inf.
 
-    What is the same for every row is first summed per key, then added to the tile once.
+    What is the same for every row is first summed per key, then added to the tile once. Numbers
+    per key and per row broadcast against the tile, whichever axis they lie along.
 
     Args:
-        scores: ``[BLOCK_M, BLOCK_N]`` in any unit; base-2 logits if MODE is ``log_additive``.
-        factor: ``[BLOCK_N]``, one per key.
-        key_bias: ``[BLOCK_N]`` or None, added after the manipulation, in the unit of scores.
-        row_min: ``[BLOCK_M]`` minimum of the row's visible scores, final if VISIT is ``deferred``.
-        VISIT: ``every`` column; ``min_shift`` takes the ``ones`` first, the ``deferred`` last.
+        scores: a tile in any unit; base-2 logits if MODE is ``log_additive``.
+        factor: one per key.
+        key_bias: one per key or None, added after the manipulation, in the unit of scores.
+        row_min: minimum of each row's visible scores, final unless VISIT is ``ones``.
+        VISIT: ``every`` column; going forward ``min_shift`` takes the ``ones`` first, the
+            ``deferred`` last.
     """
     if MODE == "multiplicative":
-        scores = scores * factor[None, :]
+        scores = scores * factor
         if key_bias is not None:
-            scores += key_bias[None, :]
+            scores += key_bias
+        return scores
+    elif MODE == "min_shift" and VISIT == "every":
+        scores = tl.where(factor == 1.0, scores, row_min + factor * (scores - row_min))
+        if key_bias is not None:
+            scores += key_bias
         return scores
     else:
         if VISIT == "ones":
             per_key = tl.where(factor == 1.0, 0.0, float("-inf"))
         elif VISIT == "deferred":
-            scores = row_min[:, None] + factor[None, :] * (scores - row_min[:, None])
+            scores = row_min + factor * (scores - row_min)
             per_key = tl.where(factor != 1.0, 0.0, float("-inf"))
         else:
             tl.static_assert(MODE == "log_additive")
@@ -181,7 +234,18 @@ def manipulate(scores, factor, key_bias, row_min, MODE: tl.constexpr, VISIT: tl.
             per_key = tl.where(factor > 0, per_key, float("-inf"))
         if key_bias is not None:
             per_key += key_bias
-        return scores + per_key[None, :]
+        return scores + per_key
+
+
+@triton.jit
+def kept(seed_ptr, offs_row, offs_column, batch_head, threshold):
+    """Which probabilities dropout keeps, whatever the tiling: a bool tile; see dropout.py.
+
+    ``offs_row`` and ``offs_column`` are int32 and broadcast against each other.
+    """
+    offs_row, offs_column = tl.broadcast(offs_row, offs_column)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), offs_column, offs_row, batch_head, 0)
+    return (word >> 8).to(tl.int32) >= threshold
 
 
 @triton.jit

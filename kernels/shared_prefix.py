@@ -22,6 +22,7 @@ from .launch import prepare, strides
 from .prepass import key_ranges
 from .primitives import split_program
 from .tiles import (
+    finite_minimum,
     initial_state,
     load_queries,
     segment_tiles,
@@ -37,6 +38,8 @@ from .tiles import (
 def _shared_prefix_fwd_kernel(
     out_ptr,  # [B, Hq, Tq, Dv]
     lse_ptr,  # [B, Hq, Tq], contiguous
+    minimum_ptr,  # [B, Hq, Tq], contiguous
+    argmin_ptr,  # [B, Hq, Tq], contiguous
     query_ptr,  # [B, Hq, Tq, D]
     prefix_key_ptr,  # [1, Hk, Tp, D]
     prefix_value_ptr,  # [1, Hk, Tp, Dv]
@@ -53,6 +56,7 @@ def _shared_prefix_fwd_kernel(
     range_ptr,
     mask_ptr,  # [B, Hq, Tq, Tp + Tk]
     sinks_ptr,  # [Hq]
+    seed_ptr,  # [1]
     query_offset,  # a number or a pointer to one
     rows,
     prefix_keys,
@@ -62,6 +66,8 @@ def _shared_prefix_fwd_kernel(
     window,
     unit,  # base-2 logits per raw score
     inner_scale,  # of q·k inside the softcap's tanh
+    threshold,  # of dropout, see dropout.py
+    keep_scale,  # 1 / (1 - dropout)
     stride_out,
     stride_query,
     stride_prefix_key,
@@ -114,6 +120,9 @@ def _shared_prefix_fwd_kernel(
     stride_row = (stride_query[2], stride_query[3])
     queries = load_queries(query_ptr, offs_m, stride_row, rows_left, SPEC)
     units = (unit, inner_scale)
+    batch_head = (batch * heads + head).to(tl.int32)
+    prefix_dropout = (seed_ptr, threshold, 0, batch_head, start_m)
+    own_dropout = (seed_ptr, threshold, prefix_keys, batch_head, start_m)
     padding = (batch, stride_padding[0])
     shared_strides = (
         stride_factor[2],
@@ -139,7 +148,7 @@ def _shared_prefix_fwd_kernel(
     state = walk_tiles(
         initial_state(sinks_ptr, head, SPEC), (prefix_low, prefix_high, inner_low, inner_high),
         queries, prefix_position, prefix_pointers, padding, prefix_strides, prefix_limits, units,
-        PREFIX, FIRST_VISIT,
+        prefix_dropout, PREFIX, FIRST_VISIT,
     )  # fmt: skip
 
     prefix_start = 0
@@ -174,30 +183,34 @@ def _shared_prefix_fwd_kernel(
     own_limits = (rows_left, stop, window)
     state = walk_tiles(
         state, (low, high, inner_low, inner_high), queries, own_position, own_pointers, padding,
-        own_strides, own_limits, units, SPEC, FIRST_VISIT,
+        own_strides, own_limits, units, own_dropout, SPEC, FIRST_VISIT,
     )  # fmt: skip
 
     if FIRST_VISIT == "ones":
-        acc0, acc1, row_max, row_sum, row_min = state
-        # a row that sees no key has no minimum; any finite number serves
-        row_min = tl.where(row_min == float("inf"), 0.0, row_min)
-        state = (acc0, acc1, row_max, row_sum, row_min)
+        state = finite_minimum(state)
         if PREFIX.has_key_factor:
             prefix_flagged_ptr += tile_row * prefix_tiles
             state = walk_deferred(
                 state, (prefix_flagged_ptr, prefix_start, prefix_end),
                 queries, prefix_position, prefix_pointers, padding, prefix_strides, prefix_limits,
-                units, PREFIX,
+                units, prefix_dropout, PREFIX,
             )  # fmt: skip
         flagged_ptr += tile_row * tiles
         start = tl.load(before_ptr + low)
         state = walk_deferred(
             state, (flagged_ptr, start, tl.load(before_ptr + high)), queries, own_position,
-            own_pointers, padding, own_strides, own_limits, units, SPEC,
+            own_pointers, padding, own_strides, own_limits, units, own_dropout, SPEC,
         )  # fmt: skip
-    lse_ptr += (batch * heads + head) * rows + first_row
+    saved = (batch * heads + head) * rows + first_row
+    lse_ptr += saved
+    if SPEC.save_minimum:
+        minimum_ptr += saved
+        argmin_ptr += saved
     out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
-    store_rows(state, out_ptr, lse_ptr, offs_m, (stride_out[2], stride_out[3]), rows_left, SPEC)
+    store_rows(
+        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr), offs_m, (stride_out[2], stride_out[3]),
+        rows_left, keep_scale, SPEC,
+    )  # fmt: skip
 
 
 def shared_prefix_fwd(
@@ -218,6 +231,9 @@ def shared_prefix_fwd(
     position_bias: Tensor | None = None,
     key_padding: Tensor | None = None,
     block_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    minima: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused kernel for a shared prefix. Arguments are taken as validated by the op.
 
@@ -232,7 +248,8 @@ def shared_prefix_fwd(
             then has no factors, and none are read there.
         query_offset, window, position_bias, key_padding, block_mask: as in ``attention_fwd``, over
             ``Tp + Tk`` keys; an offset of ``None`` means ``Tp + Tk - Tq``.
-        mode, causal, scale, softcap, sinks: as in ``attention_fwd``.
+        mode, causal, scale, softcap, sinks, dropout, dropout_seed, minima: as in
+            ``attention_fwd``; minima are over all ``Tp + Tk`` keys.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype``, laid out in memory as
         ``[B, Tq, Hq, Dv]``, and log-sum-exp ``[B, Hq, Tq]`` float32, natural log. A row that sees
         no key gives 0 and -inf (with a sink: the sink).
@@ -248,10 +265,12 @@ def shared_prefix_fwd(
         "position_bias": position_bias,
         "key_padding": key_padding,
         "block_mask": block_mask,
+        "dropout": dropout,
+        "dropout_seed": dropout_seed,
     }
     prefix_keys = prefix_key.shape[2]
     if prefix_keys == 0:
-        return attention_fwd(query, key, value, key_factor, **features)
+        return attention_fwd(query, key, value, key_factor, **features, minima=minima)
     batch, heads, rows, _ = query.shape
     key_heads, keys, value_dim = value.shape[1:]
     out = query.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
@@ -266,9 +285,11 @@ def shared_prefix_fwd(
         key_factor,
         (query, key, value, prefix_key, prefix_value, out),
         **features,
+        save_minimum=minima is not None,
         choose_config=shared_prefix_config,
         segments=2,
     )
+    minimum, argmin = (None, None) if minima is None else minima
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
     factor = call.key_factor
@@ -286,6 +307,8 @@ def shared_prefix_fwd(
     _shared_prefix_fwd_kernel[(triton.cdiv(rows, call.config.block_m) * batch * heads,)](
         out,
         lse,
+        minimum,
+        argmin,
         query,
         prefix_key,
         prefix_value,
@@ -302,6 +325,7 @@ def shared_prefix_fwd(
         own_range,
         call.block_mask,
         call.sinks,
+        call.dropout_seed,
         call.query_offset,
         rows,
         prefix_keys,
@@ -311,6 +335,8 @@ def shared_prefix_fwd(
         call.window,
         call.unit,
         call.inner_scale,
+        call.threshold,
+        call.keep_scale,
         out.stride(),
         query.stride(),
         prefix_key.stride(),

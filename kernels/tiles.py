@@ -17,6 +17,7 @@ import triton.language as tl
 from .primitives import (
     dot,
     in_band,
+    kept,
     key_tiles,
     load_columns,
     manipulate,
@@ -40,6 +41,8 @@ class Variant:
     has_padding: bool
     has_mask: bool
     has_sinks: bool
+    has_dropout: bool
+    save_minimum: bool  # where each row's minimum stands goes to memory, for the backward pass
     offset_in_memory: bool  # query_offset is a pointer
     skip_plain: bool  # branch around the manipulation where all factors are 1
     scaled: bool  # scores become base-2 logits before, not within, the softmax's exp2
@@ -62,6 +65,7 @@ def visit_tile(
     row_max,
     row_sum,
     row_min,
+    row_argmin,
     tile,
     queries,
     positions,
@@ -69,6 +73,7 @@ def visit_tile(
     strides,
     limits,
     units,
+    dropout,
     SPEC: tl.constexpr,
     VISIT: tl.constexpr,
     EDGE: tl.constexpr,
@@ -78,6 +83,8 @@ def visit_tile(
     VISIT says which columns: ``every``, or for ``min_shift`` first the ``ones`` (while tracking
     the row minimum of all visible columns), then, in flagged tiles only, the ``deferred`` rest.
     EDGE tiles check the band, the padding and the number of keys, the others need not.
+    ``dropout`` holds the seed's address, the threshold, the first column of the segment, the number
+    of the batch row and head, and the first row.
     """
     BLOCK_M: tl.constexpr = SPEC.block_m
     BLOCK_N: tl.constexpr = SPEC.block_n
@@ -87,6 +94,7 @@ def visit_tile(
     stride_key, stride_value, stride_factor, stride_bias, stride_padding, stride_mask = strides
     rows, keys, window = limits
     unit, inner_scale = units
+    seed_ptr, threshold, first_column, batch_head, first_row = dropout
 
     start_n = tile * BLOCK_N
     offs_m = tl.arange(0, BLOCK_M)
@@ -111,7 +119,10 @@ def visit_tile(
         scores = scores * unit
 
     if EDGE:
-        visible = in_band(positions, start_n + offs_n, keys, window, SPEC.causal, SPEC.has_window)
+        visible = in_band(
+            positions[:, None], (start_n + offs_n)[None, :], keys, window,
+            SPEC.causal, SPEC.has_window,
+        )  # fmt: skip
         if SPEC.has_padding:
             padding_ptr += first * stride_padding
             shown = tl.load(padding_ptr + offs_n * stride_padding, mask=offs_n < inside, other=0)
@@ -130,15 +141,24 @@ def visit_tile(
     HIDE_FIRST: tl.constexpr = MASKED and VISIT == "ones"  # nothing is multiplied in this visit
     if HIDE_FIRST:
         scores = tl.where(visible, scores, float("-inf"))
-        lowest = tl.min(tl.where(scores == float("-inf"), float("inf"), scores), 1)
-        row_min = tl.minimum(row_min, lowest)
+        candidates = tl.where(scores == float("-inf"), float("inf"), scores)
     elif VISIT == "ones":
-        row_min = tl.minimum(row_min, tl.min(scores, 1))
+        candidates = scores
+    if VISIT == "ones":
+        if SPEC.save_minimum:
+            lowest, place = tl.min(candidates, 1, return_indices=True)
+            place += first_column + start_n
+            # of equal scores the first, though edge tiles are visited last
+            better = (lowest < row_min) | ((lowest == row_min) & (place < row_argmin))
+            row_argmin = tl.where(better, place, row_argmin)
+        else:
+            lowest = tl.min(candidates, 1)
+        row_min = tl.minimum(row_min, lowest)
     key_bias = None
     if SPEC.bias_per_key:
         bias_ptr += first * stride_bias[1]
         key_bias = tl.load(bias_ptr + offs_n * stride_bias[1], mask=offs_n < inside, other=0.0)
-        key_bias = key_bias.to(tl.float32) * 1.4426950408889634  # log2(e)
+        key_bias = (key_bias.to(tl.float32) * 1.4426950408889634)[None, :]  # log2(e)
     if SPEC.has_key_factor:
         factor_ptr += first * stride_factor
         if SPEC.skip_plain and VISIT != "deferred":
@@ -147,15 +167,17 @@ def visit_tile(
                 factor = tl.load(
                     factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0
                 )
-                scores = manipulate(scores, factor, key_bias, row_min, MODE, VISIT)
+                scores = manipulate(
+                    scores, factor[None, :], key_bias, row_min[:, None], MODE, VISIT
+                )
             else:
                 if SPEC.bias_per_key:
-                    scores += key_bias[None, :]
+                    scores += key_bias
         else:
             factor = tl.load(factor_ptr + offs_n * stride_factor, mask=offs_n < inside, other=1.0)
-            scores = manipulate(scores, factor, key_bias, row_min, MODE, VISIT)
+            scores = manipulate(scores, factor[None, :], key_bias, row_min[:, None], MODE, VISIT)
     elif SPEC.bias_per_key:
-        scores += key_bias[None, :]
+        scores += key_bias
     if SPEC.has_bias and not SPEC.bias_per_key:
         bias_ptr += first * stride_bias[1]
         bias_ptr += offs_m[:, None] * stride_bias[0] + offs_n[None, :] * stride_bias[1]
@@ -165,6 +187,12 @@ def visit_tile(
         scores = tl.where(visible, scores, float("-inf"))
 
     weights, rescale, row_max, row_sum = softmax_step(scores, row_max, row_sum, unit, SPEC.scaled)
+    if SPEC.has_dropout:  # the sum above is of all weights
+        keep = kept(
+            seed_ptr, (first_row + tl.arange(0, BLOCK_M))[:, None],
+            (first_column + start_n + tl.arange(0, BLOCK_N))[None, :], batch_head, threshold,
+        )  # fmt: skip
+        weights = tl.where(keep, weights, 0.0)
     weights = weights.to(queries[0].dtype)
     value_ptr += first * stride_value[0]
     value0 = load_columns(value_ptr, offs_n, stride_value, inside, 0, SPEC.v0, SPEC.value_dim, EDGE)
@@ -174,7 +202,7 @@ def visit_tile(
             value_ptr, offs_n, stride_value, inside, SPEC.v0, SPEC.v1, SPEC.value_dim, EDGE
         )
         acc1 = dot(weights, value1, acc1 * rescale[:, None])
-    return acc0, acc1, row_max, row_sum, row_min
+    return acc0, acc1, row_max, row_sum, row_min, row_argmin
 
 
 @triton.jit
@@ -208,23 +236,24 @@ def walk_tiles(
     strides,
     limits,
     units,
+    dropout,
     SPEC: tl.constexpr,
     VISIT: tl.constexpr,
 ):
     """Visit the tiles of a segment: the inner ones unmasked, then the edges on both sides.
 
     Args:
-        state: accumulators, running maximum and sum, minimum of each row.
+        state: accumulators, running maximum and sum, minimum of each row and its column.
         ranges: low, high, inner_low, inner_high of :func:`segment_tiles`.
         padding: batch row and batch stride of the padding mask, whose line is found only for
             the edges: registers are scarce in the inner loop.
     """
-    acc0, acc1, row_max, row_sum, row_min = state
+    acc0, acc1, row_max, row_sum, row_min, row_argmin = state
     low, high, inner_low, inner_high = ranges
     for tile in range(inner_low, inner_high):
-        acc0, acc1, row_max, row_sum, row_min = visit_tile(
-            acc0, acc1, row_max, row_sum, row_min, tile, queries, None,
-            pointers, strides, limits, units, SPEC, VISIT, False,
+        acc0, acc1, row_max, row_sum, row_min, row_argmin = visit_tile(
+            acc0, acc1, row_max, row_sum, row_min, row_argmin, tile, queries, None,
+            pointers, strides, limits, units, dropout, SPEC, VISIT, False,
         )  # fmt: skip
     positions = first_position + tl.arange(0, SPEC.block_m)
     key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = pointers
@@ -235,11 +264,11 @@ def walk_tiles(
     left = inner_low - low
     for edge in tl.range(0, left + high - inner_high, num_stages=SPEC.edge_stages):
         tile = tl.where(edge < left, low + edge, inner_high + edge - left)
-        acc0, acc1, row_max, row_sum, row_min = visit_tile(
-            acc0, acc1, row_max, row_sum, row_min, tile, queries, positions,
-            pointers, strides, limits, units, SPEC, VISIT, True,
+        acc0, acc1, row_max, row_sum, row_min, row_argmin = visit_tile(
+            acc0, acc1, row_max, row_sum, row_min, row_argmin, tile, queries, positions,
+            pointers, strides, limits, units, dropout, SPEC, VISIT, True,
         )  # fmt: skip
-    return acc0, acc1, row_max, row_sum, row_min
+    return acc0, acc1, row_max, row_sum, row_min, row_argmin
 
 
 @triton.jit
@@ -253,6 +282,7 @@ def walk_deferred(
     strides,
     limits,
     units,
+    dropout,
     SPEC: tl.constexpr,
 ):
     """Visit the flagged tiles of a segment for the columns that ``min_shift`` deferred.
@@ -261,7 +291,7 @@ def walk_deferred(
         state: see :func:`walk_tiles`; the minimum of each row is final and finite.
         flagged: pointer to the flagged tiles, first and last index into them.
     """
-    acc0, acc1, row_max, row_sum, row_min = state
+    acc0, acc1, row_max, row_sum, row_min, row_argmin = state
     flagged_ptr, start, stop = flagged
     positions = first_position + tl.arange(0, SPEC.block_m)
     key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = pointers
@@ -270,11 +300,11 @@ def walk_deferred(
     pointers = (key_ptr, value_ptr, factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr)
     for index in tl.range(start, stop, num_stages=1):
         tile = tl.load(flagged_ptr + index)
-        acc0, acc1, row_max, row_sum, row_min = visit_tile(
-            acc0, acc1, row_max, row_sum, row_min, tile, queries, positions,
-            pointers, strides, limits, units, SPEC, "deferred", True,
+        acc0, acc1, row_max, row_sum, row_min, row_argmin = visit_tile(
+            acc0, acc1, row_max, row_sum, row_min, row_argmin, tile, queries, positions,
+            pointers, strides, limits, units, dropout, SPEC, "deferred", True,
         )  # fmt: skip
-    return acc0, acc1, row_max, row_sum, row_min
+    return acc0, acc1, row_max, row_sum, row_min, row_argmin
 
 
 @triton.jit
@@ -287,6 +317,7 @@ def initial_state(sinks_ptr, head, SPEC: tl.constexpr):
     acc0 = tl.zeros([BLOCK_M, V0], tl.float32)
     acc1 = tl.zeros([BLOCK_M, V1], tl.float32)
     row_min = tl.full([BLOCK_M], float("inf"), tl.float32)
+    row_argmin = tl.full([BLOCK_M], 0x7FFFFFFF, tl.int32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     if SPEC.has_sinks:  # one more logit, without a value
@@ -295,7 +326,15 @@ def initial_state(sinks_ptr, head, SPEC: tl.constexpr):
             + tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
         )
         row_sum += 1.0
-    return acc0, acc1, row_max, row_sum, row_min
+    return acc0, acc1, row_max, row_sum, row_min, row_argmin
+
+
+@triton.jit
+def finite_minimum(state):
+    """The state with a minimum for rows that see no key, where any finite number serves."""
+    acc0, acc1, row_max, row_sum, row_min, row_argmin = state
+    row_min = tl.where(row_min == float("inf"), 0.0, row_min)
+    return acc0, acc1, row_max, row_sum, row_min, row_argmin
 
 
 @triton.jit
@@ -312,14 +351,26 @@ def load_queries(query_ptr, offs_m, stride_row, rows_left, SPEC: tl.constexpr):
 
 
 @triton.jit
-def store_rows(state, out_ptr, lse_ptr, offs_m, stride_row, rows_left, SPEC: tl.constexpr):
-    """Normalise a block of rows and write its output and log-sum-exp."""
-    acc0, acc1, row_max, row_sum, _ = state
+def store_rows(
+    state, out_ptr, saved_ptrs, offs_m, stride_row, rows_left, keep_scale, SPEC: tl.constexpr
+):
+    """Normalise a block of rows and write its output, log-sum-exp and minimum.
+
+    ``saved_ptrs`` are those of the log-sum-exp, the minimum and its column; ``keep_scale`` is
+    1 / (1 - dropout).
+    """
+    acc0, acc1, row_max, row_sum, row_min, row_argmin = state
+    lse_ptr, minimum_ptr, argmin_ptr = saved_ptrs
     dead = row_sum == 0.0
     row_sum = tl.where(dead, 1.0, row_sum)
     lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)  # ln 2
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
+    if SPEC.save_minimum:
+        tl.store(minimum_ptr + offs_m, row_min, mask=offs_m < rows_left)
+        tl.store(argmin_ptr + offs_m, row_argmin, mask=offs_m < rows_left)
     share = 1.0 / row_sum
+    if SPEC.has_dropout:
+        share = share * keep_scale
     store_columns(
         out_ptr, acc0 * share[:, None], offs_m, stride_row, rows_left, 0, SPEC.v0, SPEC.value_dim
     )

@@ -1,0 +1,231 @@
+"""What one tile adds to the gradients, shared by the backward kernels.
+
+A backward launch sees one segment of keys: all of them, or first a shared prefix and then a row's
+own. Everything is derived in README.md.
+
+Legend: M query rows and N keys of a tile, [M, N], or [N, M] where it is TRANSPOSED; numbers per row
+and per key come ready to broadcast against it. d_x is the gradient of x.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import dot, in_band, load_columns, manipulate, tanh
+
+
+@triton.jit
+def per_row(numbers, TRANSPOSED: tl.constexpr):
+    """``[M]`` numbers, to broadcast against a tile."""
+    if TRANSPOSED:
+        return numbers[None, :]
+    else:
+        return numbers[:, None]
+
+
+@triton.jit
+def per_key(numbers, TRANSPOSED: tl.constexpr):
+    """``[N]`` numbers, to broadcast against a tile."""
+    if TRANSPOSED:
+        return numbers[:, None]
+    else:
+        return numbers[None, :]
+
+
+@triton.jit
+def load_rows(
+    matrix_ptr,
+    offs,
+    stride,
+    rows,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    SIZE: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """A tile for each part of a head dim SIZE = FIRST + SECOND; one if SECOND is 0."""
+    part0 = load_columns(matrix_ptr, offs, stride, rows, 0, FIRST, SIZE, CHECK_ROWS)
+    if SECOND > 0:
+        part1 = load_columns(matrix_ptr, offs, stride, rows, FIRST, SECOND, SIZE, CHECK_ROWS)
+        return part0, part1
+    else:
+        return (part0,)
+
+
+@triton.jit
+def load_lse(lse_ptr, offs_m, rows_left):
+    """``[M]`` log-sum-exp in base 2; +inf, which makes all weights 0, where a row sees nothing."""
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < rows_left, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)  # log2(e)
+
+
+@triton.jit
+def load_row_numbers(pointers, offs_m, rows_left, SPEC: tl.constexpr):
+    """``[M]`` each: log-sum-exp, δ, and for ``min_shift`` the minimum, its column, d_minimum."""
+    lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
+    inside = offs_m < rows_left
+    lse = load_lse(lse_ptr, offs_m, rows_left)
+    delta = tl.load(delta_ptr + offs_m, mask=inside, other=0.0)
+    if SPEC.mode == "min_shift":
+        minimum = tl.load(minimum_ptr + offs_m, mask=inside, other=0.0)
+        argmin = tl.load(argmin_ptr + offs_m, mask=inside, other=-1)
+        d_minimum = tl.load(d_minimum_ptr + offs_m, mask=inside, other=0.0)
+        return lse, delta, minimum, argmin, d_minimum
+    else:
+        return lse, delta, None, None, None
+
+
+@triton.jit
+def load_key_numbers(factor_ptr, bias_ptr, offs_n, strides, inside, SPEC: tl.constexpr):
+    """``[N]`` each: factor, and the bias that is the same for every row in base 2; or None."""
+    factor = None
+    key_bias = None
+    if SPEC.has_key_factor:
+        factor = tl.load(factor_ptr + offs_n * strides[0], mask=offs_n < inside, other=1.0)
+    if SPEC.bias_per_key:
+        key_bias = tl.load(bias_ptr + offs_n * strides[1], mask=offs_n < inside, other=0.0)
+        key_bias = key_bias.to(tl.float32) * 1.4426950408889634  # log2(e)
+    return factor, key_bias
+
+
+@triton.jit
+def load_tile(matrix_ptr, offs_m, offs_n, stride, rows_left, inside):
+    """A tile of what has a number per query row and key; 0 outside."""
+    readable = (offs_m < rows_left) & (offs_n < inside)
+    return tl.load(matrix_ptr + offs_m * stride[0] + offs_n * stride[1], mask=readable, other=0)
+
+
+@triton.jit
+def tile_visibility(
+    mask_ptr,
+    shown,
+    offs_m,
+    offs_n,
+    positions,
+    start_n,
+    stride_mask,
+    limits,
+    SPEC: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Which keys of a tile its rows see; only for EDGE tiles and under a dense mask.
+
+    Args:
+        shown: which keys the padding mask shows, if there is one.
+        offs_m, offs_n: counted from where ``mask_ptr`` points to.
+        positions: of the rows, counted like ``start_n + offs_n``.
+        limits: rows from ``offs_m`` = 0 on, keys of the segment, window.
+    """
+    rows_left, keys, window = limits
+    visible = None
+    if EDGE:
+        visible = in_band(
+            positions, start_n + offs_n, keys, window, SPEC.causal, SPEC.has_window
+        )  # fmt: skip
+        if SPEC.has_padding:
+            visible = visible & shown
+    if SPEC.has_mask:
+        dense = load_tile(mask_ptr, offs_m, offs_n, stride_mask, rows_left, keys - start_n) != 0
+        if EDGE:
+            visible = visible & dense
+        else:
+            visible = dense
+    return visible
+
+
+@triton.jit
+def differentiate_tile(
+    queries,
+    d_outs,
+    keys,
+    values,
+    row_numbers,
+    factor,
+    key_bias,
+    bias,
+    visible,
+    keep,
+    columns,
+    units,
+    SPEC: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Recompute a tile's weights and differentiate the loss by its logits, factors and scores.
+
+    Args:
+        queries, d_outs: ``[M, d]`` parts of the rows and of the output's gradient.
+        keys, values: ``[N, d]`` parts.
+        row_numbers: of :func:`load_row_numbers`, per row.
+        factor, key_bias: per key, or None.
+        bias, visible, keep: tiles or None: bias in base 2, what is seen, what dropout keeps.
+        columns: of the keys, counted like the row's argmin.
+        units: base-2 logits per raw score, of q·k inside the softcap's tanh, 1 / (1 - dropout).
+    Returns: four tiles: the weights that met the values; the gradients of the logits, of the
+        factors (still in the unit of scores), and of q·k (still without ``scale``).
+    """
+    lse, delta, minimum, argmin, d_minimum = row_numbers
+    unit, inner_scale, keep_scale = units
+    M: tl.constexpr = SPEC.block_m
+    N: tl.constexpr = SPEC.block_n
+    if TRANSPOSED:
+        zeros = tl.zeros([N, M], tl.float32)
+        scores = dot(keys[0], tl.trans(queries[0]), zeros)
+        d_weights = dot(values[0], tl.trans(d_outs[0]), zeros)
+        if SPEC.d1 > 0:
+            scores = dot(keys[1], tl.trans(queries[1]), scores)
+        if SPEC.v1 > 0:
+            d_weights = dot(values[1], tl.trans(d_outs[1]), d_weights)
+    else:
+        zeros = tl.zeros([M, N], tl.float32)
+        scores = dot(queries[0], tl.trans(keys[0]), zeros)
+        d_weights = dot(d_outs[0], tl.trans(values[0]), zeros)
+        if SPEC.d1 > 0:
+            scores = dot(queries[1], tl.trans(keys[1]), scores)
+        if SPEC.v1 > 0:
+            d_weights = dot(d_outs[1], tl.trans(values[1]), d_weights)
+    if SPEC.has_softcap:
+        scores = tanh(scores * inner_scale, queries[0].dtype == tl.float32)
+        slope = 1.0 - scores * scores
+    if SPEC.scaled:
+        scores = scores * unit
+
+    WEIGHTED: tl.constexpr = SPEC.has_key_factor and SPEC.mode == "log_additive"
+    logits = scores
+    if SPEC.has_key_factor and not WEIGHTED:
+        logits = manipulate(scores, factor, key_bias, minimum, SPEC.mode, "every")
+    elif SPEC.bias_per_key:
+        logits = scores + key_bias
+    if SPEC.has_bias and not SPEC.bias_per_key:
+        logits += bias
+    if SPEC.scaled:
+        logits = logits - lse
+    else:
+        logits = logits * unit - lse
+    if WEIGHTED:  # a key of factor 0 is not part of the log-sum-exp and may lie far above it
+        logits = tl.minimum(logits, 115.0)
+    weights = tl.exp2(logits)
+    if SPEC.has_mask or visible is not None:
+        weights = tl.where(visible, weights, 0.0)
+
+    if SPEC.has_dropout:
+        d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
+    d_logits = weights * (d_weights - delta)
+    d_factors = d_logits
+    if WEIGHTED:
+        weights = weights * factor
+        d_logits = d_factors * factor
+    d_scores = d_logits
+    if SPEC.has_key_factor and not WEIGHTED:
+        if SPEC.mode == "min_shift":
+            d_factors = (scores - minimum) * d_logits
+        else:
+            d_factors = scores * d_logits
+        d_scores = d_logits * factor
+    if SPEC.mode == "min_shift":
+        d_scores = tl.where(columns == argmin, d_scores + d_minimum, d_scores)
+    if SPEC.has_softcap:
+        d_scores = d_scores * slope
+    if SPEC.has_dropout:
+        weights = tl.where(keep, weights * keep_scale, 0.0)
+    return weights, d_logits, d_factors, d_scores
