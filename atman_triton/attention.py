@@ -16,10 +16,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .kernels.dropout import draw_seed
 from .kernels.portable import attention_portable
 from .kernels.portable_prefix import attention_portable_prefix
 from .kernels.reference import attention_reference
-from .triton_ops import attention_triton, shared_prefix_triton
+from .triton_ops import attention_triton
 from .validation import BACKENDS, MODES, check_arguments
 
 __all__ = ["BACKENDS", "MODES", "Backend", "Mode", "attention"]
@@ -49,6 +50,8 @@ def attention(
     position_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     prefix: tuple[Tensor, Tensor] | None = ...,
+    dropout: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
@@ -71,6 +74,8 @@ def attention(
     position_bias: Tensor | None = ...,
     mask: Tensor | None = ...,
     prefix: tuple[Tensor, Tensor] | None = ...,
+    dropout: float = ...,
+    dropout_seed: int | Tensor | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -92,6 +97,8 @@ def attention(
     position_bias: Tensor | None = None,
     mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -129,10 +136,16 @@ def attention(
             longer cache will do. ``Tk`` above then reads ``Tp + Tk`` wherever keys are counted
             (``key_factor``, ``query_offset``, ``window``, ``position_bias``, ``mask``); a
             ``key_factor`` of length ``Tk`` leaves the prefix alone.
-        return_lse: also return the log-sum-exp of each row (natural log, sinks included).
+        dropout: share of the probabilities, after the softmax, that becomes 0 in the product with
+            the values, ``0 <= dropout < 1``; the others are divided by ``1 - dropout``. Which ones
+            is a function of seed, batch row, head, query row and key: the same in every backend.
+        dropout_seed: an int64, as an int or a tensor of one element on ``query``'s device.
+            ``None`` draws one from PyTorch's generator of the device.
+        return_lse: also return the log-sum-exp of each row (natural log, sinks included,
+            dropout not).
         backend: ``auto`` is ``torch`` on CPU and where ``triton`` cannot serve (float64, head dims
-            over 256, gradients), ``triton`` on a GPU otherwise. Any other name is taken at its
-            word: it serves or raises.
+            over 256), ``triton`` on a GPU otherwise. Any other name is taken at its word: it serves
+            or raises.
     Returns: ``[B, Hq, Tq, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[B, Hq, Tq]``
         float32 (float64 for float64). A row that sees no key gives 0 and -inf (with ``sinks``: the
         sink).
@@ -158,6 +171,8 @@ def attention(
         position_bias=position_bias,
         mask=mask,
         prefix=prefix,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
         backend=backend,
     )
     if prefix is not None and prefix[0].shape[2] == 0:
@@ -169,30 +184,34 @@ def attention(
         query_offset = prefix_tokens + key.shape[2] - query.shape[2]
     tensors = (query, key, value, key_factor, sinks, position_bias, *(prefix or ()))
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    chosen = _choose_backend(query, value, mode, backend, needs_grad)
+    chosen = _choose_backend(query, value, mode, backend)
+    seed = _seed_tensor(dropout_seed, query.device) if dropout else None
 
     if chosen == "triton":
         padding = mask if mask is not None and mask.dim() == 2 else None
         block_mask = mask if mask is not None and mask.dim() == 4 else None
         offset_tensor = query_offset if isinstance(query_offset, Tensor) else None
-        optional = (
+        output, lse, _, _ = attention_triton(
+            query,
+            key,
+            value,
+            *(prefix or (None, None)),
             key_factor,
             sinks,
             position_bias,
             padding,
             block_mask,
             offset_tensor,
+            seed,
             0 if isinstance(query_offset, Tensor) else query_offset,
             mode,
             causal,
             score_scale,
             window,
             softcap,
+            dropout,
+            needs_grad,
         )
-        if prefix is None:
-            output, lse = attention_triton(query, key, value, *optional)
-        else:
-            output, lse = shared_prefix_triton(query, key, value, *prefix, *optional)
     else:
         features: dict[str, Any] = {
             "mode": mode,
@@ -204,6 +223,8 @@ def attention(
             "sinks": sinks,
             "position_bias": position_bias,
             "mask": mask,
+            "dropout": dropout,
+            "dropout_seed": seed,
         }
         if chosen == "reference":
             output, lse = attention_reference(
@@ -221,6 +242,15 @@ def attention(
         return output
     assert lse is not None  # every backend computes it when it is asked for
     return output, lse
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as int64 ``[1]`` on the device; drawn if there is none."""
+    if seed is None:
+        return draw_seed(device)
+    if isinstance(seed, Tensor):
+        return seed.reshape(1)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def _interpreting() -> bool:
@@ -247,7 +277,7 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
 
 
 def _choose_backend(
-    query: Tensor, value: Tensor, mode: str, backend: str, needs_grad: bool
+    query: Tensor, value: Tensor, mode: str, backend: str
 ) -> Literal["triton", "torch", "reference"]:
     """Resolve ``auto``; refuse an explicit backend that cannot serve the call."""
     if backend == "triton":
@@ -263,6 +293,6 @@ def _choose_backend(
         raise ValueError(
             "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'."
         )
-    if backend == "torch" or needs_grad or query.device.type != "cuda":
+    if backend == "torch" or query.device.type != "cuda":
         return "torch"
     return "torch" if _why_not_triton(query, value, mode) is not None else "triton"

@@ -20,6 +20,14 @@ ATTENTION_KERNELS = (
 )
 """One of them is launched once per call of the fused attention."""
 
+BACKWARD_KERNELS = {
+    "_attention_bwd_rows_kernel": "δ of each row, and in ``min_shift`` once more behind a prefix",
+    "_attention_bwd_dq_kernel": "once per segment of keys: two with a shared prefix",
+    "_attention_bwd_dkv_kernel": "once per segment",
+    "_attention_bwd_bias_kernel": "once per segment, for a position bias with a row dimension",
+}
+"""What a backward pass launches; none is launched for gradients that nobody needs."""
+
 
 def assert_close_to_oracle(
     actual: Tensor, eager: Tensor, oracle: Tensor, factor: float = 2.0, name: str = "output"
@@ -119,11 +127,12 @@ def count_launches() -> Iterator[LaunchCount]:
     Raises: LookupError: if a kernel that should be counted no longer exists.
     """
     # these need triton, which is optional
-    from .kernels import forward, packed_prefix, prepass, shared_prefix
+    from .kernels import backward, forward, packed_prefix, prepass, shared_prefix
 
     count = LaunchCount()
     places = [
         *zip((forward, shared_prefix, packed_prefix), ATTENTION_KERNELS, strict=True),
+        *((backward, name) for name in BACKWARD_KERNELS),
         (prepass, "_factor_tiles_kernel"),
         (prepass, "_key_range_kernel"),
     ]

@@ -1,4 +1,4 @@
-"""The fused kernels as torch operators, so that compile, opcheck and fake tensors know them.
+"""The fused kernels as torch operators: what autograd, compile and fake tensors know of them.
 
 Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
 value dim. Arguments are those of ``kernels/forward.py`` and ``kernels/shared_prefix.py``, taken as
@@ -12,107 +12,219 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TENSORS = (
+    "query",
+    "key",
+    "value",
+    "prefix_key",
+    "prefix_value",
+    "key_factor",
+    "sinks",
+    "position_bias",
+)
+"""The differentiable arguments, in the order in which both operators take them."""
+
 
 @torch.library.custom_op("atman_triton::attention_fwd", mutates_args=())
 def attention_triton(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
     key_factor: Tensor | None,
     sinks: Tensor | None,
     position_bias: Tensor | None,
     key_padding: Tensor | None,
     block_mask: Tensor | None,
     offset_tensor: Tensor | None,
+    dropout_seed: Tensor | None,
     query_offset: int,
     mode: str,
     causal: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Output ``[B, Hq, Tq, Dv]`` and log-sum-exp ``[B, Hq, Tq]`` by the fused kernel."""
-    from .kernels.forward import attention_fwd  # triton is optional, so it is imported here
+    dropout: float,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention by the fused kernel that suits the call.
 
-    return attention_fwd(
-        query,
-        key,
-        value,
-        key_factor,
-        mode=mode,
-        causal=causal,
-        query_offset=query_offset if offset_tensor is None else offset_tensor,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        position_bias=position_bias,
-        key_padding=key_padding,
-        block_mask=block_mask,
-    )
-
-
-@torch.library.custom_op("atman_triton::shared_prefix_fwd", mutates_args=())
-def shared_prefix_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_key: Tensor,
-    prefix_value: Tensor,
-    key_factor: Tensor | None,
-    sinks: Tensor | None,
-    position_bias: Tensor | None,
-    key_padding: Tensor | None,
-    block_mask: Tensor | None,
-    offset_tensor: Tensor | None,
-    query_offset: int,
-    mode: str,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same behind a prefix ``[1, Hk, Tp, D]``, by the kernel that suits the number of rows."""
-    from .kernels.configs import packs_queries  # triton is optional, so it is imported here
+    Args:
+        differentiable: save what a backward pass needs beyond the log-sum-exp.
+    Returns: output ``[B, Hq, Tq, Dv]``, log-sum-exp ``[B, Hq, Tq]`` and, of the same shape where a
+        backward pass of ``min_shift`` needs them and else empty, each row's minimum and its key.
+    """
+    # triton is optional, so what needs it is imported here
+    from .kernels.configs import packs_queries
+    from .kernels.forward import attention_fwd
     from .kernels.packed_prefix import packed_prefix_fwd
     from .kernels.shared_prefix import shared_prefix_fwd
 
+    features: dict[str, Any] = {
+        "mode": mode,
+        "causal": causal,
+        "query_offset": query_offset if offset_tensor is None else offset_tensor,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "position_bias": position_bias,
+        "key_padding": key_padding,
+        "block_mask": block_mask,
+    }
+    training: dict[str, Any] = {"dropout": dropout, "dropout_seed": dropout_seed}
+    minimum, argmin = _minima(query, key_factor, mode, differentiable)
+    if minimum.numel():
+        training["minima"] = (minimum, argmin)
+    if prefix_key is None or prefix_value is None:
+        output, lse = attention_fwd(query, key, value, key_factor, **features, **training)
+        return output, lse, minimum, argmin
     batch, heads, queries, _ = query.shape
-    packs = packs_queries(queries, batch * heads // key.shape[1])
-    return (packed_prefix_fwd if packs else shared_prefix_fwd)(
-        query,
-        key,
-        value,
-        prefix_key,
-        prefix_value,
-        key_factor,
-        mode=mode,
-        causal=causal,
-        query_offset=query_offset if offset_tensor is None else offset_tensor,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        position_bias=position_bias,
-        key_padding=key_padding,
-        block_mask=block_mask,
-    )
+    prefix = (prefix_key, prefix_value)
+    if packs_queries(queries, batch * heads // key.shape[1]) and not (differentiable or dropout):
+        output, lse = packed_prefix_fwd(query, key, value, *prefix, key_factor, **features)
+    else:
+        output, lse = shared_prefix_fwd(
+            query, key, value, *prefix, key_factor, **features, **training
+        )
+    return output, lse, minimum, argmin
 
 
-def _fake(query: Tensor, _key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+@attention_triton.register_fake
+def _fake_fwd(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, query_heads, query_tokens, _head_dim = query.shape
     # heads beside dims in memory, as the kernels write it and transformers wants it next
     output = query.new_empty(batch, query_tokens, query_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
-    return output, lse
+    return output, lse, *_minima(query, key_factor=rest[2], mode=rest[10], differentiable=rest[-1])
 
 
-def _refuse_backward(ctx: object, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "backend='triton' has no backward pass; use backend='auto' or 'torch' for gradients."
+def _minima(
+    query: Tensor, key_factor: Tensor | None, mode: str, differentiable: bool
+) -> tuple[Tensor, Tensor]:
+    """Room for each row's minimum and its key, or for nothing."""
+    saves = differentiable and mode == "min_shift" and key_factor is not None
+    shape = query.shape[:3] if saves else (0,)
+    return (
+        query.new_empty(shape, dtype=torch.float32),
+        query.new_empty(shape, dtype=torch.int32),
     )
 
 
-for _op in (attention_triton, shared_prefix_triton):
-    _op.register_fake(_fake)
-    _op.register_autograd(_refuse_backward)
+@torch.library.custom_op("atman_triton::attention_bwd", mutates_args=())
+def _attention_bwd(
+    d_output: Tensor,
+    d_lse: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    minimum: Tensor,
+    argmin: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor | None,
+    prefix_value: Tensor | None,
+    key_factor: Tensor | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    key_padding: Tensor | None,
+    block_mask: Tensor | None,
+    offset_tensor: Tensor | None,
+    dropout_seed: Tensor | None,
+    query_offset: int,
+    mode: str,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the tensors from ``query`` to ``position_bias``; empty where not ``wanted``."""
+    from .kernels.backward import Saved, attention_bwd  # triton is optional
+
+    found = attention_bwd(
+        d_output,
+        d_lse,
+        Saved(output, lse, minimum, argmin) if minimum.numel() else Saved(output, lse),
+        query,
+        key,
+        value,
+        key_factor,
+        prefix=None if prefix_key is None or prefix_value is None else (prefix_key, prefix_value),
+        wanted=[name for name, wants in zip(_TENSORS, wanted, strict=True) if wants],
+        mode=mode,
+        causal=causal,
+        query_offset=query_offset if offset_tensor is None else offset_tensor,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        key_padding=key_padding,
+        block_mask=block_mask,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
+    )
+    q, k, v, pk, pv, m, s, b = (found.get(name, query.new_empty(0)) for name in _TENSORS)
+    return q, k, v, pk, pv, m, s, b
+
+
+@_attention_bwd.register_fake
+def _fake_bwd(
+    d_output: Tensor, d_lse: Any, output: Any, lse: Any, minimum: Any, argmin: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    tensors, wanted = rest[: len(_TENSORS)], rest[-1]
+    query, key, value = tensors[:3]
+    full = query.shape[0] if key.shape[0] != value.shape[0] else key.shape[0]
+    found = []
+    for name, tensor, wants in zip(_TENSORS, tensors, wanted, strict=True):
+        if not wants:
+            found.append(query.new_empty(0))
+        elif name in ("key_factor", "sinks", "position_bias") or (
+            name in ("key", "value") and tensor.shape[0] != full
+        ):
+            found.append(tensor.new_empty(tensor.shape))
+        else:  # heads beside dims in memory
+            batch, heads, tokens, dim = tensor.shape
+            found.append(tensor.new_empty(batch, tokens, heads, dim).transpose(1, 2))
+    return tuple(found)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what the backward pass reads."""
+    ctx.set_materialize_grads(False)
+    tensors = inputs[: len(_TENSORS) + 4]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.options = inputs[len(tensors) : -1]
+
+
+def _differentiate(
+    ctx: Any, d_output: Tensor | None, d_lse: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the forward operator's arguments."""
+    wanted = list(ctx.needs_input_grad[: len(_TENSORS)])
+    inputs = len(ctx.needs_input_grad)
+    if d_output is None and d_lse is None:
+        return (None,) * inputs
+    output, *saved = ctx.saved_tensors
+    if d_output is None:
+        d_output = torch.zeros_like(output)
+    if d_lse is not None:
+        d_lse = d_lse.contiguous()
+    found = _attention_bwd(d_output, d_lse, output, *saved, *ctx.options, wanted)
+    grads = [grad if wants else None for grad, wants in zip(found, wanted, strict=True)]
+    return (*grads, *(None,) * (inputs - len(grads)))
+
+
+def _refuse(ctx: object, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "backend='triton' has no second derivatives; use backend='torch' for them."
+    )
+
+
+attention_triton.register_autograd(_differentiate, setup_context=_save)
+_attention_bwd.register_autograd(_refuse)

@@ -329,11 +329,13 @@ class _Backward:
             shapes = self.prefix or () if segment.name else (self.key, self.value)
             for name, grad, given in zip(sorted(names), (d_key, d_value), shapes, strict=True):
                 if name in wanted:
-                    found[name] = grad.sum_to_size(given.shape)
+                    alone = grad.shape == given.shape
+                    found[name] = grad if alone else grad.sum(0, keepdim=True).contiguous()
         if d_factor is not None:
             found["key_factor"] = d_factor if self.factor_per_head else d_factor.sum(1)
         if d_bias is not None and bias is not None:
             found["position_bias"] = d_bias[:, :, None].sum_to_size(bias.shape).to(bias.dtype)
+            found["position_bias"] = found["position_bias"].contiguous()
         return found
 
     def _run_keys_of(
