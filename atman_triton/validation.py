@@ -28,6 +28,8 @@ def check_arguments(
     position_bias: Tensor | None,
     mask: Tensor | None,
     prefix: tuple[Tensor, Tensor] | None,
+    dropout: float,
+    dropout_seed: int | Tensor | None,
     backend: str,
 ) -> None:
     """Check the arguments of :func:`atman_triton.attention`, which are described there.
@@ -104,13 +106,26 @@ def check_arguments(
         _check_int("window", window)
         if window < 1:
             raise ValueError(f"window must be at least 1 token, got {window}.")
-    for name, number in (("scale", scale), ("softcap", softcap)):
+    for name, number in (("scale", scale), ("softcap", softcap), ("dropout", dropout)):
         if number is not None and (
             isinstance(number, bool) or not isinstance(number, (int, float))
         ):
             raise TypeError(f"{name} must be a number, got {number!r}.")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be greater than 0, got {softcap}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}.")
+    if isinstance(dropout_seed, Tensor):
+        _check_tensor("dropout_seed", dropout_seed, query)
+        if dropout_seed.dtype != torch.int64 or dropout_seed.numel() != 1:
+            raise ValueError(
+                "dropout_seed must be an int or a torch.int64 tensor of one element, "
+                f"got {dropout_seed.dtype} of shape {list(dropout_seed.shape)}."
+            )
+    elif dropout_seed is not None:
+        _check_int("dropout_seed", dropout_seed)
+        if not -(1 << 63) <= dropout_seed < 1 << 63:
+            raise ValueError(f"dropout_seed must fit in 64 bits with sign, got {dropout_seed}.")
     if sinks is not None:
         _check_tensor("sinks", sinks, query)
         if not sinks.is_floating_point():

@@ -26,9 +26,11 @@ batch × tokens:
 (bfloat16 1.3, 2.7, 5.7, 25), blocks 2.8, 6.5, 14, 64 (2.5, 6.2, 14, 57). SDPA in bfloat16 has
 matrix instructions (AMX) there.
 
-With gradients, compiled, and on other devices the rest (soft cap, sinks, log-sum-exp, anything that
-half precision would round before the softmax, a gradient to a ``log_additive`` factor) is computed
-eagerly by blocks of query rows, so that memory stays proportional to ``Tk``.
+With gradients, compiled, and on other devices the rest (soft cap, sinks, log-sum-exp, dropout,
+anything that half precision would round before the softmax, a gradient to a position bias or to a
+``log_additive`` factor) is computed eagerly by blocks of query rows, so that memory stays
+proportional to ``Tk``. For the backward pass a block is computed once more, unless it is so narrow
+that keeping its scores costs no more than keeping its queries.
 
 Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
 value dim.
@@ -36,15 +38,25 @@ value dim.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .portable_blocks import attention_blocks, serves_blocks
+from .portable_eager import (
+    CAUSAL_BLOCK,
+    SCORES_PER_BLOCK,
+    as_it_is_now,
+    attention_eager,
+    grouped_scores,
+)
+from .recompute import recomputed
 from .visibility import Visibility
-
-_SCORES_PER_BLOCK = 1 << 23
-_CAUSAL_BLOCK = 64  # rows: small enough that a causal block skips most of the keys it cannot see
 
 
 def attention_portable(
@@ -62,6 +74,8 @@ def attention_portable(
     sinks: Tensor | None,
     position_bias: Tensor | None,
     mask: Tensor | None,
+    dropout: float,
+    dropout_seed: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with manipulated scores; arguments as in ``atman_triton.attention``, validated.
@@ -77,14 +91,19 @@ def attention_portable(
         return empty, query.new_empty(batch, query_heads, 0, dtype=lse_dtype)
     visibility = Visibility(causal, query_offset, window, mask, key_tokens)
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if serves_blocks(query, key, value, key_factor, sinks, position_bias) and not _sdpa_is_faster(
-        key_factor is not None,
-        mode,
-        scale,
-        half,
-        any(given is not None for given in (softcap, sinks, position_bias)) or return_lse,
-        query_tokens,
-        visibility,
+    tensors = (query, key, value, key_factor, sinks, position_bias)
+    if (
+        dropout == 0
+        and serves_blocks(*tensors)
+        and not _sdpa_is_faster(
+            key_factor is not None,
+            mode,
+            scale,
+            half,
+            any(given is not None for given in (softcap, sinks, position_bias)) or return_lse,
+            query_tokens,
+            visibility,
+        )
     ):
         empty_key, empty_value = key[:1, :, :0], value[:1, :, :0]
         shares_all = batch > 1 and key.shape[0] == value.shape[0] == 1
@@ -117,6 +136,8 @@ def attention_portable(
         softcap is not None
         or sinks is not None
         or return_lse
+        or dropout > 0
+        or (position_bias is not None and position_bias.requires_grad)
         or (half and position_bias is not None)
         or (half and factor is not None and mode != "multiplicative")
         or (factor is not None and mode == "log_additive" and factor.requires_grad)
@@ -133,6 +154,8 @@ def attention_portable(
             sinks=sinks,
             position_bias=position_bias,
             visibility=visibility,
+            dropout=dropout,
+            dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
     if position_bias is not None:
@@ -178,53 +201,34 @@ def _sdpa_is_faster(
 
 
 def _row_minimum(query: Tensor, key: Tensor, scale: float, visibility: Visibility) -> Tensor:
-    """The smallest visible score of each row, 0 where none is visible: ``[B, Hq, Tq, 1]``."""
-    query_tokens = query.shape[2]
-    minima = []
-    for start in range(0, query_tokens, _CAUSAL_BLOCK):
-        stop = min(start + _CAUSAL_BLOCK, query_tokens)
-        low, high = visibility.key_range(start, stop)
-        if low == high:
-            minima.append(query.new_zeros(*query.shape[:2], stop - start, 1))
-            continue
-        scores = _grouped_scores(query[:, :, start:stop] * scale, key[:, :, low:high])
-        visible = visibility.block(start, stop, low, high, query.device)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("inf"))
-        minimum = scores.amin(-1, keepdim=True)
-        if visible is not None:
-            minimum = minimum.masked_fill(minimum == float("inf"), 0.0)
-        minima.append(minimum)
-    return torch.cat(minima, dim=2)
+    """The smallest visible score of each row, 0 where none is visible: ``[B, Hq, Tq, 1]``.
 
-
-def _grouped_scores(query: Tensor, key: Tensor, prefix_key: Tensor | None = None) -> Tensor:
-    """q·kᵀ with grouped heads and no copy of the keys: ``[B, Hq, rows, Tp + keys]``."""
-    batch, query_heads, rows, head_dim = query.shape
-    key_heads = key.shape[1]
-    grouped = query.reshape(batch, key_heads, query_heads // key_heads * rows, head_dim)
-    scores = (grouped @ key.transpose(-1, -2)).view(batch, query_heads, rows, key.shape[2])
-    if prefix_key is None:
-        return scores
-    together = grouped.transpose(0, 1).flatten(1, 2)  # [Hk, B * g * rows, D]
-    shared = together @ prefix_key[0].transpose(-1, -2)
-    shared = shared.unflatten(1, (batch, -1)).transpose(0, 1)  # [B, Hk, g * rows, Tp]
-    return torch.cat([shared.reshape(batch, query_heads, rows, -1), scores], dim=-1)
-
-
-def _grouped_values(
-    probabilities: Tensor, value: Tensor, prefix_value: Tensor | None = None
-) -> Tensor:
-    """p·v with grouped heads and no copy of the values: ``[B, Hq, rows, Dv]``."""
-    batch, query_heads, rows, keys = probabilities.shape
-    key_heads = value.shape[1]
-    grouped = probabilities.reshape(batch, key_heads, query_heads // key_heads * rows, keys)
-    if prefix_value is None:
-        return (grouped @ value).view(batch, query_heads, rows, value.shape[-1])
-    together, grouped = grouped.tensor_split([prefix_value.shape[2]], dim=-1)
-    shared = together.transpose(0, 1).flatten(1, 2) @ prefix_value[0]  # [Hk, B * g * rows, Dv]
-    output = shared.unflatten(1, (batch, -1)).transpose(0, 1) + grouped @ value
-    return output.reshape(batch, query_heads, rows, value.shape[-1])
+    Found without autograd, then computed from its one key, so that no scores are kept for it.
+    """
+    batch, query_heads, query_tokens, head_dim = query.shape
+    if key.shape[2] == 0:
+        return query.new_zeros(batch, query_heads, query_tokens, 1)
+    places, seen = [], []
+    with torch.no_grad():
+        for start in range(0, query_tokens, CAUSAL_BLOCK):
+            stop = min(start + CAUSAL_BLOCK, query_tokens)
+            low, high = visibility.key_range(start, stop)
+            if low == high:
+                place = torch.zeros_like(query[:, :, start:stop, 0], dtype=torch.int64)
+                places.append(place)
+                seen.append(torch.zeros_like(place, dtype=torch.bool))
+                continue
+            scores = grouped_scores(query[:, :, start:stop] * scale, key[:, :, low:high])
+            visible = visibility.block(start, stop, low, high, query.device)
+            if visible is not None:
+                scores = scores.masked_fill(~visible, float("inf"))
+            minimum, place = scores.min(-1)
+            places.append(place + low)
+            seen.append(minimum != float("inf"))
+    place = torch.cat(places, dim=2).view(batch, key.shape[1], -1, 1)  # [B, Hk, g * Tq, 1]
+    lowest = key.gather(2, place.expand(-1, -1, -1, head_dim)).view_as(query)
+    minimum = (query * lowest).sum(-1, keepdim=True) * scale
+    return torch.where(torch.cat(seen, dim=2)[..., None], minimum, torch.zeros_like(minimum))
 
 
 def _attention_sdpa(
@@ -257,7 +261,9 @@ def _attention_sdpa(
         if visibility.window is None or visibility.window >= key_tokens:
             return sdpa(query, key, value, mask=None, causal=True)[..., :value_dim]
 
-    rows_per_block = max(16, _SCORES_PER_BLOCK // max(1, query.shape[0] * key_tokens))
+    rows_per_block = max(16, SCORES_PER_BLOCK // max(1, query.shape[0] * key_tokens))
+    visibility = as_it_is_now(visibility)
+    numbers = _mask_numbers(bias, position_bias, visibility)
     outputs = []
     for start in range(0, query_tokens, rows_per_block):
         stop = min(start + rows_per_block, query_tokens)
@@ -265,142 +271,59 @@ def _attention_sdpa(
         if low == high:
             outputs.append(query.new_zeros(*query.shape[:2], stop - start, value_dim))
             continue
-        visible = visibility.block(start, stop, low, high, query.device)
-        added = None if bias is None else bias[..., low:high]
-        if position_bias is not None:
-            block = position_bias[:, :, start:stop, low:high].to(query.dtype)
-            added = block if added is None else added + block
-        mask = visible
-        if added is not None:
-            mask = added if visible is None else added.masked_fill(~visible, float("-inf"))
-            mask = mask.to(query.dtype).expand(-1, -1, stop - start, -1)
-        output = sdpa(
+        block = partial(_sdpa_block, sdpa, visibility, (start, stop, low, high))
+        arguments = (
             query[:, :, start:stop],
             key[:, :, low:high],
             value[:, :, low:high],
-            mask=mask,
-            causal=False,
-        )[..., :value_dim]
-        certain = bias is None and position_bias is None and visibility.always_some_key()
-        if mask is not None and not certain:  # a row that sees nothing gives 0
-            seen = mask if mask.dtype == torch.bool else mask != float("-inf")
-            output = torch.where(seen.any(-1, keepdim=True), output, torch.zeros_like(output))
-        outputs.append(output)
+            None if bias is None else bias[..., low:high],
+            None if position_bias is None else position_bias[:, :, start:stop, low:high],
+            visibility.mask,
+        )
+        # else autograd would keep a mask that is larger than the queries
+        again = numbers * (high - low) > math.prod(query.shape[:2]) * query.shape[-1]
+        [output] = recomputed(block, *arguments) if again else block(*arguments)
+        outputs.append(output[..., :value_dim])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def attention_eager(
+def _sdpa_block(
+    sdpa: Callable[..., Tensor],
+    visibility: Visibility,
+    place: tuple[int, int, int, int],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    factor: Tensor | None,
-    *,
-    mode: str,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
+    bias: Tensor | None,
     position_bias: Tensor | None,
-    visibility: Visibility,
-    return_lse: bool,
-    prefix: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention by blocks of query rows, scores held for one block only.
-
-    Args:
-        key: ``[B, Hk, Tk, D]``; also ``value`` has every batch row.
-        factor: ``[B, 1|Hq, Tp + Tk]``.
-        prefix: keys ``[1, Hk, Tp, D]`` and values in front of ``key``; ``visibility`` spans both.
-    """
-    batch, query_heads, query_tokens, _ = query.shape
-    key_tokens = visibility.key_tokens
-    prefix_tokens = key_tokens - key.shape[2]
+    mask: Tensor | None,
+) -> tuple[Tensor]:
+    """Rows and keys at ``place``, of which the tensors are slices; ``mask`` is whole."""
+    start, stop, low, high = place
+    visible = replace(visibility, mask=mask).block(start, stop, low, high, query.device)
+    added = bias
     if position_bias is not None:
-        position_bias = position_bias.expand(-1, -1, query_tokens, key_tokens)
-    score_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if factor is not None:
-        factor = factor.to(score_dtype)[:, :, None, :]  # [B, 1|Hq, 1, Tk]
-    sink = None if sinks is None else sinks.to(score_dtype)[None, :, None, None]
-    rows_per_block = max(16, _SCORES_PER_BLOCK // max(1, batch * query_heads * key_tokens))
-    if visibility.causal:
-        rows_per_block = min(rows_per_block, _CAUSAL_BLOCK)
-    outputs, log_sum_exps = [], []
-    for start in range(0, query_tokens, rows_per_block):
-        stop = min(start + rows_per_block, query_tokens)
-        low, high = visibility.key_range(start, stop)
-        own = slice(max(low - prefix_tokens, 0), max(high - prefix_tokens, 0))
-        shared_key, shared_value = None, None
-        if prefix is not None:
-            shared_key, shared_value = (part[:, :, low:high] for part in prefix)
-        scores = _grouped_scores(query[:, :, start:stop], key[:, :, own], shared_key)
-        scores = scores.to(score_dtype) * scale  # [B, Hq, rows, keys]
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        visible = visibility.block(start, stop, low, high, query.device)
-        weight = None
-        if factor is not None:
-            columns = factor[..., low:high]
-            if mode == "multiplicative":
-                scores = scores * columns
-            elif mode == "log_additive":
-                weight = columns  # m·exp(s): finite gradient at m = 0
-            elif low < high:
-                seen = scores if visible is None else scores.masked_fill(~visible, float("inf"))
-                minimum = seen.min(-1, keepdim=True).values
-                minimum = minimum.masked_fill(minimum == float("inf"), 0.0)
-                scores = torch.lerp(minimum, scores, columns)
-        if position_bias is not None:
-            scores = scores + position_bias[:, :, start:stop, low:high].to(score_dtype)
-        if visible is not None:
-            scores = scores.masked_fill(~visible, float("-inf"))
-        output, log_sum_exp = _softmax_times_value(
-            scores, weight, sink, value[:, :, own], shared_value
-        )
-        outputs.append(output)
-        log_sum_exps.append(log_sum_exp)
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    if not return_lse:
-        return output, None
-    return output, torch.cat(log_sum_exps, dim=2).squeeze(-1)
+        position_bias = position_bias.to(query.dtype)
+        added = position_bias if added is None else added + position_bias
+    mask = visible
+    if added is not None:
+        mask = added if visible is None else added.masked_fill(~visible, float("-inf"))
+        mask = mask.to(query.dtype).expand(-1, -1, stop - start, -1)
+    output = sdpa(query, key, value, mask=mask, causal=False)
+    certain = bias is None and position_bias is None and visibility.always_some_key()
+    if mask is not None and not certain:  # a row that sees nothing gives 0
+        seen = mask if mask.dtype == torch.bool else mask != float("-inf")
+        output = torch.where(seen.any(-1, keepdim=True), output, torch.zeros_like(output))
+    return (output,)
 
 
-def _softmax_times_value(
-    scores: Tensor,
-    weight: Tensor | None,
-    sink: Tensor | None,
-    value: Tensor,
-    prefix_value: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """softmax(scores + log weight ⊕ sink)·v, 0 and -inf for a row without a key.
-
-    Returns: ``[B, Hq, rows, Dv]`` in ``value.dtype``, ``[B, Hq, rows, 1]``.
-    """
-    zeroed = None
-    if weight is not None:
-        # exp(s + log m) = m·exp(s); at m = 0 only the second form has a gradient to m
-        zeroed = torch.where(weight > 0, torch.ones_like(weight), weight)
-        scores = scores + torch.where(weight > 0, weight, torch.ones_like(weight)).log()
-    counting = scores.detach()
-    if weight is not None:
-        counting = counting.masked_fill(weight.detach() <= 0, float("-inf"))
-    if scores.shape[-1]:
-        maximum = counting.amax(-1, keepdim=True)
-    else:
-        maximum = scores.new_full((*scores.shape[:-1], 1), float("-inf"))
-    if sink is not None:
-        maximum = torch.maximum(maximum, sink.detach())
-    maximum = maximum.masked_fill(maximum == float("-inf"), 0.0)
-    if zeroed is None:
-        exponentials = torch.exp(scores - maximum)
-    else:  # only columns with m = 0 can exceed the maximum: no overflow there, else 0·inf
-        exponentials = torch.exp((scores - maximum).clamp(max=80.0)) * zeroed
-    normaliser = exponentials.sum(-1, keepdim=True)
-    if sink is not None:
-        normaliser = normaliser + torch.exp(sink - maximum)
-    dead = normaliser == 0
-    normaliser = normaliser.masked_fill(dead, 1.0)
-    probabilities = exponentials / normaliser
-    if zeroed is not None:
-        probabilities = probabilities.masked_fill(dead, 0.0)  # no gradient to a dead row's factors
-    output = _grouped_values(probabilities.to(value.dtype), value, prefix_value)
-    log_sum_exp = (normaliser.log() + maximum).masked_fill(dead, float("-inf"))
-    return output, log_sum_exp
+def _mask_numbers(bias: Tensor | None, position_bias: Tensor | None, visibility: Visibility) -> int:
+    """Numbers in SDPA's mask per query row and key; 0 if all rows share it."""
+    mask = visibility.mask
+    whole = mask if mask is not None and mask.dim() == 4 else None
+    banded = visibility.causal or visibility.window is not None
+    if not banded and bias is None and position_bias is None and whole is None:
+        return 0
+    shapes = [part.shape[:2] for part in (bias, position_bias, whole) if part is not None]
+    shapes.append(torch.Size((1 if mask is None else mask.shape[0], 1)))
+    return math.prod(torch.broadcast_shapes(*shapes))

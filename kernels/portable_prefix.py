@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .portable import attention_eager, attention_portable
+from .portable import attention_portable
 from .portable_blocks import attention_blocks, serves_blocks
+from .portable_eager import attention_eager
 from .visibility import Visibility
 
 
@@ -35,6 +36,8 @@ def attention_portable_prefix(
     sinks: Tensor | None,
     position_bias: Tensor | None,
     mask: Tensor | None,
+    dropout: float,
+    dropout_seed: Tensor | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with manipulated scores; arguments as in ``atman_triton.attention``, validated.
@@ -64,11 +67,13 @@ def attention_portable_prefix(
             sinks=sinks,
             position_bias=position_bias,
             mask=mask,
+            dropout=dropout,
+            dropout_seed=dropout_seed,
             return_lse=return_lse,
         )
     visibility = Visibility(causal, query_offset, window, mask, prefix_tokens + key.shape[2])
     tensors = (query, key, value, key_factor, prefix_key, prefix_value, sinks, position_bias)
-    if serves_blocks(*tensors):
+    if dropout == 0 and serves_blocks(*tensors):
         return attention_blocks(
             query,
             key,
@@ -100,6 +105,8 @@ def attention_portable_prefix(
         sinks=sinks,
         position_bias=position_bias,
         visibility=visibility,
+        dropout=dropout,
+        dropout_seed=dropout_seed,
         return_lse=return_lse,
         prefix=(prefix_key, prefix_value),
     )

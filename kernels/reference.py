@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dropout import keep_mask
+
 MODES = ("multiplicative", "min_shift", "min_shift_full", "log_additive")
 
 
@@ -96,6 +98,8 @@ def attention_reference(
     position_bias: Tensor | None = None,
     mask: Tensor | None = None,
     prefix: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention whose pre-softmax scores are manipulated by one factor per key.
 
@@ -115,6 +119,8 @@ def attention_reference(
         prefix: key ``[1, Hk, Tp, D]`` and value ``[1, Hk, Tp, Dv]`` in front of every batch row's
             own; everything above then spans ``Tp + Tk`` keys. A ``key_factor`` of length Tk has
             ones on the prefix.
+        dropout: share of the probabilities that becomes 0; the others are divided by what is left.
+        dropout_seed: int64 of one element, needed with dropout; see :func:`keep_mask`.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype`` and log-sum-exp ``[B, Hq, Tq]`` (natural
         log, sinks included). A row that sees no key gives 0 and -inf (the sink, if there is one).
     Source: AtMan (arXiv 2301.08110), Eq. 4.
@@ -131,9 +137,9 @@ def attention_reference(
     group = query_heads // key_heads
     key = key.expand(batch, -1, -1, -1).repeat_interleave(group, dim=1)  # [B, Hq, Tk, D]
     value = value.expand(batch, -1, -1, -1).repeat_interleave(group, dim=1)  # [B, Hq, Tk, Dv]
-    scale = head_dim**-0.5 if scale is None else scale
+    score_scale = head_dim**-0.5 if scale is None else scale
 
-    scores = (query @ key.transpose(-1, -2)) * scale  # [B, Hq, Tq, Tk]
+    scores = (query @ key.transpose(-1, -2)) * score_scale  # [B, Hq, Tq, Tk]
     if scores.dtype in (torch.float16, torch.bfloat16):
         scores = scores.float()
     if softcap is not None:
@@ -178,6 +184,18 @@ def attention_reference(
         normaliser = normaliser + torch.exp(sink - maximum)
     dead = normaliser == 0
     probabilities = (exponentials / normaliser.masked_fill(dead, 1.0)).masked_fill(dead, 0.0)
+    if dropout:
+        if dropout_seed is None:
+            raise ValueError("dropout needs a dropout_seed, got None.")
+        keep = keep_mask(
+            dropout_seed,
+            dropout,
+            heads=query_heads,
+            batch=(0, batch),
+            rows=(0, query_tokens),
+            columns=(0, key_tokens),
+        )
+        probabilities = torch.where(keep, probabilities / (1 - dropout), 0.0)
     output = probabilities.to(value.dtype) @ value  # [B, Hq, Tq, Dv]
     log_normaliser = normaliser.masked_fill(dead, 1.0).log() + maximum
     return output, log_normaliser.masked_fill(dead, float("-inf")).squeeze(-1)

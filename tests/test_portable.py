@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atman_triton.attention import attention
-from atman_triton.kernels import portable, portable_blocks
+from atman_triton.kernels import portable, portable_blocks, portable_eager
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
@@ -133,8 +133,9 @@ def test_many_small_blocks_change_nothing(monkeypatch, mode, features, needs_gra
     mask = torch.rand(B, 90) > 0.2
     call = {"mode": mode, "causal": True, "window": 40, "mask": mask, "backend": "torch"} | features
     whole = attention(query, key, value, factor, **call)
-    monkeypatch.setattr(portable, "_SCORES_PER_BLOCK", 1)
-    monkeypatch.setattr(portable, "_CAUSAL_BLOCK", 7)
+    for module in (portable, portable_eager):
+        monkeypatch.setattr(module, "SCORES_PER_BLOCK", 1)
+        monkeypatch.setattr(module, "CAUSAL_BLOCK", 7)
     monkeypatch.setattr(portable_blocks, "_SCORES_PER_BLOCK", 7 * HQ * 90)
     monkeypatch.setattr(portable_blocks, "_CAUSAL_ROWS", 7)
     torch.testing.assert_close(attention(query, key, value, factor, **call), whole)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atman_triton.attention import attention
-from atman_triton.kernels import portable, portable_blocks
+from atman_triton.kernels import portable_blocks, portable_eager
 from atman_triton.kernels.portable_prefix import attention_portable_prefix
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
@@ -355,8 +355,8 @@ def test_autograd_in_many_small_blocks_changes_nothing(monkeypatch, mode):
     tensors["query"].requires_grad_()
     features |= {"mode": mode, "causal": True, "query_offset": None}
     whole = call(tensors, features)
-    monkeypatch.setattr(portable, "_SCORES_PER_BLOCK", 1)
-    monkeypatch.setattr(portable, "_CAUSAL_BLOCK", 7)
+    monkeypatch.setattr(portable_eager, "SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(portable_eager, "CAUSAL_BLOCK", 7)
     torch.testing.assert_close(call(tensors, features), whole)
 
 
@@ -387,7 +387,8 @@ def test_an_empty_prefix_is_no_prefix():
         "query_offset": 0,
         "scale": 0.25,
         "return_lse": True,
-    } | dict.fromkeys(("window", "softcap", "sinks", "position_bias", "mask"))
+        "dropout": 0.0,
+    } | dict.fromkeys(("window", "softcap", "sinks", "position_bias", "mask", "dropout_seed"))
     actual = attention_portable_prefix(
         query, key, value, factor, key[:1, :, :0], value[:1, :, :0], **features
     )
