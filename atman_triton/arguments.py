@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from .integration import checked_indices as _known_indices
-from .methods import DEFAULT_BUDGET
+from .methods import DEFAULT_BUDGET, DEFAULT_STEPS
 
 
 def check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
@@ -69,6 +69,21 @@ def checked_budget(method: str, budget: Any) -> float | int | None:
     if budget < 1 and isinstance(budget, int):
         raise ValueError(f"budget as a count must be at least 1, got {budget}.")
     return budget
+
+
+def checked_steps(method: str, steps: Any) -> int | None:
+    """The points of a path; None of the other methods."""
+    if method != "path":
+        if steps is not None:
+            raise ValueError(f"steps is for path, but method is {method!r}.")
+        return None
+    if steps is None:
+        return DEFAULT_STEPS
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an int or None, got {steps!r}.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    return steps
 
 
 def check_generation(targets: Any, max_new_tokens: Any, others: dict[str, Any]) -> None:

@@ -137,7 +137,8 @@ def explain(
         typer.Option(
             help="exact: total effects, a run per unit | direct: direct effects, for the price of "
             "a few forward passes | hybrid: direct, then exact for the best | hierarchical: pieces "
-            "by direct effects, tokens of the best exactly."
+            "by direct effects, tokens of the best exactly | path: gradients summed while all "
+            "units are suppressed together | score_gradient: one gradient, a poor estimate."
         ),
     ] = "exact",
     budget: Annotated[
@@ -146,6 +147,10 @@ def explain(
             show_default="0.2, hierarchical 0.25",
             help="Exact runs of hybrid and hierarchical: a share such as 0.2, or a number.",
         ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="8", help="Points at which path takes gradients."),
     ] = None,
     preset: Annotated[str, typer.Option(help="default | paper")] = "default",
     factor: Annotated[
@@ -199,6 +204,7 @@ def explain(
                 "mode": mode,
                 "method": method,
                 "budget": _budget(budget),
+                "steps": steps,
                 "batch_size": size,
             },
             progress=not quiet,
@@ -450,6 +456,12 @@ def _print(
         {"unit": unit, "text": explanation.units[unit].text, "value": _number(values[unit])}
         for unit in explanation.ranking(target)[:top_k]
     ]
+    if (complete := explanation.completeness) is not None:
+        data["completeness"] = {
+            "score_sums": complete.sums.tolist(),
+            "loss_rises": complete.rises.tolist(),
+            "error": _number(complete.error),
+        }
     print(json.dumps(data, ensure_ascii=False, allow_nan=False))
 
 

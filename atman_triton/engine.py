@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import gradients
 from .branches import Branches
 from .capabilities import dtype_of, why_not_branches, why_not_prefix
 from .perturbations import SAVINGS, Effect, Record, RunFailed, Settings, Unit
@@ -55,6 +56,7 @@ class Engine:
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         self.record = Record()
+        self._settings = settings
         self.targets = [tuple(target) for target in targets]
         self.rows = _slices(self.targets)  # of each target, its rows among the M
         prompt = inputs["input_ids"].shape[1]
@@ -97,24 +99,59 @@ class Engine:
         result = torch.full((len(units), len(self.base_logprobs)), torch.nan)
         with _timed(self.record):
             for each in self._runners:
-                mine = [
-                    u
-                    for u, unit in enumerate(units)
-                    if unit.branch is None or unit.branch in each.chosen
-                ]
+                mine = [u for u, unit in enumerate(units) if each.reads(unit)]
                 found = each.perturb([units[u] for u in mine], effect)  # [mine, M of the pass]
                 if mine:
                     rows = [row for k in each.chosen for row in self.rows[k]]
                     result[torch.tensor(mine)[:, None], torch.tensor(rows)] = found
+        return result.masked_fill_(~self._before(units, max), torch.nan)
+
+    def attribute(self, units: Sequence[Unit], points: Sequence[float]) -> gradients.Attribution:
+        """Scores from gradients on the line from no suppression to that of all units together.
+
+        Needs ``Settings.gradients``, and gradients that can be enabled (no inference mode).
+
+        Args:
+            units: What to suppress; no token stands in two of them.
+            points: Where to take gradients, as shares of the line; ``(0,)`` takes them with
+                nothing suppressed, ``gradients.midpoints(n)`` are those of the midpoint rule.
+        Returns: scores ``[U, M]``, and ``[M]`` log-probabilities with all units suppressed.
+        Raises: UnsupportedModelError: if the model cannot be differentiated.
+        """
+        if not self._settings.gradients:
+            raise ValueError("attribute needs an engine with Settings(gradients=True).")
+        measured, begun = self._before(units, max), self._before(units, min)  # [U, M]
+        scores = torch.full(measured.shape, torch.nan)
+        together = self.base_logprobs.clone()
+        with _timed(self.record):
+            for each in self._runners:
+                mine = [u for u, unit in enumerate(units) if each.reads(unit)]
+                if not mine:
+                    continue
+                rows = torch.tensor([row for k in each.chosen for row in self.rows[k]])
+                places = (torch.tensor(mine)[:, None], rows)
+                found = gradients.attribute(
+                    each,
+                    each.columns([units[u] for u in mine]),
+                    measured[places],
+                    begun[places],
+                    points,
+                )
+                scores[places] = found.scores
+                together[rows] = found.together
+        check_nan(scores[measured], dtype_of(self._runners[0].model))
+        return gradients.Attribution(scores, together)
+
+    def _before(self, units: Sequence[Unit], end: Callable[[Sequence[int]], int]) -> Tensor:
+        """Bool ``[U, M]``: the unit's last (or first) token is read before the scored one."""
         owner = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows])  # [M]
         place = torch.tensor(
             [self.prompt_tokens + i for rows in self.rows for i in range(len(rows))]
         )
-        last = torch.tensor([max(unit.positions) for unit in units], dtype=torch.long)[:, None]
+        edge = torch.tensor([end(unit.positions) for unit in units], dtype=torch.long)[:, None]
         branch = [-1 if unit.branch is None else unit.branch for unit in units]
         branch = torch.tensor(branch, dtype=torch.long)[:, None]
-        foreign = (branch >= 0) & (branch != owner)
-        return result.masked_fill_(foreign | (last >= place), torch.nan)
+        return ((branch < 0) | (branch == owner)) & (edge < place)
 
     def _partition(
         self, model: nn.Module, inputs: Mapping[str, Any], settings: Settings
@@ -151,6 +188,8 @@ class Engine:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients, every module's own mode given back whatever happens.
 
+    Also inside the user's inference mode, where no gradient to a factor could be taken.
+
     ``no_grad`` rather than ``inference_mode``: some models fill buffers on their first call, and
     buffers born in inference mode would break the user's own training later.
     """
@@ -158,7 +197,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module in training:

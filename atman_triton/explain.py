@@ -21,6 +21,7 @@ from .arguments import (
     checked_budget,
     checked_factor,
     checked_indices,
+    checked_steps,
     checked_targets,
     plain,
 )
@@ -28,7 +29,7 @@ from .attention import BACKENDS, MODES
 from .capabilities import check_causal, context_window, vocabulary_size
 from .engine import Engine, Record, RunFailed, Settings, undisturbed
 from .explanation import Explanation, LeftOut
-from .methods import METHODS, Method, Outcome, measure
+from .methods import DEFAULT_STEPS, GRADIENT_METHODS, METHODS, Method, Outcome, measure
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack
@@ -42,6 +43,9 @@ EFFECTS = {
     "hybrid": "total effect of the most promising units, direct effect of the others",
     "hierarchical": "total effect of the tokens of the most promising pieces; of the other pieces "
     "the direct effect, or the total one where runs were left",
+    "path": "share in suppressing all units together: gradients, summed on the way there",
+    "score_gradient": "first-order estimate of suppressing all units together, from the gradient "
+    "with nothing suppressed: usually a poor one",
 }
 """What the scores of each method are."""
 
@@ -102,9 +106,20 @@ class Explainer:
               pieces, with their direct effect, or the total one if runs are left: units of the
               result differ in size and effect, and say so. ``Explanation.coarse`` is where it
               started. A model without direct effects ranks by total ones, within the budget.
+            - ``path``: all units are suppressed together, little by little, and every unit gets its
+              share of what that does: the gradient to its factor, integrated from 1 to ``factor``
+              at ``steps`` points (midpoint rule). ``Explanation.completeness`` holds the sum of the
+              scores beside the rise of the loss that it must equal. The cost does not depend on the
+              number of units: a forward pass per step, and a backward pass per step and target
+              token. Memory is held by running every layer again in the backward pass. The mode
+              ``log_additive`` is a poor choice: suppressing all keys alike changes nothing there.
+            - ``score_gradient``: the first-order estimate, the gradient with nothing suppressed
+              times ``factor`` - 1. It costs one step of ``path`` and is usually poor: where the
+              model is certain, gradients vanish.
         budget: The most exact runs of ``hybrid`` (None: a fifth) and ``hierarchical`` (None: a
             quarter): a float is a share of the runs that ``exact`` would need, an int a count. The
             base run and direct effects do not count.
+        steps: Of ``path``, the number of points (None: 8). More bring the completeness error down.
         layers: Suppress in these layers only; None is all.
         heads: Suppress in these query heads only; None is all.
         batch_size: Perturbations per forward pass. ``"auto"`` takes what memory holds and halves
@@ -129,6 +144,7 @@ class Explainer:
         mode: str | None = None,
         method: Method = "exact",
         budget: float | int | None = None,
+        steps: int | None = None,
         layers: Sequence[int] | None = None,
         heads: Sequence[int] | None = None,
         batch_size: int | Literal["auto"] = "auto",
@@ -147,12 +163,18 @@ class Explainer:
                 f"method={method!r} keeps the prompt's keys of the base run, which "
                 "mode='min_shift_full' does not allow; take method='exact' or mode='min_shift'."
             )
+        if mode == "min_shift_full" and method in GRADIENT_METHODS:
+            raise ValueError(
+                f"method={method!r} needs that no token acts on those before it, but with "
+                "mode='min_shift_full' all do; take method='exact' or mode='min_shift'."
+            )
         _, stack = find_stack(model)
         self.model = model
         self.tokenizer = tokenizer
         self.preset = preset
         self.method: Method = method
         self.budget = checked_budget(method, budget)
+        self.steps = checked_steps(method, steps)
         self.progress = progress
         self.settings = Settings(
             factor=checked_factor(chosen.factor if factor is None else factor),
@@ -161,6 +183,7 @@ class Explainer:
             heads=checked_indices("heads", heads, range(stack.heads)),
             backend=backend,
             batch_size=checked_batch_size(batch_size),
+            gradients=method in GRADIENT_METHODS,
         )
 
     def explain(
@@ -263,7 +286,14 @@ class Explainer:
                     bar.expect,
                     bar.advance,
                 )
-                outcome = measure(self.method, engine, layout, self.budget, reduction)
+                outcome = measure(
+                    self.method,
+                    engine,
+                    layout,
+                    self.budget,
+                    reduction,
+                    self.steps or DEFAULT_STEPS,
+                )
             if self.settings.mode == "multiplicative":
                 facts["negative_scores"] = negative_share(
                     self.model,
@@ -308,6 +338,7 @@ class Explainer:
             target_stops=layout.target_stops,
             method=self.method,
             coarse=coarse,
+            together_logprobs=outcome.together_logprobs,
         )
 
     def _encode_targets(
@@ -394,6 +425,7 @@ class Explainer:
             "method": self.method,
             "effect": EFFECTS[self.method],
             "budget": self.budget,
+            "steps": self.steps,
             "layers": settings.layers,
             "heads": settings.heads,
             "backend": settings.backend,
@@ -401,11 +433,13 @@ class Explainer:
             "runs": sum(record.batch_sizes),
             "exact_runs": record.runs["total"],
             "direct_runs": record.runs["direct"],
+            "backward_runs": record.backward_runs,
             "forwards": record.tokens / prompt_tokens,
             "runner": " + ".join(sorted(set(record.runners))),
             "runner_reasons": record.reasons,
             "wasted_share": record.wasted,
             "prefix_bytes": record.prefix_bytes,
+            "activations": record.activations,
             "batch_sizes": record.batch_sizes,
             "logits": record.logits,
             "seconds": record.seconds,

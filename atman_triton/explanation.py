@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .completeness import Completeness
 from .pieces import (
     LeftOut,
     Target,
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Explanation", "LeftOut", "Target", "Unit", "from_json", "load", "to_json"]
 
-METHODS = ("exact", "direct", "hybrid", "hierarchical")
+METHODS = ("exact", "direct", "hybrid", "hierarchical", "path", "score_gradient")
+GRADIENT_METHODS = ("path", "score_gradient")
 
 
 @dataclass(eq=False, repr=False)
@@ -57,17 +59,21 @@ class Explanation:
         targets: The ``T`` scored tokens, at least one for every target, in order.
         base_logprobs: ``[T]`` float32, nats: log p of each target token with nothing suppressed.
         suppressed_logprobs: ``[T, U]`` float32, nats: the same with one unit suppressed; NaN where
-            the unit stands at or after the target token, or in another target.
+            the unit stands at or after the target token, or in another target. No run of a gradient
+            method suppresses one unit alone: there it is the base less the score.
         reduction: How ``relevance`` goes over target tokens: ``"mean"`` (Eq. 3), ``"sum"`` (Eq. 2).
         left_out: What the model read besides the units, such as template tokens.
         provenance: How the numbers came about: model, settings, library versions. JSON values only.
         target_stops: ``[K]``, character of ``text`` where each target ends, the last one where the
             text ends. Empty stands for one target and becomes ``[len(text)]``.
         method: ``"exact"`` (every unit's total effect), ``"direct"`` (every unit's direct effect),
-            ``"hybrid"`` (direct, then exact for the strongest) or ``"hierarchical"`` (large units
-            first, then what they are made of); see ``Unit.effect``.
+            ``"hybrid"`` (direct, then exact for the strongest), ``"hierarchical"`` (large units
+            first, then what they are made of), or by gradients ``"path"`` and
+            ``"score_gradient"``; see ``Unit.effect``.
         coarse: The same prompt and targets by larger units, from which ``"hierarchical"`` chose
             what to refine; it may have a ``coarse`` of its own.
+        together_logprobs: Of gradient methods, and only of them, ``[T]`` float32, nats: log p of
+            each target token with all units suppressed together that have a score for it.
 
     Tensors are kept on the CPU, detached; ``provenance`` as JSON returns it (tuples become lists).
 
@@ -89,6 +95,7 @@ class Explanation:
     target_stops: list[int] = field(default_factory=list)
     method: str = "exact"
     coarse: Explanation | None = None
+    together_logprobs: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -127,12 +134,28 @@ class Explanation:
                 "base_logprobs must hold no NaN: the model returned NaN with nothing suppressed; "
                 "try another dtype."
             )
+        self._check_together(shape[:1])
         self._check_other_targets()
         try:
             self.provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must hold JSON values only: {error}.") from error
         self._check_coarse()
+
+    def _check_together(self, shape: tuple[int, ...]) -> None:
+        wanted = self.method in GRADIENT_METHODS
+        if self.together_logprobs is None:
+            if wanted:
+                raise ValueError(f"together_logprobs must be given where method is {self.method}.")
+            return
+        if not wanted:
+            raise ValueError(
+                f"together_logprobs must be None where method is {self.method!r}: it is for "
+                f"{' and '.join(GRADIENT_METHODS)}."
+            )
+        self.together_logprobs = _checked("together_logprobs", self.together_logprobs, shape)
+        if bool(self.together_logprobs.isnan().any()):
+            raise ValueError("together_logprobs must hold no NaN.")
 
     def _check_other_targets(self) -> None:
         """A unit of one target says nothing about another one: NaN, never a number."""
@@ -233,10 +256,19 @@ class Explanation:
         return total.index_add_(0, self._branches(), self.base_logprobs.double()).float()
 
     @property
-    def effect(self) -> Literal["total", "direct", "mixed"]:
+    def effect(self) -> Literal["total", "direct", "path", "gradient", "mixed"]:
         """The effect that the units' scores are, ``mixed`` if not all the same."""
         first = self.units[0].effect
         return first if all(unit.effect == first for unit in self.units) else "mixed"
+
+    @property
+    def completeness(self) -> Completeness | None:
+        """Whether the scores add up: of gradient methods only, None of the others."""
+        if self.together_logprobs is None:
+            return None
+        scores = self.scores.double()
+        rises = self.base_logprobs.double() - self.together_logprobs.double()
+        return Completeness(scores.nansum(1), rises, self._branches(), len(self.target_stops))
 
     def branch(self, index: int) -> Explanation:
         """What a separate explanation of one of the targets gives.
@@ -278,6 +310,9 @@ class Explanation:
             targets=[moved(self.targets[row]) for row in rows],
             base_logprobs=self.base_logprobs[rows],
             suppressed_logprobs=self.suppressed_logprobs[rows][:, columns],
+            together_logprobs=None
+            if self.together_logprobs is None
+            else self.together_logprobs[rows],
             left_out=[moved(p) for p in self.left_out if p.branch in (None, index)],
             target_stops=[self.prompt_stop + stop - start],
             coarse=None if self.coarse is None else self.coarse.branch(index),
@@ -327,7 +362,8 @@ class Explanation:
         With several target tokens, a column for each one's scores follows: ``"0: text"``,
         ``"1: text"`` and so on. With several targets these columns are the ``relevances`` for each
         target instead (``branch(k).to_dataframe()`` tells its tokens apart), and ``branch`` says
-        which target a unit belongs to. The index is the unit's number.
+        which target a unit belongs to. The index is the unit's number. Of gradient methods,
+        ``attrs["completeness_error"]`` is that of ``completeness``.
 
         Args:
             top_k: Keep so many units, the most relevant first; None keeps all in text order.
@@ -365,6 +401,8 @@ class Explanation:
             for index, (name, row) in enumerate(zip(names, rows, strict=True)):
                 columns[f"{index}: {name}"] = row.numpy()
         frame = pandas.DataFrame(columns, index=pandas.RangeIndex(len(self.units), name="unit"))
+        if self.completeness is not None:
+            frame.attrs["completeness_error"] = self.completeness.error
         return frame if top_k is None else frame.loc[order[:top_k]]
 
     def show(

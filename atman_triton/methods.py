@@ -5,6 +5,8 @@
 ``direct``              every unit's direct effect, for the price of the target's tokens
 ``hybrid``              direct effects, then total ones of the units that promise most
 ``hierarchical``        total effects of the tokens in the best pieces; the rest stay pieces
+``path``                shares in suppressing everything at once, from gradients on the way
+``score_gradient``      the same from the gradient at the start alone: a poor estimate
 ======================  ==================================================================
 
 Legend: U units, K targets, M scored tokens of all targets.
@@ -22,14 +24,19 @@ from torch import Tensor
 
 from .engine import Engine
 from .engine import Unit as Perturbation
+from .gradients import midpoints
 from .pieces import Effect, Unit
 from .units import Layout, coarsest, divided
 
-Method = Literal["exact", "direct", "hybrid", "hierarchical"]
+Method = Literal["exact", "direct", "hybrid", "hierarchical", "path", "score_gradient"]
 METHODS: tuple[str, ...] = get_args(Method)
+GRADIENT_METHODS = ("path", "score_gradient")
 
 DEFAULT_BUDGET = {"hybrid": 0.2, "hierarchical": 0.25}
 """Exact runs of a method, as a share of those that ``exact`` would need."""
+
+DEFAULT_STEPS = 8
+"""Points of the line at which ``path`` takes gradients."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,22 @@ class Outcome:
         units: ``U``, each with the effect that was measured.
         suppressed_logprobs: ``[M, U]`` float32, nats.
         coarse: What larger units gave, from which these were chosen.
+        together_logprobs: ``[M]`` float32, nats, of gradient methods: all units suppressed.
     """
 
     units: list[Unit]
     suppressed_logprobs: Tensor
     coarse: Outcome | None = None
+    together_logprobs: Tensor | None = None
 
 
 def measure(
-    method: Method, engine: Engine, layout: Layout, budget: float | int | None, reduction: str
+    method: Method,
+    engine: Engine,
+    layout: Layout,
+    budget: float | int | None,
+    reduction: str,
+    steps: int = DEFAULT_STEPS,
 ) -> Outcome:
     """Run what the method asks for.
 
@@ -58,19 +72,33 @@ def measure(
         budget: The most exact runs, a share of what ``exact`` needs or a count; None is the
             method's default.
         reduction: How scores go over target tokens where units are ranked.
+        steps: Of ``path``, how many points the line has.
     Raises: ValueError: if the budget is too small to begin with.
     """
     if method == "hybrid":
         return _hybrid(engine, layout, _runs(method, budget, len(layout.units)), reduction)
     if method == "hierarchical":
         return _hierarchical(engine, layout, _runs(method, budget, len(layout.tokens)), reduction)
+    if method == "path":
+        return _gradients(engine, layout.units, "path", midpoints(steps))
+    if method == "score_gradient":
+        return _gradients(engine, layout.units, "gradient", (0.0,))
     return _all(engine, layout.units, "direct" if method == "direct" else "total")
 
 
-def _all(engine: Engine, units: Sequence[Unit], effect: Effect) -> Outcome:
+def _all(engine: Engine, units: Sequence[Unit], effect: Literal["total", "direct"]) -> Outcome:
     perturbations = [Perturbation(unit.tokens, unit.branch) for unit in units]
     found = engine.perturb(perturbations, effect)
     return Outcome([replace(unit, effect=effect) for unit in units], found.T.contiguous())
+
+
+def _gradients(
+    engine: Engine, units: Sequence[Unit], effect: Effect, points: Sequence[float]
+) -> Outcome:
+    found = engine.attribute([Perturbation(unit.tokens, unit.branch) for unit in units], points)
+    logprobs = engine.base_logprobs[:, None] - found.scores.T
+    own = [replace(unit, effect=effect) for unit in units]
+    return Outcome(own, logprobs.contiguous(), together_logprobs=found.together)
 
 
 def _hybrid(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcome:
@@ -96,7 +124,7 @@ def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> 
     Exact runs of the pieces themselves would take half of a small budget. Only where a model
     cannot share a prefix, and so has no direct effects, are the pieces chosen by total ones.
     """
-    effect: Effect = "direct" if engine.shares_prefix else "total"
+    effect = "direct" if engine.shares_prefix else "total"
     price = 0 if effect == "direct" else 1  # exact runs for the score of a piece
     units = coarsest(layout)
     tokens = sum(unit.level == "token" for unit in units)

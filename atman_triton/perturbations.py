@@ -20,7 +20,8 @@ class RunFailed(ValueError):
 class Settings:
     """How every row of a run is perturbed and how large batches are; names as in ``Explainer``.
 
-    ``without`` names savings to leave out, see ``SAVINGS``.
+    ``without`` names savings to leave out, see ``SAVINGS``. ``gradients`` makes every pass run over
+    the whole input, as ``Engine.attribute`` needs it.
     """
 
     factor: float
@@ -30,6 +31,7 @@ class Settings:
     backend: str = "auto"
     batch_size: int | Literal["auto"] = "auto"
     without: frozenset[str] = frozenset()
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         unknown = sorted(self.without - set(SAVINGS))
@@ -58,26 +60,31 @@ class Record:
 
     Args:
         batch_sizes: Rows of each finished pass, the base runs included.
-        tokens: Tokens that all passes ran.
+        tokens: Tokens that all passes ran; those of a backward pass count twice, and once more
+            because it runs the layers again.
         runs: Perturbations finished, by effect.
+        backward_runs: Rows that backward passes went through.
         shared_tokens: Those of the total runs behind a shared prefix.
         wasted_tokens: Those of them that stood before their row's first suppressed one.
         runners: How each pass over a prompt was run, ``shared_prefix`` or ``full``.
         reasons: Why not all shared a prefix; empty if they did.
         logits: Where the model computed logits.
         prefix_bytes: Bytes of keys and values that were kept.
+        activations: How those of backward passes were held; None without any.
         seconds: Wall time of all passes.
     """
 
     batch_sizes: list[int] = field(default_factory=list)
     tokens: int = 0
     runs: dict[str, int] = field(default_factory=lambda: {"total": 0, "direct": 0})
+    backward_runs: int = 0
     shared_tokens: int = 0
     wasted_tokens: int = 0
     runners: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     logits: str = "target positions"
     prefix_bytes: int = 0
+    activations: str | None = None
     seconds: float = 0.0
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 __all__ = ["EFFECTS", "LEVELS", "Effect", "LeftOut", "Level", "Target", "Unit"]
 
 Part = Literal["prompt", "target"]
-Effect = Literal["total", "direct"]
+Effect = Literal["total", "direct", "path", "gradient"]
 Level = Literal["token", "word", "sentence", "paragraph", "chunk"]
 EFFECTS: tuple[str, ...] = get_args(Effect)
 LEVELS: tuple[str, ...] = get_args(Level)
@@ -34,6 +34,8 @@ class Unit:
         effect: What its scores are. ``total``: it was suppressed in every row of every layer, so
             that what other tokens took over from it weakens too (AtMan's quantity). ``direct``:
             only in the rows of the target, all else kept as it is with nothing suppressed.
+            ``path``: its share in suppressing all units together, from gradients on the way there.
+            ``gradient``: a first-order estimate from the gradient with nothing suppressed.
         level: How large a piece it is.
     """
 
@@ -105,7 +107,12 @@ def check_pieces(name: str, pieces: Sequence[Any], kind: type, length: int) -> N
 
 def check_names(units: Sequence[Unit], method: str) -> None:
     """Raise ValueError unless parts, effects and levels are known and effects fit the method."""
-    effects = {"exact": ("total",), "direct": ("direct",)}.get(method, EFFECTS)
+    effects = {
+        "exact": ("total",),
+        "direct": ("direct",),
+        "path": ("path",),
+        "score_gradient": ("gradient",),
+    }.get(method, ("total", "direct"))
     for index, unit in enumerate(units):
         if unit.part not in ("prompt", "target"):
             raise ValueError(
@@ -113,12 +120,12 @@ def check_names(units: Sequence[Unit], method: str) -> None:
             )
         if unit.effect not in EFFECTS:
             raise ValueError(
-                f"units[{index}].effect must be 'total' or 'direct', got {unit.effect!r}."
+                f"units[{index}].effect must be one of {', '.join(EFFECTS)}, got {unit.effect!r}."
             )
         if unit.effect not in effects:
             raise ValueError(
-                f"units[{index}].effect must be {effects[0]!r} where method is {method!r}, got "
-                f"{unit.effect!r}."
+                f"units[{index}].effect must be {' or '.join(map(repr, effects))} where method is "
+                f"{method!r}, got {unit.effect!r}."
             )
         if unit.level not in LEVELS:
             raise ValueError(

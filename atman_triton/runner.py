@@ -117,9 +117,7 @@ class Runner:
                 f"method='direct' keeps the prompt's keys and values of the base run, but "
                 f"{self.reason}; use method='exact'."
             )
-        columns = [
-            self.branches.columns(self._branch(unit), sorted(unit.positions)) for unit in units
-        ]
+        columns = self.columns(units)
         starts = [self._start(own, effect) for own in columns]
         result = torch.empty(len(units), len(self.ids))
         if not units:
@@ -136,7 +134,7 @@ class Runner:
         while pending:
             batch = pending[0]
             try:
-                found = self._run_rows([columns[row] for row in batch.rows], batch, effect)
+                found = self.run_rows([columns[row] for row in batch.rows], batch, effect)
             except (RuntimeError, MemoryError) as error:
                 if not memory.out_of_memory(error):
                     raise
@@ -147,15 +145,26 @@ class Runner:
                 pending = pending[1:]
                 continue
             # Outside the except block, so that the failed pass's tensors are gone by now.
-            most = self._smaller(batch, refused)
+            most = self.smaller(batch, refused)
             pending = [part for each in pending for part in each.split(self.branches.length, most)]
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         check_nan(result, dtype_of(self.model))
         return result
 
-    def _branch(self, unit: Unit) -> int | None:
-        return None if unit.branch is None else self.chosen.index(unit.branch)
+    def reads(self, unit: Unit) -> bool:
+        """Whether the unit stands in the prompt or in one of the runner's targets."""
+        return unit.branch is None or unit.branch in self.chosen
+
+    def columns(self, units: Sequence[Unit]) -> list[list[int]]:
+        """Of each unit, its columns in ascending order."""
+        return [
+            self.branches.columns(
+                None if unit.branch is None else self.chosen.index(unit.branch),
+                sorted(unit.positions),
+            )
+            for unit in units
+        ]
 
     def _start(self, columns: Sequence[int], effect: Effect) -> int:
         """The first column that a perturbation has to run."""
@@ -179,7 +188,7 @@ class Runner:
         self.store = PrefixStore(self.branches.length)
         self.store.tree = tree
         self.expect(self.branches.length)
-        return self.reason, self._run_rows([()], Batch(0, (0,)), "total")[0]
+        return self.reason, self.run_rows([()], Batch(0, (0,)), "total")[0]
 
     def _base_in_pieces(self) -> Tensor:
         """The base run, its keys and values kept: log-probabilities ``[M]``."""
@@ -195,17 +204,17 @@ class Runner:
         for start, stop in zip(cuts, [*cuts[1:], length], strict=True):
             store.tokens = start
             kept = length - self.tail if stop == length else 1
-            with self._manipulated(None):
+            with self.manipulated(None):
                 logits = self.replay.run(start, stop, 1, self._logits(kept))
             if stop == length:
                 base = self._logprobs(logits, self.tail)[0]
             self.advance(stop - start)
-            self._count(1, stop - start)
+            self.count(1, stop - start)
         store.recording = False
         return base
 
-    def _run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
-        """One batch: log-probabilities ``[rows, M]`` on the CPU."""
+    def run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
+        """One batch, columns suppressed by row: log-probabilities ``[rows, M]`` on the CPU."""
         length, start = self.branches.length, batch.start
         factors = torch.ones(len(rows), length)
         for factor, columns in zip(factors, rows, strict=True):
@@ -214,12 +223,23 @@ class Runner:
         whole = self.reason is not None
         self.store.tokens = start
         self.store.own_factors_only = effect == "total" and self._alone
-        with self._manipulated(factors.to(self.device)):
+        with self.manipulated(factors.to(self.device)):
             logits = self.replay.run(start, length, len(rows), self._logits(kept), cached=not whole)
         result = self._logprobs(logits, length - kept)
         self.advance(len(rows) * (length - start))
-        self._count(len(rows), length - start)
+        self.count(len(rows), length - start)
         return result
+
+    def logprobs_of(self, scored: Sequence[int], rows: int) -> Tensor:
+        """Of some scored tokens, from a pass over the whole input: ``[rows, scored]``.
+
+        For ``manipulated`` with gradients enabled; neither moved nor counted.
+        """
+        length = self.branches.length
+        logits = self.replay.run(0, length, rows, self._logits(length - self.tail), cached=False)
+        first = length - logits.shape[1]
+        places = (self.predictors[list(scored)] - first).to(logits.device)
+        return target_logprobs(logits, places, self.ids[list(scored)])
 
     @property
     def _alone(self) -> bool:
@@ -227,7 +247,8 @@ class Runner:
         return find_stack(self.model)[1].current.manipulation is None
 
     @contextmanager
-    def _manipulated(self, factors: Tensor | None) -> Iterator[Manipulation]:
+    def manipulated(self, factors: Tensor | None) -> Iterator[Manipulation]:
+        """Run the model as "atman", its scores manipulated by factors ``[rows, S]``."""
         settings = self.settings
         if factors is not None and settings.heads is not None:
             heads = find_stack(self.model)[1].heads
@@ -252,7 +273,8 @@ class Runner:
         ).cpu()
         return found
 
-    def _count(self, rows: int, tokens: int) -> None:
+    def count(self, rows: int, tokens: int) -> None:
+        """Note a finished forward pass."""
         self.record.batch_sizes.append(rows)
         self.record.tokens += rows * tokens
 
@@ -260,8 +282,11 @@ class Runner:
 
     def _why_full(self) -> str | None:
         """Why perturbations must run over the whole input; None if they can share a prefix."""
-        off = "the shared prefix is switched off"
-        off = off if "shared_prefix" in self.settings.without else None
+        off = None
+        if "shared_prefix" in self.settings.without:
+            off = "the shared prefix is switched off"
+        if self.settings.gradients:
+            off = "gradients are taken through the whole input"
         if self.branches.linear and off is not None:
             return off
         if self.settings.mode == "min_shift_full":
@@ -289,11 +314,11 @@ class Runner:
         store, self.store = self.store, PrefixStore(length)
         self.store.tree = store.tree
         try:
-            with self._manipulated(None):
+            with self.manipulated(None):
                 whole = replay.run(0, stop, 1, stop - half)
             self.store.recording = True
             for self.store.tokens, end, kept in ((0, half, 1), (half, stop, stop - half)):
-                with self._manipulated(None):
+                with self.manipulated(None):
                     pieces = replay.run(self.store.tokens, end, 1, kept)
         finally:
             self.store = store
@@ -322,7 +347,7 @@ class Runner:
         row = memory.bytes_per_row(self.model, longest, kept, length)
         return min(most, max(1, int(free * memory.SHARE) // row) * longest)
 
-    def _smaller(self, batch: Batch, refused: str) -> int:
+    def smaller(self, batch: Batch, refused: str) -> int:
         """The most tokens of a batch to go on with after ``batch`` did not fit."""
         own = self.branches.length - batch.start
         size = self.settings.batch_size

@@ -1,6 +1,7 @@
 """Explanations as JSON: what ``Explanation.save`` writes and ``load`` reads back exactly.
 
-Version 1 knew one target, token units and total effects only; its files still load.
+Version 1 knew one target, token units and total effects only, version 2 no gradient methods; their
+files still load.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .explanation import Explanation
 
 FORMAT = "atman_explanation"
-VERSION = 2
+VERSION = 3
 # What version 1 did not write, by the kind of piece.
 NEW_IN_2 = {
     Unit: ("branch", "effect", "level"),
@@ -75,7 +76,7 @@ def to_json(explanation: Explanation) -> dict[str, Any]:
 
 
 def _body(explanation: Explanation) -> dict[str, Any]:
-    coarse = explanation.coarse
+    coarse, together = explanation.coarse, explanation.together_logprobs
     return {
         "text": explanation.text,
         "prompt_stop": explanation.prompt_stop,
@@ -85,6 +86,7 @@ def _body(explanation: Explanation) -> dict[str, Any]:
         "targets": [asdict(target) for target in explanation.targets],
         "base_logprobs": _numbers(explanation.base_logprobs),
         "suppressed_logprobs": [_numbers(row) for row in explanation.suppressed_logprobs],
+        "together_logprobs": None if together is None else _numbers(together),
         "reduction": explanation.reduction,
         "left_out": [_piece(piece) for piece in explanation.left_out],
         "provenance": explanation.provenance,
@@ -126,6 +128,8 @@ def _explanation(data: dict[str, Any], version: int) -> Explanation:
             "method": _str("method", data["method"]),
             "coarse": _coarse(data["coarse"], version),
         }
+    if version > 2 and data["together_logprobs"] is not None:
+        later["together_logprobs"] = _tensor("together_logprobs", data["together_logprobs"])
     return Explanation(
         text=_str("text", data["text"]),
         prompt_stop=_int("prompt_stop", data["prompt_stop"]),

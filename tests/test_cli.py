@@ -124,7 +124,10 @@ def test_methods_and_several_targets(run, folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "fast"], "--method must be one of exact, direct, hybrid, hierarchical, got"),
+        (
+            ["--method", "fast"],
+            "--method must be one of exact, direct, hybrid, hierarchical, path, score_gradient, got",
+        ),
         (["--granularity", "page"], "--granularity must be one of token, sentence, paragraph, got"),
         (["--budget", "half"], "--budget must be a share such as 0.2, or a number of runs, got"),
         (["--budget", "0.2"], "budget is for hybrid and hierarchical, but method is 'exact'"),

@@ -386,7 +386,7 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"method": "fast"},
             ValueError,
-            "method must be one of exact, direct, hybrid, hierarchical, got 'fast'.",
+            "method must be one of exact, direct, hybrid, hierarchical, path, score_gradient, got 'fast'.",
         ),
         (
             {"target_stops": [3]},
@@ -458,7 +458,7 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="indirect")]},
             ValueError,
-            "units[1].effect must be 'total' or 'direct', got 'indirect'.",
+            "units[1].effect must be one of total, direct, path, gradient, got 'indirect'.",
         ),
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="direct")]},

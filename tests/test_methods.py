@@ -309,11 +309,12 @@ def test_min_shift_full_has_no_direct_effect(method):
         ("hybrid", float("nan"), ValueError, r"budget as a share must lie in \(0, 1\], got nan"),
         ("hybrid", True, TypeError, "budget must be a float .* or None, got True"),
         ("hybrid", "10%", TypeError, "budget must be a float .* or None, got '10%'"),
+        ("path", 0.5, ValueError, "budget is for hybrid and hierarchical, but method is 'path'"),
         (
-            "path",
+            "gradient",
             None,
             ValueError,
-            "method must be one of exact, direct, hybrid, hierarchical, got",
+            "method must be one of exact, direct, hybrid, hierarchical, path, score_gradient, got",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_the_file_is_strict_json_with_a_version(tmp_path):
     path = tmp_path / "saved.json"
     small().save(path)
     data = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert (data["format"], data["version"]) == ("atman_explanation", 2)
+    assert (data["format"], data["version"]) == ("atman_explanation", 3)
     assert data["suppressed_logprobs"][0] == [-2.0, None]
 
 
@@ -124,8 +124,8 @@ def damage(text, **changes):
         (lambda text: "[1, 2]", 'is no saved explanation: it lacks "format": "atman_explanation".'),
         (lambda text: damage(text, format="png"), 'it lacks "format": "atman_explanation".'),
         (
-            lambda text: damage(text, version=3),
-            "has version 3, this release reads up to version 2: upgrade atman_triton.",
+            lambda text: damage(text, version=4),
+            "has version 4, this release reads up to version 3: upgrade atman_triton.",
         ),
         (
             lambda text: damage(text, version="1"),
@@ -183,7 +183,11 @@ def test_a_file_that_cannot_be_loaded_says_why(tmp_path, edit, message):
         (["provenance"], [1], "provenance must be an object, got [1]."),
         (["units", 0, "branch"], "0", "units[0].branch must be an int or null, got '0'."),
         (["units", 0, "effect"], None, "units[0].effect must be a str, got None."),
-        (["units", 0, "effect"], "half", "units[0].effect must be 'total' or 'direct', got 'half'"),
+        (
+            ["units", 0, "effect"],
+            "half",
+            "units[0].effect must be one of total, direct, path, gradient, got 'half'",
+        ),
         (["units", 0, "level"], 1, "units[0].level must be a str, got 1."),
         (["targets", 0, "branch"], None, "targets[0].branch must be an int, got None."),
         (["left_out", 0, "branch"], 1.5, "left_out[0].branch must be an int or null, got 1.5."),

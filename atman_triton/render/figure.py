@@ -90,7 +90,9 @@ def plot(
     heat = len(chosen) * size * LINE / 72
     chart = max(1.6, 0.25 * len(bars) + 0.5)
     matrix = 0.26 * len(names) if with_matrix else 0.0
-    head, foot = 0.8, 0.63 + 0.17 * (explanation.effect == "mixed")
+    more = [layout.DIFFERENCE] if explanation.effect == "mixed" else []
+    more += [line] if (line := layout.completeness(explanation)) else []
+    head, foot = 0.8, 0.63 + 0.17 * len(more)
     # A matrix has its title above and its labels below.
     below = matrix + 1.4 if with_matrix else 0.4 + 0.22 * len(listed) if listed else 0.0
     height = head + heat + 0.5 + chart + below + foot
@@ -109,9 +111,7 @@ def plot(
     if with_matrix:
         area = box(1.4, top + chart + 0.4, WIDTH - 1.4 - MARGIN, matrix)
         _draw_matrix(area, explanation, names, table, family)
-    caption = [f"Scores: {layout.effect(explanation, 'a line is dashed')}."]
-    if explanation.effect == "mixed":
-        caption.append(layout.DIFFERENCE)
+    caption = [f"Scores: {layout.effect(explanation, 'a line is dashed')}.", *more]
     caption.append(layout.settings(explanation))
     lines = [(line, 9.0, 0.22) for line in listed] + [(line, 7.5, 0.17) for line in caption]
     if listed:

@@ -283,7 +283,7 @@ def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -
             f"Probability {probability:.3g}. The colour of a piece shows how much the loss of this "
             "answer rises (orange) or falls (blue) when the model's attention to it is suppressed."
         )
-    return f"{words} Scores: {layout.effect(first, mark)}."
+    return f"{words} Scores: {layout.effect(first, mark)}. {layout.completeness(first)}".rstrip()
 
 
 def _notes(explanation: Explanation) -> str:

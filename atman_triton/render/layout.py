@@ -210,8 +210,16 @@ def effect(explanation: Explanation, mark: str) -> str:
     return {
         "total": "total effect",
         "direct": direct,
+        "path": "share in suppressing all units together, from gradients on the way there",
+        "gradient": "first-order estimate of suppressing all units together, usually a poor one",
         "mixed": f"total effect, but where {mark} a {direct}",
     }[explanation.effect]
+
+
+def completeness(explanation: Explanation) -> str:
+    """Whether the scores of a gradient method add up; nothing of other methods."""
+    found = explanation.completeness
+    return "" if found is None else f"Completeness: {found}."
 
 
 def levels(explanation: Explanation) -> str:
@@ -363,6 +371,7 @@ def settings(explanation: Explanation) -> str:
     words = [
         *([_model_name(str(known["model"]))] if known.get("model") else []),
         *([] if explanation.method == "exact" else [f"method {explanation.method}"]),
+        *([f"steps {known['steps']}"] if known.get("steps") is not None else []),
         *(f"{name} {known[name]}" for name in ("preset", "mode", "factor") if name in known),
         *(
             f"{name} {_indices(known[name])}"
@@ -374,7 +383,9 @@ def settings(explanation: Explanation) -> str:
         _count(len(explanation.targets), "target token")
         + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
     ]
-    if isinstance(known.get("runs"), int):
+    if explanation.completeness is not None and isinstance(known.get("forwards"), int | float):
+        words.append(f"cost of {known['forwards']:.3g} forwards")
+    elif isinstance(known.get("runs"), int):
         words.append(_count(known["runs"], "run"))
     if isinstance(known.get("seconds"), int | float):
         words.append(f"{known['seconds']:.3g} s")

@@ -262,6 +262,8 @@ def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
     notes = [key, Text(f"Scores: {layout.effect(explanation, mark)}.", FAINT)]
     if explanation.effect == "mixed":
         notes.append(Text(layout.DIFFERENCE, FAINT))
+    if complete := layout.completeness(explanation):
+        notes.append(Text(complete, FAINT))
     if explanation.left_out:
         words = [
             f"{layout.visible(piece.text)} ({layout.printable(piece.reason)})"
