@@ -72,7 +72,7 @@ def checked_budget(method: str, budget: Any) -> float | int | None:
 
 
 def checked_steps(method: str, steps: Any) -> int | None:
-    """The points of a path; None of the other methods."""
+    """The steps of a path; None of the other methods."""
     if method != "path":
         if steps is not None:
             raise ValueError(f"steps is for path, but method is {method!r}.")

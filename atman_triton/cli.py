@@ -150,7 +150,9 @@ def explain(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, show_default="8", help="Points at which path takes gradients."),
+        typer.Option(
+            min=1, show_default="8", help="Parts of the way at which path takes gradients."
+        ),
     ] = None,
     preset: Annotated[str, typer.Option(help="default | paper")] = "default",
     factor: Annotated[

@@ -106,15 +106,15 @@ class Engine:
                     result[torch.tensor(mine)[:, None], torch.tensor(rows)] = found
         return result.masked_fill_(~self._before(units, max), torch.nan)
 
-    def attribute(self, units: Sequence[Unit], points: Sequence[float]) -> gradients.Attribution:
+    def attribute(self, units: Sequence[Unit], steps: int | None) -> gradients.Attribution:
         """Scores from gradients on the line from no suppression to that of all units together.
 
         Needs ``Settings.gradients``, and gradients that can be enabled (no inference mode).
 
         Args:
             units: What to suppress; no token stands in two of them.
-            points: Where to take gradients, as shares of the line; ``(0,)`` takes them with
-                nothing suppressed, ``gradients.midpoints(n)`` are those of the midpoint rule.
+            steps: Of how many parts of the line the gradient is taken in the middle; None takes
+                it with nothing suppressed, for the whole line.
         Returns: scores ``[U, M]``, and ``[M]`` log-probabilities with all units suppressed.
         Raises: UnsupportedModelError: if the model cannot be differentiated.
         """
@@ -135,7 +135,7 @@ class Engine:
                     each.columns([units[u] for u in mine]),
                     measured[places],
                     begun[places],
-                    points,
+                    steps,
                 )
                 scores[places] = found.scores
                 together[rows] = found.together

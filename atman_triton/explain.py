@@ -108,10 +108,11 @@ class Explainer:
               started. A model without direct effects ranks by total ones, within the budget.
             - ``path``: all units are suppressed together, little by little, and every unit gets its
               share of what that does: the gradient to its factor, integrated from 1 to ``factor``
-              at ``steps`` points (midpoint rule). ``Explanation.completeness`` holds the sum of the
-              scores beside the rise of the loss that it must equal. The cost does not depend on the
-              number of units: a forward pass per step, and a backward pass per step and target
-              token. Memory is held by running every layer again in the backward pass. The mode
+              by the midpoint rule in ``steps`` parts, which are short where the loss bends (up to
+              32 forward passes look where that is). ``Explanation.completeness`` holds the sum of
+              the scores beside the rise of the loss that it must equal. The cost does not depend
+              on the number of units: a forward and a backward pass per step and target token.
+              Memory is held by running every layer again in the backward pass. The mode
               ``log_additive`` is a poor choice: suppressing all keys alike changes nothing there.
             - ``score_gradient``: the first-order estimate, the gradient with nothing suppressed
               times ``factor`` - 1. It costs one step of ``path`` and is usually poor: where the
@@ -119,7 +120,7 @@ class Explainer:
         budget: The most exact runs of ``hybrid`` (None: a fifth) and ``hierarchical`` (None: a
             quarter): a float is a share of the runs that ``exact`` would need, an int a count. The
             base run and direct effects do not count.
-        steps: Of ``path``, the number of points (None: 8). More bring the completeness error down.
+        steps: Of ``path``, the number of parts (None: 8). More bring the completeness error down.
         layers: Suppress in these layers only; None is all.
         heads: Suppress in these query heads only; None is all.
         batch_size: Perturbations per forward pass. ``"auto"`` takes what memory holds and halves

@@ -1,16 +1,17 @@
 """Scores from gradients: what the loss does while all units are suppressed together.
 
 The factors of all explained columns move together on the straight line from 1 to the suppression
-factor f. At a point p of it, every column has the factor ``m = 1 + p (f - 1)``, and a unit's score
-is ``∫ dL/dm dm`` over its own columns: ``(f - 1)`` times the mean of ``dL/dm`` over the points, by
-the midpoint rule. The scores of a token then sum to what its loss rises from one end of the line to
-the other, but for the error of the rule.
+factor f. At a place p of it, every column has the factor ``m = 1 + p (f - 1)``, and a unit's score
+is ``∫ dL/dm dm`` over its own columns. By the midpoint rule that is ``(f - 1)`` times the sum, over
+parts of the line, of a part's length times ``dL/dm`` in its middle. The scores of a token then sum
+to what its loss rises from one end of the line to the other, but for the error of the rule. Where
+the parts end is chosen for every scored token, see ``line``.
 
-One forward pass, of some points at a time, serves all target tokens; each needs a backward pass of
-its own. Weights get no gradients, and of every decoder layer only the input is kept: the backward
-pass runs the layer again.
+Every place and token costs a forward and a backward pass, some of them in one batch. Weights get no
+gradients, and of every decoder layer only the input is kept: the backward pass runs the layer
+again.
 
-Legend: U units, M scored tokens, S input columns, N points of the line, B of them in one pass.
+Legend: U units, M scored tokens, S input columns, B rows of a batch.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import memory
+from . import line, memory
 from .capabilities import dtype_of, text_config
 from .layers import THREAD
 from .perturbations import Settings
@@ -36,8 +38,7 @@ from .stacks import UnsupportedModelError, find_stack
 if TYPE_CHECKING:
     from .runner import Runner
 
-COST = {"forward": 1, "backward": 2, "recomputed": 1}
-"""What a pass over a token costs, in forward passes; a backward pass runs every layer once more."""
+_BACKWARD = 3  # forward passes that a backward one costs: two, and one because it runs layers again
 
 # Copies of the scores of a layer that autograd keeps while it goes through it, and of the rest.
 _SCORE_COPIES = 4
@@ -61,9 +62,21 @@ class Attribution:
     together: Tensor
 
 
-def midpoints(steps: int) -> tuple[float, ...]:
-    """The middles of ``steps`` equal parts of the line, as shares of it."""
-    return tuple((step + 0.5) / steps for step in range(steps))
+@dataclass(frozen=True)
+class Point:
+    """A gradient to take.
+
+    Args:
+        row: The scored token.
+        place: Where on the line, as a share of it.
+        length: Of the part of the line that it stands for.
+        columns: What is suppressed.
+    """
+
+    row: int
+    place: float
+    length: float
+    columns: Sequence[int]
 
 
 @dataclass
@@ -77,13 +90,11 @@ class Group:
         rows: Scored tokens of the runner.
         moving: Units that are suppressed.
         still: Units that must not be.
-        columns: Those of the units that are suppressed.
     """
 
     rows: list[int] = field(default_factory=list)
     moving: set[int] = field(default_factory=set)
     still: set[int] = field(default_factory=set)
-    columns: list[int] = field(default_factory=list)
 
 
 def groups(measured: Tensor, begun: Tensor) -> list[Group]:
@@ -115,7 +126,7 @@ def attribute(
     columns: Sequence[Sequence[int]],
     measured: Tensor,
     begun: Tensor,
-    points: Sequence[float],
+    steps: int | None,
 ) -> Attribution:
     """The scores of one runner's tokens.
 
@@ -124,65 +135,106 @@ def attribute(
         columns: Of each unit, what is suppressed.
         measured: ``[U, M]`` bool, see ``groups``.
         begun: ``[U, M]`` bool.
-        points: ``N`` places on the line, as shares of it.
+        steps: Parts of the line; None takes the gradient at its start for the whole.
     Raises:
         UnsupportedModelError: if the model cannot be differentiated.
-        torch.OutOfMemoryError: if not even one point fits.
+        torch.OutOfMemoryError: if not even one row fits.
     """
-    parts = groups(measured, begun)
     scores = torch.zeros(len(columns), measured.shape[1], dtype=torch.float64)
     together = runner.base.clone()
-    length = runner.branches.length
-    runner.expect(length * sum(1 + len(points) * _cost(group) for group in parts))
+    parts = groups(measured, begun)
+    looks = 0 if steps is None else line.looks(steps)
+    passes = sum(looks + 1 + len(group.rows) * (steps or 1) * (1 + _BACKWARD) for group in parts)
+    runner.expect(runner.branches.length * passes)
+    points: list[Point] = []
     for group in parts:
-        group.columns = sorted(column for unit in group.moving for column in columns[unit])
-        logprobs = runner.run_rows([group.columns], Batch(0, (0,)), "total")
-        together[group.rows] = logprobs[0, group.rows]
-    whole, size = Batch(0, tuple(range(len(points)))), _points_per_pass(runner)
-    pending = [(group, part) for group in parts for part in whole.split(length, size * length)]
+        moved = sorted(column for unit in group.moving for column in columns[unit])
+        if steps is None:
+            together[group.rows] = -_losses(runner, moved, group.rows, (1.0,))[0]
+            points += [Point(row, 0.0, 1.0, moved) for row in group.rows]
+            continue
+        losses = functools.partial(_losses, runner, moved, group.rows)
+        places, found = line.look(losses, steps)  # [X], [X, rows]
+        together[group.rows] = -found[-1].float()
+        for row, own in zip(group.rows, found.T, strict=True):
+            for start, stop in pairwise(line.edges(places, own, steps).tolist()):
+                points.append(Point(row, (start + stop) / 2, stop - start, moved))
+    slopes = torch.zeros(measured.shape[1], runner.branches.length, dtype=torch.float64)
+
+    def differentiate(chosen: Sequence[int]) -> None:
+        batch = [points[index] for index in chosen]
+        found = _slopes(runner, batch)  # after which nothing can run out of memory
+        for point, slope in zip(batch, found, strict=True):
+            slopes[point.row] += point.length * slope
+
     with _differentiable(runner):
-        while pending:
-            group, batch = pending[0]
-            before = runner.record.tokens
-            try:
-                slopes = _slopes(runner, group, [points[row] for row in batch.rows])
-            except (RuntimeError, MemoryError) as error:
-                if not memory.out_of_memory(error):
-                    raise
-                refused = str(error)
-            else:
-                for unit in group.moving:
-                    scores[unit, group.rows] += slopes[:, list(columns[unit])].sum(1)
-                pending = pending[1:]
-                continue
-            # Outside the except block, so that the failed pass's tensors are gone by now.
-            runner.expect(runner.record.tokens - before)
-            most = runner.smaller(batch, refused)
-            pending = [(g, part) for g, each in pending for part in each.split(length, most)]
-            if runner.device.type == "cuda":
-                torch.cuda.empty_cache()
-    scores *= (runner.settings.factor - 1) / len(points)
+        _in_batches(runner, len(points), differentiate)
+    for unit, own in enumerate(columns):
+        scores[unit] = slopes[:, list(own)].sum(1) * (runner.settings.factor - 1)
     return Attribution(scores.float().masked_fill_(~measured, torch.nan), together)
 
 
-def _cost(group: Group) -> int:
-    """Forward passes that one point of a group costs."""
-    return COST["forward"] + len(group.rows) * (COST["backward"] + COST["recomputed"])
+def _losses(
+    runner: Runner, columns: Sequence[int], rows: Sequence[int], places: Sequence[float]
+) -> Tensor:
+    """Losses of some tokens at places of the line: ``[places, rows]`` float32."""
+    found = (-runner.base[list(rows)]).repeat(len(places), 1)
+    others = [index for index, place in enumerate(places) if place > 0]
+
+    def run(chosen: Sequence[int]) -> None:
+        own = [others[index] for index in chosen]
+        factors = _factors(runner, [columns] * len(own), [places[index] for index in own])
+        found[own] = -runner.run_factors(factors)[:, list(rows)]
+
+    _in_batches(runner, len(others), run)
+    return found
 
 
-def _slopes(runner: Runner, group: Group, places: Sequence[float]) -> Tensor:
-    """dL/dm of a group's tokens by every column, summed over points: ``[rows, S]`` float64."""
-    length, count = runner.branches.length, len(places)
+def _factors(runner: Runner, columns: Sequence[Sequence[int]], places: Sequence[float]) -> Tensor:
+    """``[B, S]`` float32 on the CPU: each row at its place on its line."""
+    factors = torch.ones(len(places), runner.branches.length)
+    for factor, own, place in zip(factors, columns, places, strict=True):
+        factor[list(own)] = 1 + place * (runner.settings.factor - 1)
+    return factors
+
+
+def _in_batches(runner: Runner, count: int, run: Callable[[Sequence[int]], None]) -> None:
+    """Run things in batches, smaller ones where memory does not hold them."""
+    length = runner.branches.length
+    size = _rows_per_batch(runner)
+    pending = Batch(0, tuple(range(count))).split(length, size * length)
+    while pending:
+        batch, before = pending[0], runner.record.tokens
+        try:
+            run(batch.rows)
+        except (RuntimeError, MemoryError) as error:
+            if not memory.out_of_memory(error):
+                raise
+            refused = str(error)
+        else:
+            pending = pending[1:]
+            continue
+        # Outside the except block, so that the failed pass's tensors are gone by now.
+        runner.expect(runner.record.tokens - before)
+        most = runner.smaller(batch, refused)
+        pending = [part for each in pending for part in each.split(length, most)]
+        if runner.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _slopes(runner: Runner, points: Sequence[Point]) -> Tensor:
+    """dL/dm by every column, of each point's own token: ``[B, S]`` float64."""
+    length, count = runner.branches.length, len(points)
     name = type(runner.model).__name__
-    factors = torch.ones(count, length)
-    for factor, place in zip(factors, places, strict=True):
-        factor[group.columns] = 1 + place * (runner.settings.factor - 1)
+    factors = _factors(
+        runner, [point.columns for point in points], [point.place for point in points]
+    )
     factors = factors.to(runner.device).requires_grad_()
-    slopes = torch.zeros(len(group.rows), length, dtype=torch.float64)
-    last = len(group.rows) - 1
+    rows = sorted({point.row for point in points})
+    own = [rows.index(point.row) for point in points]
     try:
         with torch.enable_grad(), runner.manipulated(factors):
-            logprobs = runner.logprobs_of(group.rows, count)  # [B, rows]
+            logprobs = runner.logprobs_of(rows, count)  # [B, rows]
             runner.count(count, length)
             runner.advance(count * length)
             if not logprobs.requires_grad:
@@ -190,14 +242,8 @@ def _slopes(runner: Runner, group: Group, places: Sequence[float]) -> Tensor:
                     f"{name} runs without gradients, which method='path' and "
                     "method='score_gradient' need; use method='exact'."
                 )
-            for row in range(last + 1):
-                loss = -logprobs[:, row].sum()
-                (slope,) = torch.autograd.grad(loss, factors, retain_graph=row < last)
-                slopes[row] = slope.double().sum(0).cpu()
-                tokens = count * length * (COST["backward"] + COST["recomputed"])
-                runner.record.backward_runs += count
-                runner.record.tokens += tokens
-                runner.advance(tokens)
+            # Rows of a batch know nothing of each other, so the sum's gradient is each one's own.
+            (slopes,) = torch.autograd.grad(-logprobs[range(count), own].sum(), factors)
     except UnsupportedModelError:
         raise
     except RuntimeError as error:
@@ -207,7 +253,10 @@ def _slopes(runner: Runner, group: Group, places: Sequence[float]) -> Tensor:
             f"{name} cannot be differentiated, which method='path' and method='score_gradient' "
             f"need; use method='exact'. ({error})"
         ) from error
-    return slopes
+    runner.record.backward_runs += count
+    runner.record.tokens += _BACKWARD * count * length
+    runner.advance(_BACKWARD * count * length)
+    return slopes.double().cpu()
 
 
 @contextmanager
@@ -284,8 +333,8 @@ def _thread_state(state: tuple[Any, Any, Any]) -> Iterator[None]:
         THREAD.stacks, THREAD.by_config, THREAD.switched = before
 
 
-def _points_per_pass(runner: Runner) -> int:
-    """How many points go through the model together."""
+def _rows_per_batch(runner: Runner) -> int:
+    """How many rows go through the model together."""
     settings: Settings = runner.settings
     if "batching" in settings.without:
         return 1
@@ -296,11 +345,11 @@ def _points_per_pass(runner: Runner) -> int:
     free = memory.free_memory(runner.model)
     if free is None:
         return size
-    return max(1, min(size, int(free * memory.SHARE) // _bytes_per_point(runner)))
+    return max(1, min(size, int(free * memory.SHARE) // _bytes_per_row(runner)))
 
 
-def _bytes_per_point(runner: Runner) -> int:
-    """A rough estimate of what one point takes: every layer's input, and all of one layer."""
+def _bytes_per_row(runner: Runner) -> int:
+    """A rough estimate of what one row takes: every layer's input, and all of one layer."""
     model, length = runner.model, runner.branches.length
     config = text_config(model)
     kept = length if not runner.replay.keeps_logits else length - runner.tail

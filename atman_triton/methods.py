@@ -24,7 +24,6 @@ from torch import Tensor
 
 from .engine import Engine
 from .engine import Unit as Perturbation
-from .gradients import midpoints
 from .pieces import Effect, Unit
 from .units import Layout, coarsest, divided
 
@@ -36,7 +35,7 @@ DEFAULT_BUDGET = {"hybrid": 0.2, "hierarchical": 0.25}
 """Exact runs of a method, as a share of those that ``exact`` would need."""
 
 DEFAULT_STEPS = 8
-"""Points of the line at which ``path`` takes gradients."""
+"""Parts of the line of ``path``, in each of which it takes a gradient."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def measure(
         budget: The most exact runs, a share of what ``exact`` needs or a count; None is the
             method's default.
         reduction: How scores go over target tokens where units are ranked.
-        steps: Of ``path``, how many points the line has.
+        steps: Of ``path``, how many parts the line has.
     Raises: ValueError: if the budget is too small to begin with.
     """
     if method == "hybrid":
@@ -80,9 +79,9 @@ def measure(
     if method == "hierarchical":
         return _hierarchical(engine, layout, _runs(method, budget, len(layout.tokens)), reduction)
     if method == "path":
-        return _gradients(engine, layout.units, "path", midpoints(steps))
+        return _gradients(engine, layout.units, "path", steps)
     if method == "score_gradient":
-        return _gradients(engine, layout.units, "gradient", (0.0,))
+        return _gradients(engine, layout.units, "gradient", None)
     return _all(engine, layout.units, "direct" if method == "direct" else "total")
 
 
@@ -92,10 +91,8 @@ def _all(engine: Engine, units: Sequence[Unit], effect: Literal["total", "direct
     return Outcome([replace(unit, effect=effect) for unit in units], found.T.contiguous())
 
 
-def _gradients(
-    engine: Engine, units: Sequence[Unit], effect: Effect, points: Sequence[float]
-) -> Outcome:
-    found = engine.attribute([Perturbation(unit.tokens, unit.branch) for unit in units], points)
+def _gradients(engine: Engine, units: Sequence[Unit], effect: Effect, steps: int | None) -> Outcome:
+    found = engine.attribute([Perturbation(unit.tokens, unit.branch) for unit in units], steps)
     logprobs = engine.base_logprobs[:, None] - found.scores.T
     own = [replace(unit, effect=effect) for unit in units]
     return Outcome(own, logprobs.contiguous(), together_logprobs=found.together)

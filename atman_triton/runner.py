@@ -134,7 +134,7 @@ class Runner:
         while pending:
             batch = pending[0]
             try:
-                found = self.run_rows([columns[row] for row in batch.rows], batch, effect)
+                found = self._run_rows([columns[row] for row in batch.rows], batch, effect)
             except (RuntimeError, MemoryError) as error:
                 if not memory.out_of_memory(error):
                     raise
@@ -188,7 +188,7 @@ class Runner:
         self.store = PrefixStore(self.branches.length)
         self.store.tree = tree
         self.expect(self.branches.length)
-        return self.reason, self.run_rows([()], Batch(0, (0,)), "total")[0]
+        return self.reason, self._run_rows([()], Batch(0, (0,)), "total")[0]
 
     def _base_in_pieces(self) -> Tensor:
         """The base run, its keys and values kept: log-probabilities ``[M]``."""
@@ -213,21 +213,25 @@ class Runner:
         store.recording = False
         return base
 
-    def run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
+    def _run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
         """One batch, columns suppressed by row: log-probabilities ``[rows, M]`` on the CPU."""
-        length, start = self.branches.length, batch.start
-        factors = torch.ones(len(rows), length)
+        factors = torch.ones(len(rows), self.branches.length)
         for factor, columns in zip(factors, rows, strict=True):
             factor[list(columns)] = self.settings.factor
+        return self.run_factors(factors, batch.start, effect)
+
+    def run_factors(self, factors: Tensor, start: int = 0, effect: str = "total") -> Tensor:
+        """Rows with factors ``[rows, S]`` from a column on: log-probabilities ``[rows, M]``."""
+        length, rows = self.branches.length, len(factors)
         kept = length - max(start, self.tail)
         whole = self.reason is not None
         self.store.tokens = start
         self.store.own_factors_only = effect == "total" and self._alone
         with self.manipulated(factors.to(self.device)):
-            logits = self.replay.run(start, length, len(rows), self._logits(kept), cached=not whole)
+            logits = self.replay.run(start, length, rows, self._logits(kept), cached=not whole)
         result = self._logprobs(logits, length - kept)
-        self.advance(len(rows) * (length - start))
-        self.count(len(rows), length - start)
+        self.advance(rows * (length - start))
+        self.count(rows, length - start)
         return result
 
     def logprobs_of(self, scored: Sequence[int], rows: int) -> Tensor:
