@@ -59,7 +59,7 @@ _NO_FLEX = "it compiles for long, so it is timed on some of the shapes only"
 _NO_TIME = "no time was left"
 _ROWS = 16  # of the output that are compared at full size
 # Larger together than any second-level cache, and long enough for launches to queue up behind.
-_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 8
+_FLUSH_BYTES, _FLUSHES = 256 * 2**20, 12
 
 # Of the last word of a provider's name, for the table.
 LETTERS = {
@@ -81,7 +81,7 @@ class Sizes:
 
     seconds: float = 0.1  # about how long the turns of one provider take together
     least: int = 5
-    most: int = 50  # turns, however quick
+    most: int = 40  # turns, however quick
     minutes: float = 8.0  # after which no further case is begun
     last: float = 9.0  # after which nothing more is compiled
 
