@@ -25,7 +25,8 @@ from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
-FEATURES = ("causal", "window", "softcap", "bias", "alibi", "padding", "mask", "sinks")
+FEATURES = ("causal", "window", "softcap", "bias", "alibi", "padding", "mask", "sinks", "dropout")
+BACKWARD = ("rows", "queries", "keys", "bias")
 # what goes together in models: sliding window and sinks; soft cap; ALiBi; dense bias or mask
 FAMILIES = (
     ("causal", "window", "padding", "sinks"),
@@ -49,8 +50,8 @@ class Case:
 
     architecture: str
     head_dim: int
-    kernel: str = "attention"  # | shared_prefix | packed_prefix
-    stage: str = ""  # of packed_prefix: whole | partial | merge
+    kernel: str = "attention"  # | shared_prefix | packed_prefix | backward_rows, _queries ...
+    stage: str = ""  # of packed_prefix: whole | partial | merge; of the first two: training
     dtype: str = "bfloat16"
     mode: str = "multiplicative"
     value_dim: int | None = None
@@ -89,11 +90,14 @@ class Report:
 
 
 def signature(
-    kernel: Any, spec: Any, dtype: str
+    kernel: Any, spec: Any, dtype: str, continues: bool = False
 ) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
     """Types, constants and attributes that the launcher's arguments would specialise to.
 
     Tensors are 16-byte aligned with a last stride of 1, as models pass them.
+
+    Args:
+        continues: A backward kernel's second segment of keys.
     """
     short = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}[dtype]
     aligned = [["tt.divisibility", 16]]
@@ -105,25 +109,50 @@ def signature(
         "value_ptr": short,
         "prefix_key_ptr": short,
         "prefix_value_ptr": short,
+        "d_out_ptr": short,
+        "d_query_ptr": short,
+        "d_key_ptr": short,
+        "d_value_ptr": short,
+        "delta_ptr": "*fp32",
+        "partial_ptr": "*fp32",
+        "d_lse_ptr": None,
         "factor_ptr": "*fp32" if spec.has_key_factor else None,
         "bias_ptr": short if spec.has_bias else None,
         "padding_ptr": "*u8" if spec.has_padding else None,
         "mask_ptr": "*u8" if spec.has_mask else None,
         "sinks_ptr": short if spec.has_sinks else None,
+        "seed_ptr": "*i64" if getattr(spec, "has_dropout", False) else None,
         "query_offset": "*i64" if spec.offset_in_memory else "i32",
     }
     packed = hasattr(spec, "stage")
+    backward = kernel.__name__.startswith("_attention_bwd")
+    saves = (backward and spec.mode == "min_shift") or getattr(spec, "save_minimum", False)
+    pointers["minimum_ptr"] = pointers["d_minimum_ptr"] = "*fp32" if saves else None
+    pointers["argmin_ptr"] = "*i32" if saves else None
+    pointers["d_factor_ptr"] = pointers["factor_ptr"]
+    dense = backward and "_bias_" in kernel.__name__
+    pointers["d_bias_ptr"] = short if dense else ("*fp32" if spec.has_bias else None)
     listed = packed or spec.mode == "min_shift" or spec.skip_plain
     lists = "*i32" if spec.has_key_factor and listed else None
     for name in ("before_ptr", "flagged_ptr", "tiles_ptr"):
         pointers[name] = pointers[f"prefix_{name}"] = lists
     for name in ("range_ptr", "prefix_range_ptr"):
         pointers[name] = "*i32" if spec.has_padding else None
-    for name in ("partial_ptr", "stats_ptr"):
-        pointers[name] = "*fp32" if packed and spec.stage != "whole" else None
-    counts = "batch rows keys prefix_keys own_keys heads group splits factor_start window"
+    if packed:
+        pointers["partial_ptr"] = pointers["stats_ptr"] = "*fp32" if spec.stage != "whole" else None
+    counts = (
+        "batch rows keys prefix_keys own_keys heads group splits factor_start window threshold "
+        "first_column batches bias_heads shared_batches shared_heads"
+    )
     scalars = dict.fromkeys(counts.split(), "i32")
-    scalars |= {"unit": "fp32", "inner_scale": "fp32"}
+    scalars |= dict.fromkeys(("unit", "inner_scale", "keep_scale", "scale"), "fp32")
+    flags = {
+        "HAS_D_LSE": False,
+        "CONTINUES": continues,
+        "FACTOR_PER_HEAD": False,
+        "WANTS_FACTOR": spec.has_key_factor,
+        "WANTS_BIAS": getattr(spec, "bias_per_key", False),
+    }
     strides = {
         "stride_out": 4,
         "stride_query": 4,
@@ -136,6 +165,12 @@ def signature(
         "stride_bias": 4,
         "stride_padding": 2,
         "stride_mask": 4,
+        "stride_d_out": 4,
+        "stride_d_query": 4,
+        "stride_d_key": 4,
+        "stride_d_value": 4,
+        "stride_d_factor": 3,
+        "stride_d_bias": 4 if dense else 3,
     }
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
@@ -144,6 +179,9 @@ def signature(
         if name in ("SPEC", "PREFIX"):
             types[name] = "constexpr"
             constants[(index,)] = spec
+        elif name in flags:
+            types[name] = "constexpr"
+            constants[(index,)] = flags[name]
         elif name in strides:
             inner = strides[name] - 1
             types[name] = ("i32",) * inner + ("constexpr",)
@@ -174,8 +212,27 @@ class Family:
 
 def family(name: str) -> Family:
     """The kernel of that name; imports triton."""
-    from atman_triton.kernels import configs, forward, launch, packed_prefix, shared_prefix
+    from functools import partial
 
+    from atman_triton.kernels import (
+        backward,
+        backward_configs,
+        configs,
+        forward,
+        launch,
+        packed_prefix,
+        shared_prefix,
+    )
+
+    if name.removeprefix("backward_") in BACKWARD:
+        part = name.removeprefix("backward_")
+        short = {"queries": "dq", "keys": "dkv"}.get(part, part)
+        return Family(
+            getattr(backward, f"_attention_bwd_{short}_kernel"),
+            partial(backward_configs.backward_config, part),
+            launch.make_variant,
+            1,
+        )
     families = {
         "attention": Family(
             forward._attention_fwd_kernel, configs.forward_config, launch.make_variant, 1
@@ -223,9 +280,14 @@ def compile_case(case: Case) -> Report:
         config = TileConfig(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
-    stage = {"stage": case.stage} if case.stage else {}
+    stage: dict[str, Any] = {"stage": case.stage} if case.stage else {}
+    if case.stage == "training":
+        stage = {"save_minimum": case.mode == "min_shift"}
+    continues = case.stage == "continues"
+    if continues:
+        stage = {}
     spec = chosen.make_variant(config, case.head_dim, value_dim, case.mode, case.features, **stage)
-    types, constants, attributes = signature(kernel, spec, case.dtype)
+    types, constants, attributes = signature(kernel, spec, case.dtype, continues)
     if case.architecture.startswith("sm_"):
         target = GPUTarget("cuda", int(case.architecture[3:]), 32)
     else:

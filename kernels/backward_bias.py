@@ -85,39 +85,43 @@ def _attention_bwd_bias_kernel(
         stride_padding[1],
         (stride_mask[2], stride_mask[3]),
     )
-    total = tl.zeros([SPEC.block_m, SPEC.block_n], tl.float32)
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    BLOCK_N: tl.constexpr = SPEC.block_n
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for row in range(shared_batches):
         batch = (bias_batch * shared_batches + row).to(tl.int64)
-        padding_row = padding_ptr
-        range_row = range_ptr
+        padding_row = 0
+        range_row = 0
         if SPEC.has_padding:
-            padding_row += batch * stride_padding[0]
-            range_row += batch * 3
-        low, high, _, _, stop = segment_tiles(range_row, position, rows_left, keys, window, SPEC)
+            padding_row = padding_ptr + batch * stride_padding[0]
+            range_row = range_ptr + batch * 3
+        low, high, _low, _high, stop = segment_tiles(
+            range_row, position, rows_left, keys, window, SPEC
+        )
         seen = (tile >= low) & (tile < high)
         for member in range(tl.where(seen, shared_heads, 0)):
             head = (bias_head * shared_heads + member).to(tl.int64)
             key_head = head // group
             saved = (batch * heads + head) * rows + first_row
-            factor_row = factor_ptr
-            mask_row = mask_ptr
-            minimum_row = minimum_ptr
-            argmin_row = argmin_ptr
-            d_minimum_row = d_minimum_ptr
+            factor_row = 0
+            mask_row = 0
+            minimum_row = 0
+            argmin_row = 0
+            d_minimum_row = 0
             if SPEC.has_key_factor:
-                factor_row += batch * stride_factor[0] + head * stride_factor[1]
+                factor_row = factor_ptr + batch * stride_factor[0] + head * stride_factor[1]
             if SPEC.has_mask:
-                mask_row += batch * stride_mask[0] + head * stride_mask[1]
+                mask_row = mask_ptr + batch * stride_mask[0] + head * stride_mask[1]
                 mask_row += first_row * stride_mask[2]
             if SPEC.mode == "min_shift":
-                minimum_row += saved
-                argmin_row += saved
-                d_minimum_row += saved
+                minimum_row = minimum_ptr + saved
+                argmin_row = argmin_ptr + saved
+                d_minimum_row = d_minimum_ptr + saved
             lse, delta, minimum, argmin, d_minimum = load_row_numbers(
                 (lse_ptr + saved, delta_ptr + saved, minimum_row, argmin_row, d_minimum_row),
                 offs_m, rows_left, SPEC,
             )  # fmt: skip
-            row_numbers = (lse[:, None], delta[:, None], None, None, None)
+            row_numbers = (lse[:, None], delta[:, None], 0, 0, 0)
             if SPEC.mode == "min_shift":
                 row_numbers = (
                     lse[:, None], delta[:, None], minimum[:, None], argmin[:, None],
@@ -142,12 +146,12 @@ def _attention_bwd_bias_kernel(
                 factor_row, bias_ptr + bias_start, padding_row, mask_row,
             )  # fmt: skip
             batch_head = (batch * heads + head).to(tl.int32)
-            _, found, _ = visit_keys(
+            _keys, _factor, d_logits, _scores = visit_keys(
                 tile, queries, d_outs, row_numbers, position, pointers, strides,
                 (rows_left, stop, window), (unit, inner_scale, keep_scale),
                 (seed_ptr, threshold, first_column, batch_head, start_m), SPEC, True,
             )  # fmt: skip
-            total += found[1]
+            total += d_logits
     offs_n = tl.arange(0, SPEC.block_n)
     inside = keys - tile * SPEC.block_n
     if SPEC.wide:

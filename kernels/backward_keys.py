@@ -38,7 +38,6 @@ def _visit(
     units,
     dropout,
     SPEC: tl.constexpr,
-    EDGE: tl.constexpr,
 ):
     """Add a block of query rows of one head to the gradients of a tile of keys.
 
@@ -56,7 +55,7 @@ def _visit(
     offs_m = tl.arange(0, SPEC.block_m)
     offs_n = tl.arange(0, SPEC.block_n)
     columns = (first_column + start_n + offs_n)[:, None]
-    keep = None
+    keep = 0
     if SPEC.has_dropout:
         keep = kept(seed_ptr, (start_m + offs_m)[None, :], columns, batch_head, threshold)
     lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = row_ptrs
@@ -69,7 +68,7 @@ def _visit(
     lse, delta, minimum, argmin, d_minimum = load_row_numbers(
         (lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr), offs_m, rows_left, SPEC
     )
-    row_numbers = (lse[None, :], delta[None, :], None, None, None)
+    row_numbers = (lse[None, :], delta[None, :], 0, 0, 0)
     if SPEC.mode == "min_shift":
         row_numbers = (
             lse[None, :], delta[None, :], minimum[None, :], argmin[None, :], d_minimum[None, :],
@@ -81,18 +80,18 @@ def _visit(
     query_ptr += first * stride_query[0]
     d_out_ptr += first * stride_d_out[0]
     queries = load_rows(
-        query_ptr, offs_m, stride_query, rows_left, SPEC.d0, SPEC.d1, SPEC.head_dim, EDGE
+        query_ptr, offs_m, stride_query, rows_left, SPEC.d0, SPEC.d1, SPEC.head_dim, True
     )
     d_outs = load_rows(
-        d_out_ptr, offs_m, stride_d_out, rows_left, SPEC.v0, SPEC.v1, SPEC.value_dim, EDGE
+        d_out_ptr, offs_m, stride_d_out, rows_left, SPEC.v0, SPEC.v1, SPEC.value_dim, True
     )
     if SPEC.has_mask:
         mask_ptr += first * stride_mask[0]
     visible = tile_visibility(
         mask_ptr, shown, offs_m[None, :], offs_n[:, None], positions, start_n, stride_mask,
-        (rows_left, keys, window), SPEC, EDGE,
+        (rows_left, keys, window), SPEC, True,
     )  # fmt: skip
-    bias = None
+    bias = 0
     if SPEC.has_bias and not SPEC.bias_per_key:
         bias = load_tile(
             bias_ptr + first * stride_bias[0], offs_m[None, :], offs_n[:, None], stride_bias,
@@ -101,7 +100,7 @@ def _visit(
         bias = bias * 1.4426950408889634  # log2(e)
     weights, d_logits, d_factors, d_scores = differentiate_tile(
         queries, d_outs, keys_tile, values_tile, row_numbers, factor, key_bias, bias, visible,
-        keep, columns, units, SPEC, True,
+        keep, columns, units, SPEC, True, True,
     )  # fmt: skip
     weights = weights.to(queries[0].dtype)
     d_value0 = dot(weights, d_outs[0], d_value0)
@@ -178,6 +177,10 @@ def _attention_bwd_dkv_kernel(
     """
     UNUSED: tl.constexpr = 16  # width of an accumulator that is never touched and compiled away
     BLOCK_N: tl.constexpr = SPEC.block_n
+    D0: tl.constexpr = SPEC.d0
+    D1: tl.constexpr = SPEC.d1 if SPEC.d1 > 0 else UNUSED
+    V0: tl.constexpr = SPEC.v0
+    V1: tl.constexpr = SPEC.v1 if SPEC.v1 > 0 else UNUSED
     key_heads = heads // group
     tiles = tl.cdiv(keys, BLOCK_N)
     tile = tl.program_id(0) % tiles  # the first, which most rows see under a causal mask, start
@@ -205,10 +208,10 @@ def _attention_bwd_dkv_kernel(
         value_ptr, wide_n, (stride_value[2], stride_value[3]), inside,
         SPEC.v0, SPEC.v1, SPEC.value_dim, True,
     )  # fmt: skip
-    d_key0 = tl.zeros([BLOCK_N, SPEC.d0], tl.float32)
-    d_key1 = tl.zeros([BLOCK_N, SPEC.d1 if SPEC.d1 > 0 else UNUSED], tl.float32)
-    d_value0 = tl.zeros([BLOCK_N, SPEC.v0], tl.float32)
-    d_value1 = tl.zeros([BLOCK_N, SPEC.v1 if SPEC.v1 > 0 else UNUSED], tl.float32)
+    d_key0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    d_key1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    d_value0 = tl.zeros([BLOCK_N, V0], tl.float32)
+    d_value1 = tl.zeros([BLOCK_N, V1], tl.float32)
     # d_factors are in the unit of scores, or already without one
     natural = 0.6931471805599453  # ln 2
     if SPEC.mode == "log_additive":
@@ -219,34 +222,32 @@ def _attention_bwd_dkv_kernel(
     for row in range(batches):
         batch = (first_batch + row).to(tl.int64)
         d_factor = tl.zeros([BLOCK_N], tl.float32)
-        shown = None
+        shown = 0
         first_key = 0
         stop = keys
-        solid = True
         if SPEC.has_padding:
             first_key = tl.load(range_ptr + batch * 3)
             stop = tl.load(range_ptr + batch * 3 + 1)
-            solid = tl.load(range_ptr + batch * 3 + 2) != 0
             shown_ptr = padding_ptr + batch * stride_padding[0] + first * stride_padding[1]
             shown = tl.load(shown_ptr + wide_n * stride_padding[1], mask=offs_n < inside, other=0)
             shown = (shown != 0)[:, None]
-        low, high, inner_low, inner_high = row_blocks(
-            start_n, first_key, stop, solid, position, rows, window,
+        low, high = row_blocks(
+            start_n, first_key, stop, position, rows, window,
             SPEC.causal, SPEC.has_window, SPEC.block_m, BLOCK_N,
         )  # fmt: skip
         for member in range(group):
             head = key_head * group + member
-            factor_row = factor_ptr
-            bias_row = bias_ptr
-            mask_row = mask_ptr
+            factor_row = 0
+            bias_row = 0
+            mask_row = 0
             if SPEC.has_key_factor:
-                factor_row += batch * stride_factor[0] + head * stride_factor[1]
+                factor_row = factor_ptr + batch * stride_factor[0] + head * stride_factor[1]
                 factor_row += first * stride_factor[2]
             if SPEC.has_bias:
-                bias_row += batch * stride_bias[0] + head * stride_bias[1]
+                bias_row = bias_ptr + batch * stride_bias[0] + head * stride_bias[1]
                 bias_row += first * stride_bias[3]
             if SPEC.has_mask:
-                mask_row += batch * stride_mask[0] + head * stride_mask[1]
+                mask_row = mask_ptr + batch * stride_mask[0] + head * stride_mask[1]
                 mask_row += first * stride_mask[3]
             factor, key_bias = load_key_numbers(
                 factor_row, bias_row, wide_n, (stride_factor[2], stride_bias[3]), inside, SPEC
@@ -256,13 +257,13 @@ def _attention_bwd_dkv_kernel(
             if SPEC.bias_per_key:
                 key_bias = key_bias[:, None]
             saved = (batch * heads + head) * rows
-            minimum_row = minimum_ptr
-            argmin_row = argmin_ptr
-            d_minimum_row = d_minimum_ptr
+            minimum_row = 0
+            argmin_row = 0
+            d_minimum_row = 0
             if SPEC.mode == "min_shift":
-                minimum_row += saved
-                argmin_row += saved
-                d_minimum_row += saved
+                minimum_row = minimum_ptr + saved
+                argmin_row = argmin_ptr + saved
+                d_minimum_row = d_minimum_ptr + saved
             pointers = (
                 query_ptr + batch * stride_query[0] + head * stride_query[1],
                 d_out_ptr + batch * stride_d_out[0] + head * stride_d_out[1],
@@ -280,19 +281,13 @@ def _attention_bwd_dkv_kernel(
             key_numbers = (factor, key_bias, shown)
             dropout = (seed_ptr, threshold, first_column, (batch * heads + head).to(tl.int32))
             d_bias = tl.zeros([BLOCK_N], tl.float32)
-            for block in range(inner_low, inner_high):
+            # one masked loop: a second one for inner blocks costs registers that are not there
+            for index in range(high - low):
+                block = low + index
                 d_key0, d_key1, d_value0, d_value1, d_factor, d_bias = _visit(
                     block, (d_key0, d_key1, d_value0, d_value1, d_factor, d_bias),
                     keys_tile, values_tile, key_numbers, start_n, position, pointers, strides,
-                    limits, units, dropout, SPEC, False,
-                )  # fmt: skip
-            left = inner_low - low  # the edges before the inner blocks, then those behind them
-            for edge in tl.range(0, left + high - inner_high, num_stages=SPEC.edge_stages):
-                block = tl.where(edge < left, low + edge, inner_high + edge - left)
-                d_key0, d_key1, d_value0, d_value1, d_factor, d_bias = _visit(
-                    block, (d_key0, d_key1, d_value0, d_value1, d_factor, d_bias),
-                    keys_tile, values_tile, key_numbers, start_n, position, pointers, strides,
-                    limits, units, dropout, SPEC, True,
+                    limits, units, dropout, SPEC,
                 )  # fmt: skip
             if WANTS_FACTOR and FACTOR_PER_HEAD:
                 place = d_factor_ptr + batch * stride_d_factor[0] + head * stride_d_factor[1]

@@ -37,7 +37,7 @@ def visit_keys(
     SPEC: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """One key tile: its keys, and the tiles of :func:`differentiate_tile`, and the factors.
+    """One key tile: its keys and factors, and the gradients of its logits and scores.
 
     ``position`` is that of the first row, counted like the segment's keys.
     """
@@ -51,7 +51,7 @@ def visit_keys(
     offs_m = tl.arange(0, SPEC.block_m)
     offs_n = tl.arange(0, SPEC.block_n)
     columns = (first_column + start_n + offs_n)[None, :]
-    keep = None
+    keep = 0
     if SPEC.has_dropout:
         keep = kept(seed_ptr, (start_m + offs_m)[:, None], columns, batch_head, threshold)
     positions = (position + offs_m)[:, None]
@@ -66,7 +66,7 @@ def visit_keys(
     values_tile = load_rows(
         value_ptr, offs_n, stride_value, inside, SPEC.v0, SPEC.v1, SPEC.value_dim, EDGE
     )
-    shown = None
+    shown = 0
     if SPEC.has_padding and EDGE:
         padding_ptr += first * stride_padding
         shown = tl.load(padding_ptr + offs_n * stride_padding, mask=offs_n < inside, other=0) != 0
@@ -88,17 +88,17 @@ def visit_keys(
         factor = factor[None, :]
     if SPEC.bias_per_key:
         key_bias = key_bias[None, :]
-    bias = None
+    bias = 0
     if SPEC.has_bias and not SPEC.bias_per_key:
         bias = load_tile(
             bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias, rows_left, inside
         ).to(tl.float32)
         bias = bias * 1.4426950408889634  # log2(e)
-    tiles = differentiate_tile(
+    _, d_logits, _, d_scores = differentiate_tile(
         queries, d_outs, keys_tile, values_tile, row_numbers, factor, key_bias, bias, visible,
-        keep, columns, units, SPEC, False,
+        keep, columns, units, SPEC, EDGE, False,
     )  # fmt: skip
-    return keys_tile, tiles, factor
+    return keys_tile, factor, d_logits, d_scores
 
 
 @triton.jit(do_not_specialize=["query_offset", "rows", "keys", "heads", "group", "window"])
@@ -187,7 +187,8 @@ def _attention_bwd_rows_kernel(
         tl.store(delta_ptr + saved + offs_m, delta, mask=inside)
 
     if SPEC.mode == "min_shift":
-        d_minimum = tl.zeros([SPEC.block_m], tl.float32)
+        BLOCK_M: tl.constexpr = SPEC.block_m
+        d_minimum = tl.zeros([BLOCK_M], tl.float32)
         if CONTINUES:
             d_minimum += tl.load(d_minimum_ptr + saved + offs_m, mask=inside, other=0.0)
         if SPEC.has_key_factor:
@@ -236,12 +237,12 @@ def _attention_bwd_rows_kernel(
             start = tl.load(before_ptr + low)
             for index in tl.range(start, tl.load(before_ptr + high), num_stages=1):
                 tile = tl.load(flagged_ptr + index)
-                _, found, factor = visit_keys(
+                _keys, factor, d_logits, _scores = visit_keys(
                     tile, queries, d_outs, row_numbers, position, pointers, strides,
                     (rows_left, keys, window), (unit, inner_scale, keep_scale),
                     (seed_ptr, threshold, first_column, batch_head, start_m), SPEC, True,
                 )  # fmt: skip
-                d_minimum += tl.sum((1.0 - factor) * found[1], 1)
+                d_minimum += tl.sum((1.0 - factor) * d_logits, 1)
         tl.store(d_minimum_ptr + saved + offs_m, d_minimum, mask=inside)
 
 
@@ -322,7 +323,7 @@ def _attention_bwd_dq_kernel(
         (lse_ptr + saved, delta_ptr + saved, minimum_ptr, argmin_ptr, d_minimum_ptr),
         offs_m, rows_left, SPEC,
     )  # fmt: skip
-    row_numbers = (lse[:, None], delta[:, None], None, None, None)
+    row_numbers = (lse[:, None], delta[:, None], 0, 0, 0)
     if SPEC.mode == "min_shift":
         row_numbers = (
             lse[:, None], delta[:, None], minimum[:, None], argmin[:, None], d_minimum[:, None],
@@ -355,25 +356,28 @@ def _attention_bwd_dq_kernel(
     dropout = (seed_ptr, threshold, first_column, (batch * heads + head).to(tl.int32), start_m)
 
     UNUSED: tl.constexpr = 16  # width of an accumulator that is never touched and compiled away
-    acc0 = tl.zeros([SPEC.block_m, SPEC.d0], tl.float32)
-    acc1 = tl.zeros([SPEC.block_m, SPEC.d1 if SPEC.d1 > 0 else UNUSED], tl.float32)
+    BLOCK_M: tl.constexpr = SPEC.block_m
+    D0: tl.constexpr = SPEC.d0
+    D1: tl.constexpr = SPEC.d1 if SPEC.d1 > 0 else UNUSED
+    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     for tile in range(inner_low, inner_high):
-        keys_tile, found, _ = visit_keys(
+        keys_tile, _factor, _logits, d_scores = visit_keys(
             tile, queries, d_outs, row_numbers, position, pointers, strides, limits, units, dropout,
             SPEC, False,
         )  # fmt: skip
-        d_scores = found[3].to(queries[0].dtype)
+        d_scores = d_scores.to(queries[0].dtype)
         acc0 = dot(d_scores, keys_tile[0], acc0)
         if SPEC.d1 > 0:
             acc1 = dot(d_scores, keys_tile[1], acc1)
     left = inner_low - low  # the edge tiles on the left, then those on the right
     for edge in tl.range(0, left + high - inner_high, num_stages=SPEC.edge_stages):
         tile = tl.where(edge < left, low + edge, inner_high + edge - left)
-        keys_tile, found, _ = visit_keys(
+        keys_tile, _factor, _logits, d_scores = visit_keys(
             tile, queries, d_outs, row_numbers, position, pointers, strides, limits, units, dropout,
             SPEC, True,
         )  # fmt: skip
-        d_scores = found[3].to(queries[0].dtype)
+        d_scores = d_scores.to(queries[0].dtype)
         acc0 = dot(d_scores, keys_tile[0], acc0)
         if SPEC.d1 > 0:
             acc1 = dot(d_scores, keys_tile[1], acc1)

@@ -62,7 +62,10 @@ def load_lse(lse_ptr, offs_m, rows_left):
 
 @triton.jit
 def load_row_numbers(pointers, offs_m, rows_left, SPEC: tl.constexpr):
-    """``[M]`` each: log-sum-exp, δ, and for ``min_shift`` the minimum, its column, d_minimum."""
+    """``[M]`` each: log-sum-exp, δ, and for ``min_shift`` the minimum, its column, d_minimum.
+
+    What a variant has no use for is 0, here and below: a tuple cannot hold None.
+    """
     lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
     inside = offs_m < rows_left
     lse = load_lse(lse_ptr, offs_m, rows_left)
@@ -73,14 +76,14 @@ def load_row_numbers(pointers, offs_m, rows_left, SPEC: tl.constexpr):
         d_minimum = tl.load(d_minimum_ptr + offs_m, mask=inside, other=0.0)
         return lse, delta, minimum, argmin, d_minimum
     else:
-        return lse, delta, None, None, None
+        return lse, delta, 0, 0, 0
 
 
 @triton.jit
 def load_key_numbers(factor_ptr, bias_ptr, offs_n, strides, inside, SPEC: tl.constexpr):
-    """``[N]`` each: factor, and the bias that is the same for every row in base 2; or None."""
-    factor = None
-    key_bias = None
+    """``[N]`` each: factor, and the bias that is the same for every row, in base 2."""
+    factor = 0
+    key_bias = 0
     if SPEC.has_key_factor:
         factor = tl.load(factor_ptr + offs_n * strides[0], mask=offs_n < inside, other=1.0)
     if SPEC.bias_per_key:
@@ -118,7 +121,7 @@ def tile_visibility(
         limits: rows from ``offs_m`` = 0 on, keys of the segment, window.
     """
     rows_left, keys, window = limits
-    visible = None
+    visible = 0
     if EDGE:
         visible = in_band(
             positions, start_n + offs_n, keys, window, SPEC.causal, SPEC.has_window
@@ -149,6 +152,7 @@ def differentiate_tile(
     columns,
     units,
     SPEC: tl.constexpr,
+    EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Recompute a tile's weights and differentiate the loss by its logits, factors and scores.
@@ -157,8 +161,8 @@ def differentiate_tile(
         queries, d_outs: ``[M, d]`` parts of the rows and of the output's gradient.
         keys, values: ``[N, d]`` parts.
         row_numbers: of :func:`load_row_numbers`, per row.
-        factor, key_bias: per key, or None.
-        bias, visible, keep: tiles or None: bias in base 2, what is seen, what dropout keeps.
+        factor, key_bias: per key.
+        bias, visible, keep: tiles: bias in base 2, what is seen, what dropout keeps.
         columns: of the keys, counted like the row's argmin.
         units: base-2 logits per raw score, of q·k inside the softcap's tanh, 1 / (1 - dropout).
     Returns: four tiles: the weights that met the values; the gradients of the logits, of the
@@ -193,9 +197,9 @@ def differentiate_tile(
     WEIGHTED: tl.constexpr = SPEC.has_key_factor and SPEC.mode == "log_additive"
     logits = scores
     if SPEC.has_key_factor and not WEIGHTED:
-        logits = manipulate(scores, factor, key_bias, minimum, SPEC.mode, "every")
-    elif SPEC.bias_per_key:
-        logits = scores + key_bias
+        logits = manipulate(scores, factor, None, minimum, SPEC.mode, "every")
+    if SPEC.bias_per_key:
+        logits += key_bias
     if SPEC.has_bias and not SPEC.bias_per_key:
         logits += bias
     if SPEC.scaled:
@@ -205,7 +209,7 @@ def differentiate_tile(
     if WEIGHTED:  # a key of factor 0 is not part of the log-sum-exp and may lie far above it
         logits = tl.minimum(logits, 115.0)
     weights = tl.exp2(logits)
-    if SPEC.has_mask or visible is not None:
+    if SPEC.has_mask or EDGE:
         weights = tl.where(visible, weights, 0.0)
 
     if SPEC.has_dropout:

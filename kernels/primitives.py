@@ -64,7 +64,6 @@ def row_blocks(
     start_n,
     first_key,
     keys,
-    solid,
     position,
     rows,
     window,
@@ -73,33 +72,23 @@ def row_blocks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Seen from a tile of keys: the range of row blocks that see some of it, and of the inner ones.
+    """The range of row blocks that see some key of a tile: :func:`key_tiles` from the other side.
 
-    The counterpart of :func:`key_tiles`: rows of an inner block all exist and see every key of the
-    tile. ``position`` is that of row 0; ``solid`` says that ``[first_key, keys)`` has no holes.
+    ``position`` is that of row 0; keys are visible in ``[first_key, keys)`` only.
     """
     low_key = tl.maximum(start_n, first_key)
     high_key = tl.minimum(start_n + BLOCK_N, keys)
     low_row = 0
     high_row = rows
-    inner_low_row = 0
-    inner_high_row = rows
     if CAUSAL:
         low_row = tl.maximum(low_row, low_key - position)
-        inner_low_row = tl.maximum(inner_low_row, high_key - 1 - position)
     if HAS_WINDOW:
         high_row = tl.minimum(high_row, high_key - 1 + window - position)
-        inner_high_row = tl.minimum(inner_high_row, low_key + window - position)
         if not CAUSAL:
             low_row = tl.maximum(low_row, low_key - window + 1 - position)
-            inner_low_row = tl.maximum(inner_low_row, high_key - window - position)
     high_row = tl.where(low_key < high_key, high_row, 0)
     low = tl.minimum(low_row, rows) // BLOCK_M
-    high = tl.maximum(low, tl.cdiv(tl.maximum(high_row, 0), BLOCK_M))
-    whole = solid & (start_n >= first_key) & (start_n + BLOCK_N <= keys)
-    inner_low = tl.minimum(tl.maximum(tl.cdiv(inner_low_row, BLOCK_M), low), high)
-    inner_high = tl.minimum(tl.maximum(inner_high_row, 0) // BLOCK_M, high)
-    return low, high, inner_low, tl.where(whole, tl.maximum(inner_low, inner_high), inner_low)
+    return low, tl.maximum(low, tl.cdiv(tl.maximum(high_row, 0), BLOCK_M))
 
 
 @triton.jit
