@@ -324,6 +324,7 @@ def test_gpu_sets_run_in_toy_sizes(
     gpu.main([name, "--tiny", "--out", str(tmp_path)])
     providers = [row["provider"] for row in read(tmp_path)]
     expected = {
+        "kernels": ["torch.mm", "atman (triton)", "k·m + SDPA MATH", "FlexAttention"],
         "explain": ["exact", "direct", "eager loop, full logits (3 of 24 units, scaled)"],
         "long": ["atman (auto)", "direct, 2 chunks in a batch, prefix copied"],
     }
