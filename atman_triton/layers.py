@@ -83,15 +83,10 @@ def attention_forward(
     """Attention as transformers' interface wants it: ``[B, Hq|Hk, T, D]`` to ``[B, Tq, Hq, D]``.
 
     Raises:
-        ValueError: for dropout, attention weights, a paged cache, and a mask that does not say
-            which keys are visible.
+        ValueError: for attention weights, a paged cache, and a mask that does not say which keys
+            are visible.
     """
     _watch()
-    if dropout:
-        raise ValueError(
-            f"attention dropout is not supported by 'atman', got {dropout}; call model.eval() or "
-            "set the config's attention_dropout (attn_pdrop) to 0."
-        )
     if kwargs.get("output_attentions"):
         adapters.refuse_weights()
     if kwargs.get("cache") is not None:
@@ -138,6 +133,7 @@ def attention_forward(
         "scale": scaling,
         "softcap": softcap,
         "sinks": s_aux,
+        "dropout": dropout,
         "backend": backend,
     }
     if store is None or store.tree is None:

@@ -9,6 +9,7 @@ import torch
 from families import FAMILIES, LAYERS, VOCAB
 from torch import Tensor
 
+from atman_triton import layers
 from atman_triton.integration import UnsupportedModelError, manipulate
 
 OWN_CODE = [name for name, family in FAMILIES.items() if family.own_code]
@@ -61,14 +62,27 @@ def test_attention_weights_are_refused(name: str) -> None:
         model(_ids(), output_attentions=True)
 
 
-@pytest.mark.parametrize("name", ["gptj", "gpt_neo", "bloom", "falcon-alibi"])
-def test_dropout_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_dropout_is_that_of_the_own_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon without ALiBi has none in training either."""
     model = FAMILIES[name].build().train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    with pytest.raises(ValueError, match="dropout is not supported"), manipulate(model, _factor()):
+    seen: list[float] = []
+    plain_op = layers.attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["dropout"])
+        return plain_op(*args, **kwargs)
+
+    monkeypatch.setattr(layers, "attention", spy)
+    drops = name not in ("falcon-multi-query", "falcon-new")
+    with manipulate(model, _factor()):
         model(_ids())
+        assert seen == [0.1 if drops else 0.0] * LAYERS
+        model.eval()(_ids())
+    assert seen[LAYERS:] == [0.0] * LAYERS
 
 
 @pytest.mark.parametrize("name", ["gptj", "falcon-new"])
