@@ -10,7 +10,8 @@ Only documents that the model answers correctly count::
     python -m bench.budget --share 1/2           # and the other half
 
 Each document is noted as soon as it is done, in ``--parts``; a run that was interrupted goes on
-where it stopped, and one with more methods or documents measures what is missing. The share that
+where it stopped, and one with more methods or documents measures what is missing. Documents that
+another version of the code, the model or the libraries measured are refused. The share that
 ends last writes the rows to ``bench/results/budget.csv`` and draws ``bench/results/budget.png``.
 
 Legend: U units.
@@ -58,8 +59,9 @@ LEVELS: dict[str, tuple[float | int | None, ...]] = {
     "score_gradient": (None,),
 }
 PARTS = ROOT / ".benchmarks" / "budget"
-# What must agree between runs whose documents stand in one table.
-_SAME = ("weights", "torch", "transformers")
+_MEASURE = (ROOT / "bench" / "budget.py", ROOT / "bench" / "removal.py")
+# What must agree between runs whose documents stand in one table: a method may change any day.
+_SAME = ("weights", "code", "torch", "transformers")
 
 
 def settings_of(methods: Iterable[str]) -> list[Setting]:
@@ -187,13 +189,21 @@ def digest(case: Case) -> str:
     return hashlib.sha256(json.dumps(dataclasses.astuple(case)).encode()).hexdigest()[:16]
 
 
+def _sources(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.py"))
+
+
 def described(model: Any) -> dict[str, str]:
     """With what is measured."""
     weights = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         weights.update(name.encode() + weight.float().numpy().tobytes())
+    code = hashlib.sha256()
+    for path in [*_sources(ROOT / "atman_triton"), *_sources(ROOT / "kernels"), *_MEASURE]:
+        code.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return {
         "weights": weights.hexdigest()[:16],
+        "code": code.hexdigest()[:16],
         "torch": version_of("torch"),
         "transformers": version_of("transformers"),
         "device": device_name(torch.device("cpu")),

@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("pandas")
 
 from atman_triton.demo import load_demo_model
+from atman_triton.methods import METHODS
 from bench import budget, removal
 from bench.budget_results import (
     LEAVE_ONE_OUT,
@@ -29,6 +30,7 @@ from bench.budget_results import (
 EXACT, DIRECT = Setting("exact", None, "min_shift"), Setting("direct", None, "min_shift")
 RUN = {
     "weights": "w",
+    "code": "c",
     "torch": "t",
     "transformers": "x",
     "device": "d",
@@ -134,13 +136,13 @@ def test_a_run_in_parts_is_a_run_in_one(tmp_path, capsys):
     assert float(rows[0]["difference"]) == 0 and math.isfinite(float(rows[3]["difference"]))
 
 
-@pytest.mark.parametrize("other", ["weights", "case"])
+@pytest.mark.parametrize("other", ["weights", "code", "case"])
 def test_parts_of_another_run_are_refused(tmp_path, capsys, other):
     model, tokenizer = load_demo_model()
     cases = removal.answered_cases(model, tokenizer, 2)
     run = budget.described(model)
-    if other == "weights":
-        run["weights"] = "others"
+    if other in run:
+        run[other] = "others"
     case = dataclasses.replace(cases[1], answer="?") if other == "case" else cases[1]
     budget.Journal(tmp_path, "a.jsonl", run).add(1, case, document(direct=1.0))
     arguments = ["--documents", "2", "--methods", "direct", "--parts", str(tmp_path)]
@@ -154,8 +156,34 @@ def test_levels_reach_the_explainer():
     (case,) = removal.answered_cases(model, tokenizer, 1)
     found = budget.explain(model, tokenizer, case, Setting("hybrid", 0.3, "log_additive"))
     assert (found.provenance["budget"], found.provenance["mode"]) == (0.3, "log_additive")
-    units = len(found.units)
-    assert found.provenance["exact_runs"] == math.floor(0.3 * units)
+    assert found.provenance["exact_runs"] == math.floor(0.3 * len(found.units))
+    found = budget.explain(model, tokenizer, case, Setting("path", 3, "multiplicative"))
+    assert (found.provenance["steps"], found.provenance["mode"]) == (3, "multiplicative")
+
+
+def test_every_method_is_measured():
+    assert set(budget.LEVELS) == set(METHODS) - {"hierarchical"}  # whose units are pieces
+    model, tokenizer = load_demo_model()
+    (case,) = removal.answered_cases(model, tokenizer, 1)
+    settings = [
+        Setting(method, levels[0], mode)
+        for method, levels in budget.LEVELS.items()
+        for mode in budget.MODES
+    ]
+    found = budget.examine(model, tokenizer, case, [*settings, RANDOM], 0).found
+    assert list(found) == [setting.name for setting in [*settings, RANDOM]]
+    random = found.pop("random")
+    assert random.forwards == 0 and math.isfinite(random.gap)
+    for setting in settings:
+        explained = budget.explain(model, tokenizer, case, setting)
+        each = found[setting.name]
+        assert each.forwards == explained.provenance["forwards"] > 1
+        tried = removal.Removal(model, tokenizer, case, explained, 0)
+        scores = explained.relevance.tolist()
+        (gap,) = tried.gaps({"alone": scores}).values()
+        assert each.gap == pytest.approx(gap, abs=1e-4)
+        own, theirs = tried.of_prompt(scores), tried.of_prompt(tried.leave_one_out())
+        assert each.rank_correlation == pytest.approx(removal.rank_correlation(own, theirs))
 
 
 @pytest.mark.parametrize("share", ["2/2", "1", "a/b", "-1/2"])
