@@ -1,0 +1,592 @@
+"""Scores from gradients: the line integral, what it sums to, what it costs, what it leaves behind.
+
+Legend: U units, M scored tokens, S input columns.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from families import FAMILIES, eager_logprobs
+from test_capabilities import STATEFUL, sharp
+from toy_images import MODELS as IMAGE_MODELS
+from toy_models import MODELS, in_float64, llama, plain_logits
+from toy_tokenizers import byte_level
+
+from atman_triton import Explainer, gradients, line
+from atman_triton.engine import Engine, Settings, Unit, undisturbed
+from atman_triton.integration import manipulate
+from atman_triton.stacks import UnsupportedModelError
+
+PROMPT = [3, 141, 59, 26, 53, 58, 97, 93, 23, 84]
+TARGET = [84, 62, 64]
+SEVERAL = [TARGET, [7], [30, 11]]
+UNITS = [Unit((token,)) for token in range(len(PROMPT))] + [Unit((10,), 0), Unit((11,), 0)]
+MODES = ["min_shift", "multiplicative", "log_additive"]
+STEPS = 40  # equal parts
+TOKENIZER = byte_level()
+DOCUMENT = "The pay per hour is 23 euros. The notice period is four weeks.\n\nHello world. Is it?"
+
+
+def started(model, targets=(TARGET,), inputs=None, **changes):
+    inputs = inputs or {"input_ids": torch.tensor([PROMPT])}
+    settings = Settings(**{"factor": 0.1, "mode": "min_shift", "gradients": True} | changes)
+    with undisturbed(model):
+        return Engine(model, inputs, targets, settings)
+
+
+def attributed(model, units=UNITS, steps=STEPS, targets=(TARGET,), inputs=None, **changes):
+    engine = started(model, targets, inputs, **changes)
+    with undisturbed(model):
+        return engine, engine.attribute(units, steps)
+
+
+def explained(method="path", model=None, prompt=DOCUMENT, target="23 euros", **changes):
+    arguments = {
+        name: changes.pop(name)
+        for name in ("explain_only", "granularity", "targets", "reduction")
+        if name in changes
+    }
+    model = llama(max_position_embeddings=512).double() if model is None else model
+    explainer = Explainer(model, TOKENIZER, method=method, progress=False, **changes)
+    return explainer.explain(prompt, target, **arguments)
+
+
+# --- an independent line integral ---------------------------------------------------------------
+
+
+def plain_losses(model, columns, mode, **chosen):
+    """``[M]``: the eager oracle's losses, a factor per column."""
+    matrix = columns.expand(len(columns), -1)
+    logits = plain_logits(model, PROMPT + TARGET[:-1], matrix, mode, **chosen)
+    return -logits[-len(TARGET) :].log_softmax(-1)[range(len(TARGET)), TARGET]
+
+
+def line_integral(model, moving, units, mode, steps, width, factor=0.1, **chosen):
+    """``[M, U]`` by full forwards and finite differences, at the middles of equal parts."""
+    size = len(PROMPT) + len(TARGET) - 1
+    scores = torch.zeros(len(TARGET), len(units), dtype=torch.float64)
+    for step in range(steps):
+        at = torch.ones(size, dtype=torch.float64)
+        at[moving] = 1 + (step + 0.5) / steps * (factor - 1)
+        for place, unit in enumerate(units):
+            above, below = at.clone(), at.clone()
+            above[unit] += width
+            below[unit] -= width
+            rise = plain_losses(model, above, mode, **chosen) - plain_losses(
+                model, below, mode, **chosen
+            )
+            scores[:, place] += rise / (2 * width) * (factor - 1) / steps
+    return scores
+
+
+@pytest.mark.parametrize(
+    "chosen", [{}, {"layers": (1,), "heads": (0, 3)}], ids=["everywhere", "layers and heads"]
+)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_a_line_integral_by_finite_differences(name, mode, chosen):
+    """Grouped heads, learned positions, a window of 5 with soft caps."""
+    model = in_float64(name)
+    units = [[0], [2, 3], [8], [10]]
+    everything = sorted(column for unit in units for column in unit)
+    # The norms of the others round to float32, which a narrow difference would blow up.
+    width, allowed = (1e-5, 2e-6) if name == "gpt2" else (2e-3, 3e-4)
+    expected = line_integral(model, everything, units, mode, STEPS, width, **chosen)
+    own = [Unit(tuple(unit), 0 if unit == [10] else None) for unit in units]
+    _, found = attributed(model, own, mode=mode, **chosen)
+    late = torch.tensor([[unit[-1] >= len(PROMPT) + row for row in range(3)] for unit in units])
+    assert torch.equal(found.scores.isnan(), late)
+    known = ~late
+    error = (found.scores.double() - expected.T)[known].abs().max()
+    assert error < allowed * max(1.0, float(expected.abs().max()))
+    assert expected.abs().max() > 100 * allowed
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_completeness_converges_with_the_steps(name, mode):
+    """The midpoint rule's error falls with the square; one token of the prompt stays as it is.
+
+    In mode ``min_shift`` the place of a row's minimum may change, so that the slope jumps.
+    """
+    units = UNITS[1:]
+    errors = []
+    for steps in (32, 64, 128):
+        engine, found = attributed(in_float64(name), units, steps, mode=mode)
+        rise = (engine.base_logprobs - found.together).double()
+        at = torch.ones(12, dtype=torch.float64)
+        at[1:] = 0.1
+        plain = plain_losses(in_float64(name), at, mode)
+        torch.testing.assert_close(-found.together.double(), plain, rtol=1e-6, atol=1e-6)
+        errors.append(float((found.scores.double().nansum(0) - rise).abs().sum()))
+    assert errors[0] < 0.05 * float(rise.abs().sum())
+    if mode == "min_shift":
+        assert errors[2] < 0.005 * float(rise.abs().sum())
+    else:
+        assert errors[1] < errors[0] / 2.5 and errors[2] < max(errors[1] / 2.5, 2e-6)
+
+
+def test_the_one_step_gradient_is_the_first_order_estimate():
+    model, width = in_float64("gpt2"), 1e-5
+    _, found = attributed(model, UNITS, None)
+    for unit in (0, 4, 9, 10):
+        at = torch.ones(12, dtype=torch.float64)
+        at[unit] = 1 - width
+        rise = plain_losses(model, at, "min_shift") - plain_losses(
+            model, torch.ones(12, dtype=torch.float64), "min_shift"
+        )
+        rows = slice(max(0, unit - len(PROMPT) + 1), None)
+        expected = (rise * 0.9 / width)[rows].float()
+        torch.testing.assert_close(found.scores[unit, rows], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_log_additive_of_all_tokens_alike_sums_to_nothing():
+    """A constant on every score is none after the softmax, down to a factor of 0."""
+    for factor in (0.1, 0.0):
+        engine, found = attributed(in_float64("llama"), UNITS, mode="log_additive", factor=factor)
+        assert (engine.base_logprobs - found.together).abs().max() < 1e-5 or factor == 0.0
+        assert found.scores.nansum(0).abs().max() < 1e-4
+        assert found.scores.nan_to_num().abs().max() > 0.1
+
+
+# --- many models --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_every_family_are_those_of_its_own_eager_code(name, mode):
+    family = FAMILIES[name]
+    model = family.build()
+    prompt, target = [52, 98, 56, 86, 13, 8, 41, 3, 79, 27], [5, 66, 30]
+    inputs = {"input_ids": torch.tensor([prompt])}
+    columns = [[0], [6], [8, 9], [10]]
+    width = 3e-3 if family.own_code else 1e-3
+
+    def losses(factor):
+        return -eager_logprobs(family, model, inputs, target, columns, factor, mode).double()
+
+    slope = (losses(1 + width) - losses(1 - width)) / (2 * width)  # [U, M]
+    units = [Unit(tuple(own), 0 if own == [10] else None) for own in columns]
+    _, found = attributed(model, units, None, [target], inputs, mode=mode)
+    known = ~found.scores.isnan()
+    assert known.sum() == 11
+    error = (found.scores.double() + 0.9 * slope)[known].abs().max()
+    assert error < 0.01 * slope[known].abs().max()
+    everything = [sorted(column for own in columns for column in own)]
+    together = eager_logprobs(family, model, inputs, target, everything, 0.1, mode)[0]
+    torch.testing.assert_close(found.together.double(), together.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_models_with_a_state_can_be_differentiated(name):
+    model = sharp(STATEFUL[name][0])
+    prompt, targets = [3, 41, 59, 26, 53, 58, 97, 93, 23, 84], [[84, 62, 64], [30, 11]]
+    inputs = {"input_ids": torch.tensor([prompt])}
+    units = [Unit((token,)) for token in range(10)]
+    engine, found = attributed(model, units, 96, targets, inputs)
+    rise = (engine.base_logprobs - found.together).double()
+    off = (found.scores.double().nansum(0) - rise).abs()
+    assert off.sum() < 0.02 * rise.abs().sum()
+    assert rise.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_images_are_replayed_with_gradients(name):
+    model, inputs = IMAGE_MODELS[name]()
+    targets = [(7, 9, 12, 14), (33,)]
+    units = [Unit((token,)) for token in range(inputs["input_ids"].shape[1])]
+    engine, found = attributed(model, units, 64, targets, inputs)
+    rise = (engine.base_logprobs - found.together).double()
+    off = (found.scores.double().nansum(0) - rise).abs()
+    assert off.sum() < 0.02 * rise.abs().sum()
+    with undisturbed(model):
+        plain = started(model, targets, inputs, gradients=False)
+        one = plain.perturb([Unit(tuple(range(len(units))))])[0]
+    torch.testing.assert_close(found.together, one, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_nothing():
+    model = in_float64("gemma2")
+    _, plain = attributed(model)
+    inputs = {
+        "input_ids": torch.tensor([[7, 8, *PROMPT]]),
+        "attention_mask": torch.tensor([[0, 0, *[1] * len(PROMPT)]]),
+        "position_ids": torch.tensor([[0, 0, *range(len(PROMPT))]]),
+    }
+    moved = [Unit(tuple(p + 2 for p in unit.positions), unit.branch) for unit in UNITS]
+    _, padded = attributed(model, moved, inputs=inputs)
+    torch.testing.assert_close(padded.scores, plain.scores, rtol=1e-5, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(padded.together, plain.together)
+
+
+# --- many targets, some units -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [8, None])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_target_gets_what_it_gets_alone(name, steps):
+    method = "score_gradient" if steps is None else "path"
+    model = in_float64(name)
+    several = explained(method, model, "The pay is 23. Is it?", None, targets=["23 euros", "Y"])
+    for k, answer in enumerate(["23 euros", "Y"]):
+        alone = explained(method, model, "The pay is 23. Is it?", answer)
+        branch = several.branch(k)
+        assert branch.units == alone.units
+        # Places are chosen for each token, but looked at for all of a pass.
+        tolerance = 0.05 * float(alone.scores.nan_to_num().abs().max()) if steps else 1e-5
+        torch.testing.assert_close(
+            branch.scores, alone.scores, rtol=0, atol=tolerance, equal_nan=True
+        )
+        torch.testing.assert_close(branch.together_logprobs, alone.together_logprobs)
+        assert branch.completeness.targets == 1
+        torch.testing.assert_close(branch.completeness.errors[0], several.completeness.errors[k])
+
+
+def test_of_equal_parts_every_target_gets_exactly_what_it_gets_alone():
+    _, several = attributed(in_float64("llama"), UNITS, 33, SEVERAL)
+    _, alone = attributed(in_float64("llama"), UNITS, 33)
+    torch.testing.assert_close(
+        several.scores[:, :3], alone.scores, rtol=1e-5, atol=1e-6, equal_nan=True
+    )
+    assert several.scores[-2:, 3:].isnan().all()
+
+
+def test_only_the_units_asked_for_move():
+    model = in_float64("llama")
+    some = explained(model=model, prompt="The pay is 23.", explain_only=[1, 3], steps=STEPS)
+    assert len(some.units) == 2
+    exact = explained("exact", model, "The pay is 23.", explain_only=[1, 3])
+    assert torch.equal(some.scores.isnan(), exact.scores.isnan())
+    assert some.completeness.error < 0.02
+    everything = explained(model=model, prompt="The pay is 23.", steps=STEPS)
+    assert (everything.scores[:, [1, 3]] - some.scores).abs().max() > 1e-2  # other lines
+
+
+@pytest.mark.parametrize("granularity", ["sentence", "paragraph"])
+def test_a_unit_that_a_target_token_stands_in_does_not_move_for_it(granularity):
+    """Else the scores of those tokens could not sum to anything that was measured."""
+    targets = ["23 euros. It is four. Is it", "weeks"]
+    e = explained(target=None, targets=targets, granularity=granularity, steps=64)
+    exact = explained("exact", target=None, targets=targets, granularity=granularity)
+    assert torch.equal(e.scores.isnan(), exact.scores.isnan())
+    assert e.completeness.error < 0.02
+    columns = [[u for u in range(len(e.units)) if not row[u].isnan()] for row in e.scores]
+    assert len({tuple(own) for own in columns}) >= 2
+    # Independent of which tokens share a line: each against its own units suppressed at once.
+    model = llama(max_position_embeddings=512).double()
+    words = TOKENIZER(DOCUMENT).input_ids
+    for row, target in enumerate(e.targets):
+        answer = [each.token_id for each in e.targets if each.branch == target.branch]
+        factor = torch.ones(1, len(words) + len(answer))
+        factor[0, [t for u in columns[row] for t in e.units[u].tokens]] = 0.1
+        with torch.no_grad(), manipulate(model, factor, "min_shift"):
+            logits = model(torch.tensor([words + answer]), use_cache=False).logits[0]
+        logprob = logits[target.token - 1].log_softmax(-1)[target.token_id]
+        assert float(e.together_logprobs[row]) == pytest.approx(float(logprob), abs=1e-5)
+
+
+def test_groups_are_few():
+    measured = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]).bool()
+    begun = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1]]).bool()
+    found = gradients.groups(measured, begun)
+    assert [(group.rows, group.moving, group.still) for group in found] == [
+        ([0, 1], {0}, {1}),
+        ([2, 3], {0, 1, 2}, set()),
+    ]
+    assert gradients.groups(torch.zeros(2, 3).bool(), begun[:2, :3]) == []
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8, 32])
+def test_the_cost_does_not_depend_on_the_number_of_units(steps):
+    costs = []
+    for only in (None, [0], [3, 4, 5]):
+        e = explained(explain_only=only, steps=steps)
+        costs.append(e.provenance["forwards"])
+        assert e.provenance["backward_runs"] == steps * len(e.targets)
+    words = len(TOKENIZER(DOCUMENT).input_ids)
+    rows = len(e.targets)
+    passes = 2 + line.looks(steps) + steps * rows * (1 + 2 + 1)  # forward, backward, run again
+    assert costs == 3 * [pytest.approx(passes * (words + rows - 1) / words)]
+
+
+def test_the_bar_counts_what_is_run(monkeypatch):
+    from atman_triton.progress import TokenProgress
+
+    told, done = [], []
+    monkeypatch.setattr(TokenProgress, "expect", lambda self, tokens: told.append(tokens))
+    monkeypatch.setattr(TokenProgress, "advance", lambda self, tokens: done.append(tokens))
+    e = explained(target=None, targets=["23 euros", "weeks"], steps=4)
+    words = len(TOKENIZER(DOCUMENT).input_ids)
+    assert sum(told) == sum(done) == round(e.provenance["forwards"] * words)
+
+
+def crowded(most):
+    """A model that has memory for a few rows only."""
+    model = llama()
+
+    def hook(module, args, kwargs):
+        if kwargs["input_ids"].shape[0] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_batches_are_halved_when_memory_runs_out(most):
+    engine, found = attributed(crowded(most), steps=8)
+    plain, expected = attributed(llama(), steps=8)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert max(engine.record.batch_sizes) == most
+    assert max(plain.record.batch_sizes) > 8
+    assert engine.record.tokens == plain.record.tokens
+
+
+def test_memory_that_cannot_be_had_is_said():
+    with pytest.raises(torch.OutOfMemoryError, match="batch_size 4 with 12 tokens each does not"):
+        attributed(crowded(3), steps=8, batch_size=4)
+    with pytest.raises(torch.OutOfMemoryError, match="not even one row of 12 tokens fits"):
+        attributed(crowded(0), steps=8)
+
+
+def test_a_batch_size_is_kept():
+    engine, found = attributed(llama(), steps=8, batch_size=3)
+    assert max(engine.record.batch_sizes) == 3
+    _, expected = attributed(llama(), steps=8)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def test_only_the_inputs_of_layers_are_kept(monkeypatch):
+    """Bytes that autograd saves at the top, with and without checkpoints."""
+
+    def saved():
+        kept = {}
+
+        def pack(tensor):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        slopes = gradients._slopes
+
+        def watched(runner, points):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                forward = runner.logprobs_of
+
+                def only_forward(*arguments):
+                    found = forward(*arguments)
+                    total.append(sum(kept.values()))
+                    return found
+
+                monkeypatch.setattr(runner, "logprobs_of", only_forward)
+                return slopes(runner, points)
+
+        total = []
+        monkeypatch.setattr(gradients, "_slopes", watched)
+        engine, _ = attributed(llama(num_hidden_layers=6), steps=1)
+        monkeypatch.setattr(gradients, "_slopes", slopes)
+        return total[0], engine.record.activations
+
+    held, text = saved()
+    assert text is not None and "only the inputs of 6 decoder layers are kept" in text
+    monkeypatch.setattr(gradients, "_checkpoint", lambda layer: lambda: None)
+    assert held < saved()[0] / 3
+
+
+# --- nothing is left behind ---------------------------------------------------------------------
+
+
+def snapshot(model):
+    return {
+        "forward": [module.__dict__.get("forward") for module in model.modules()],
+        "training": [module.training for module in model.modules()],
+        "weights": [weight.requires_grad for weight in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "attention": model.config._attn_implementation,
+        "enabled": torch.is_grad_enabled(),
+    }
+
+
+def lived_in():
+    """A model amid its user's training, one layer frozen, another under a library's own forward."""
+    model = llama().train()
+    model.model.layers[0].requires_grad_(False)
+    model.model.layers.get_submodule("1.mlp").eval()
+    own = model.model.layers[1].forward
+    model.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    return model
+
+
+@pytest.mark.parametrize("method", ["path", "score_gradient"])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_the_model_is_left_as_it_was(monkeypatch, method, error, when):
+    model = lived_in()
+    before = snapshot(model)
+    passed = []
+
+    def fail(*_):
+        passed.append(torch.is_grad_enabled())
+        assert not any(weight.requires_grad for weight in model.parameters()) or not passed[-1]
+        if error is not None and passed[-1]:
+            raise error
+
+    # A layer runs twice with gradients: in the forward pass, and again in the backward pass.
+    seen = [0]
+
+    def hook(module, args):
+        if torch.is_grad_enabled():
+            seen[0] += 1
+            if seen[0] == (1 if when == "forward" else 2):
+                fail()
+
+    handle = model.model.layers.get_submodule("1.mlp").register_forward_pre_hook(hook)
+    before["hooks"] = snapshot(model)["hooks"]
+    if error is None:
+        Explainer(model, method=method, progress=False).explain(PROMPT, TARGET)
+    else:
+        with pytest.raises(error):
+            Explainer(model, method=method, progress=False).explain(PROMPT, TARGET)
+    assert passed == [True]
+    assert snapshot(model) == before
+    handle.remove()
+    gradients_left = [n for n, weight in model.named_parameters() if weight.grad is not None]
+    assert gradients_left == ["lm_head.weight"]
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+    assert gradients._LOCK.acquire(blocking=False)
+    gradients._LOCK.release()
+
+
+def test_a_layer_is_run_again_in_another_thread_as_autograd_does_on_a_gpu():
+    """There the model's own implementation would answer, which knows no factors."""
+    model = llama()
+    engine = started(model)
+    runner = engine._runners[0]
+    found = []
+    factors = torch.full((1, 12), 0.5).requires_grad_()
+    with (
+        undisturbed(model),
+        gradients._differentiable(runner),
+        torch.enable_grad(),
+        runner.manipulated(factors),
+    ):
+        loss = runner.logprobs_of([0], 1).sum()
+        (expected,) = torch.autograd.grad(loss, factors, retain_graph=True)
+
+        def backward():
+            found.append(torch.autograd.grad(loss, factors)[0])
+
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=0)
+    assert expected.abs().max() > 1e-2
+
+
+def test_another_thread_runs_the_model_as_ever():
+    model = llama()
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad():
+        expected = model(ids).logits
+    found = []
+    runner = started(model)._runners[0]
+
+    def other():
+        found.append(model(ids).logits.detach())
+
+    with undisturbed(model), gradients._differentiable(runner):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_inference_mode_around_it_does_not_matter():
+    model = llama()
+    expected = Explainer(model, method="path", progress=False).explain(PROMPT, TARGET).scores
+    with torch.inference_mode():
+        found = Explainer(model, method="path", progress=False).explain(PROMPT, TARGET).scores
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_user_s_manipulation_around_it_is_kept():
+    """The product of both factors is what moves."""
+    model = in_float64("llama")
+    around = torch.linspace(0.3, 1.2, len(PROMPT) + 2)[None]
+    with manipulate(model, around, "min_shift"):
+        engine, found = attributed(model, UNITS, 64)
+    rise = (engine.base_logprobs - found.together).double()
+    off = (found.scores.double().nansum(0) - rise).abs().sum()
+    assert off < 0.02 * rise.abs().sum()
+    plain, _ = attributed(model, UNITS, 1)
+    assert (plain.base_logprobs - engine.base_logprobs).abs().max() > 1e-2
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_a_model_without_gradients_is_refused():
+    model = llama()
+    forward = model.model.layers[0].forward
+    model.model.layers[0].forward = torch.no_grad()(forward)
+    forward_1 = model.model.layers[1].forward
+    model.model.layers[1].forward = torch.no_grad()(forward_1)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM runs without gradients"):
+        attributed(model, steps=1)
+
+
+def test_a_model_that_cannot_be_differentiated_is_refused():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise NotImplementedError("no derivative here")
+
+    model = llama()
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda hidden_states: Opaque.apply(forward(hidden_states))
+    match = r"LlamaForCausalLM cannot be differentiated.*take|use method='exact'. \(no derivative"
+    with pytest.raises(UnsupportedModelError, match=match):
+        attributed(model, steps=1)
+
+
+def test_layers_that_cannot_be_found_are_said(monkeypatch):
+    model = llama()
+    model.config.num_hidden_layers = 3
+    with pytest.raises(UnsupportedModelError, match="decoder layers of LlamaModel cannot be found"):
+        gradients.decoder_layers(model)
+
+
+def test_an_engine_without_gradients_refuses():
+    with pytest.raises(ValueError, match=r"needs an engine with Settings\(gradients=True\)"):
+        attributed(llama(), gradients=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "exact", "steps": 8}, ValueError, "steps is for path, but method is 'exact'"),
+        ({"method": "score_gradient", "steps": 1}, ValueError, "steps is for path, but method is"),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": True}, TypeError, "steps must be an int or None, got True"),
+        ({"steps": 2.0}, TypeError, "steps must be an int or None, got 2.0"),
+        (
+            {"budget": 0.5},
+            ValueError,
+            "budget is for hybrid and hierarchical, but method is 'path'",
+        ),
+        ({"mode": "min_shift_full"}, ValueError, "method='path' needs that no token acts on those"),
+    ],
+)
+def test_bad_settings_are_refused(changes, error, message):
+    with pytest.raises(error, match=message):
+        Explainer(MODELS["llama"](), **{"method": "path"} | changes)
