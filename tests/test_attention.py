@@ -159,6 +159,46 @@ BAD = {
         "query_offset must be an int or an integer tensor of one element, "
         "got torch.float32 of shape [].",
     ),
+    "dropout-type": ({"dropout": "a"}, TypeError, "dropout must be a number, got 'a'."),
+    "dropout-bool": ({"dropout": True}, TypeError, "dropout must be a number, got True."),
+    "dropout-one": (
+        {"dropout": 1.0},
+        ValueError,
+        "dropout must be at least 0 and less than 1, got 1.0.",
+    ),
+    "dropout-negative": (
+        {"dropout": -0.1},
+        ValueError,
+        "dropout must be at least 0 and less than 1, got -0.1.",
+    ),
+    "dropout-nan": (
+        {"dropout": float("nan")},
+        ValueError,
+        "dropout must be at least 0 and less than 1, got nan.",
+    ),
+    "seed-type": ({"dropout_seed": 1.5}, TypeError, "dropout_seed must be an int, got 1.5."),
+    "seed-size": (
+        {"dropout_seed": 1 << 63},
+        ValueError,
+        "dropout_seed must fit in 64 bits with sign, got 9223372036854775808.",
+    ),
+    "seed-dtype": (
+        {"dropout_seed": torch.zeros(1)},
+        ValueError,
+        "dropout_seed must be an int or a torch.int64 tensor of one element, "
+        "got torch.float32 of shape [1].",
+    ),
+    "seed-shape": (
+        {"dropout_seed": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        "dropout_seed must be an int or a torch.int64 tensor of one element, "
+        "got torch.int64 of shape [2].",
+    ),
+    "seed-device": (
+        {"dropout_seed": torch.zeros(1, dtype=torch.int64, device="meta")},
+        ValueError,
+        "dropout_seed must be on query's device cpu, got meta.",
+    ),
     "full-torch": (
         {"mode": "min_shift_full", "backend": "torch"},
         ValueError,

@@ -183,3 +183,131 @@ def test_removing_every_key_gives_zero():
     assert (lse == -torch.inf).all()
     output = attention(query, key, value, torch.zeros(1, 4), mode="log_additive", backend="torch")
     assert (output == 0).all()
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_gradients_of_combinations_equal_the_oracle(monkeypatch, seed):
+    """Of output and log-sum-exp; every third case in blocks that are computed again."""
+    tensors, features, return_lse, *_ = draw_case(seed)
+    if seed % 3 == 0:
+        for module in (portable, portable_eager):
+            monkeypatch.setattr(module, "SCORES_PER_BLOCK", 1)
+            monkeypatch.setattr(module, "CAUSAL_BLOCK", 16)
+    if seed % 2:
+        features |= {"dropout": 0.3, "dropout_seed": seed}
+    batch, heads, rows, _ = tensors["query"].shape
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, heads, rows, tensors["value"].shape[-1])
+    weights = torch.randn(shape, generator=generator, dtype=torch.float64)
+    gradients = []
+    for backend in ("torch", "reference"):
+        leaves = {
+            name: tensor.double().requires_grad_()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        output, lse = attention(**leaves, **features, return_lse=True, backend=backend)
+        if not return_lse:  # other ways are taken without it
+            output = attention(**leaves, **features, backend=backend)
+        loss = (output * weights).sum()
+        if return_lse:
+            loss = loss + (lse.masked_fill(lse.isinf(), 0.0) * weights[..., 0]).sum()
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        gradients.append(found)
+    for name, got, expected in zip(leaves, *gradients, strict=True):
+        torch.testing.assert_close(
+            got, expected, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("features", [{}, {"softcap": 3.0}], ids=["folded", "eager"])
+def test_ties_for_the_minimum_move_one_key(features):
+    """Whole rows of equal scores; half of all tied keys have factor 1."""
+    query = torch.ones(1, 2, 40, 8, dtype=torch.float64)
+    key = torch.randint(-1, 2, (1, 1, 40, 1), generator=torch.Generator().manual_seed(0)).double()
+    key = key.expand(-1, -1, -1, 8).contiguous()
+    value = torch.randn(1, 1, 40, 8, dtype=torch.float64)
+    factor = torch.where(torch.arange(40) % 2 == 0, 0.3, 1.0).double()[None]
+    gradients = []
+    for backend in ("torch", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (query, key, value, factor)]
+        call = {"mode": "min_shift", "causal": True, "backend": backend} | features
+        attention(*leaves, **call).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that autograd keeps, each storage once."""
+
+    def __init__(self):
+        self.storages = {}
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self):
+        return sum(self.storages.values())
+
+
+MEMORY_CASES = {
+    "plain": {},
+    "window": {"window": 700},
+    "padding": {"mask": torch.arange(1500)[None] >= torch.tensor([[3], [0]])},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.randn(2)},
+    "alibi": {"position_bias": torch.randn(1, 2, 1, 1500)},
+    "dropout": {"dropout": 0.1},
+    "log-sum-exp": {"return_lse": True},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MEMORY_CASES)
+def test_a_backward_pass_needs_no_scores(mode, name):
+    """What is kept grows with the tokens, not with their square."""
+    tokens = 1500
+    leaves = [torch.randn(2, heads, tokens, 8).requires_grad_() for heads in (2, 1, 1)]
+    leaves.append(torch.rand(2, tokens).requires_grad_())
+    kept = Kept()
+    with kept:
+        output = attention(*leaves, mode=mode, causal=True, backend="torch", **MEMORY_CASES[name])
+    inputs = sum(leaf.untyped_storage().nbytes() for leaf in leaves)
+    print(f"{kept.bytes / inputs:.1f} times the inputs")
+    assert inputs / 2 < kept.bytes < 4 * inputs < tokens * tokens  # a bool per score is more
+    output = output[0] if isinstance(output, tuple) else output
+    output.sum().backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_can_be_differentiated_again(mode):
+    """Also through blocks that are computed again, and where one tensor is key and value."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 2, 9, 4, generator=generator, dtype=torch.float64)
+    factor = torch.rand(1, 9, generator=generator, dtype=torch.float64) + 0.1
+    assert key.shape[2] > query.shape[3]
+
+    def run(query, key, factor):
+        return attention(query, key, key, factor, mode=mode, softcap=2.0, backend="torch")
+
+    leaves = [t.requires_grad_() for t in (query, key, factor)]
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_a_change_in_place_before_the_backward_pass_is_noticed():
+    query, key, value = (torch.randn(1, 1, 40, 8).requires_grad_() for _ in range(3))
+    doubled = key * 2
+    output = attention(query, doubled, value, softcap=2.0, backend="torch")
+    with torch.no_grad():
+        doubled.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

@@ -199,3 +199,76 @@ def test_log_additive_gradient_is_finite_where_a_key_is_removed():
 def test_unknown_mode():
     with pytest.raises(ValueError, match=r"mode must be one of multiplicative, .*got 'additive'"):
         attention_reference(*make_inputs(), mode="additive")
+
+
+HOLES = torch.ones(B, TK, dtype=torch.bool)
+HOLES[0, :6], HOLES[1, 2] = False, False  # where causal, some rows of batch row 0 see nothing
+NEVER_ZERO = torch.tensor(
+    [[0.4, 1.0, 1.7, 0.2, 1.0, 2.5, 0.9], [1.0, 0.6, 0.3, 1.0, 1.4, 0.1, 1.0]]
+)
+FEATURES = {
+    "padding": {"causal": True, "mask": HOLES},
+    "block-mask": {
+        "mask": torch.rand(B, 1, TQ, TK, generator=torch.Generator().manual_seed(3)) > 0.4
+    },
+    "window": {"causal": True, "window": 2},
+    "softcap-dropout": {"softcap": 1.2, "dropout": 0.3, "dropout_seed": torch.tensor([5])},
+    "all": {
+        "causal": True,
+        "query_offset": 1,
+        "mask": HOLES,
+        "window": 4,
+        "softcap": 0.9,
+        "dropout": 0.2,
+        "dropout_seed": torch.tensor([-5]),
+    },
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
+@pytest.mark.parametrize("behind", [False, True], ids=["whole", "prefix"])
+def test_gradients_of_every_feature(mode, features, behind):
+    """With sinks, a position bias, factors per head of 0, 1 and more, and keys that rows share."""
+    query, key, value, _ = make_inputs(1)
+    factor = NEVER_ZERO.double()[:, None].repeat(1, HQ, 1)
+    if mode != "log_additive":  # its derivative at 0 is from one side only: see below
+        factor[:, 1, 3] = factor[1, :, 5] = 0.0
+    generator = torch.Generator().manual_seed(2)
+    sinks = torch.randn(HQ, generator=generator, dtype=torch.float64)
+    bias = torch.randn(1, HQ, TQ, TK, generator=generator, dtype=torch.float64)
+    leaves = (
+        [query, key[:, :, 3:], value[:, :, 3:], factor, sinks, bias]
+        if behind
+        else [query, key[:1], value[:1], factor, sinks, bias]
+    )
+    leaves += [key[:1, :, :3], value[:1, :, :3]] if behind else []
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+    def run(query, key, value, factor, sinks, bias, *prefix):
+        return attention_reference(
+            query, key, value, factor,
+            mode=mode, sinks=sinks, position_bias=bias, prefix=prefix or None, **features,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("mode", ["min_shift", "min_shift_full"])
+def test_a_tie_for_the_minimum_moves_one_key(mode):
+    """Half of the row's keys tie: the gradient that goes to the minimum goes to one of them."""
+    query = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    key = torch.tensor([0.5, -1.0, 2.0, -1.0]).double().view(1, 1, 4, 1).requires_grad_()
+    value = torch.arange(4.0).double().view(1, 1, 4, 1)
+    factor = torch.tensor([[0.2, 1.0, 1.0, 1.0]]).double()
+    attention_reference(query, key, value, factor, mode=mode, scale=1.0)[0].sum().backward()
+    apart = key.detach().clone()
+    apart[0, 0, 3] += 1e-9  # key 1 alone is the minimum
+    apart.requires_grad_()
+    attention_reference(query, apart, value, factor, mode=mode, scale=1.0)[0].sum().backward()
+    torch.testing.assert_close(key.grad, apart.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_dropout_needs_a_seed():
+    with pytest.raises(ValueError, match=r"^dropout needs a dropout_seed, got None\.$"):
+        attention_reference(*make_inputs(), dropout=0.1)
