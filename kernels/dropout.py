@@ -52,23 +52,22 @@ def keep_mask(
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011), for Philox.
     """
     device = seed.device
-    seed = seed.detach().reshape(1, 1, 1)
-    streams = torch.arange(batch[0] * heads, batch[1] * heads, device=device)[:, None, None]
-    row = torch.arange(*rows, device=device)[None, :, None]
-    column = torch.arange(*columns, device=device)[None, None, :]
+    seed = seed.detach().reshape(1)
+    streams = torch.arange(*batch, device=device)[:, None] * heads
+    streams = streams + torch.arange(heads, device=device)  # [batch, heads]
+    row = torch.arange(*rows, device=device)[:, None]
+    column = torch.arange(*columns, device=device)
     threshold = dropout_threshold(dropout)
-    shape = (streams.shape[0], row.shape[1], column.shape[2])
     if device.type != "cpu" or torch.compiler.is_compiling():
-        keep = _first_word(seed, column, row, streams) >> 8 >= threshold
-    else:
-        keep = torch.empty(shape, dtype=torch.bool)
-        some_rows = max(1, _COUNTERS_PER_CHUNK // max(1, shape[2]))
-        some_streams = max(1, some_rows // max(1, shape[1]))
-        for part, stream in zip(keep.split(some_streams), streams.split(some_streams), strict=True):
-            pieces = zip(part.split(some_rows, 1), row.split(some_rows, 1), strict=True)
-            for piece, few in pieces:
-                torch.ge(_first_word(seed, column, few, stream) >> 8, threshold, out=piece)
-    return keep.expand(shape).unflatten(0, (batch[1] - batch[0], heads))
+        return _first_word(seed, column, row, streams[:, :, None, None]) >> 8 >= threshold
+    keep = torch.empty((streams.numel(), row.shape[0], column.shape[0]), dtype=torch.bool)
+    some_rows = max(1, _COUNTERS_PER_CHUNK // max(1, keep.shape[2]))
+    some_streams = max(1, some_rows // max(1, keep.shape[1]))
+    streams = streams.flatten()[:, None, None].split(some_streams)
+    for part, stream in zip(keep.split(some_streams), streams, strict=True):
+        for piece, few in zip(part.split(some_rows, 1), row.split(some_rows), strict=True):
+            torch.ge(_first_word(seed, column, few, stream) >> 8, threshold, out=piece)
+    return keep.unflatten(0, (batch[1] - batch[0], heads))
 
 
 def _first_word(seed: Tensor, column: Tensor, row: Tensor, stream: Tensor) -> Tensor:

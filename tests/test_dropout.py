@@ -71,7 +71,8 @@ def test_any_block_is_cut_from_one_mask(monkeypatch, chunk):
     assert torch.equal(keep_mask(seed, P, heads=3, **size), whole)
     part = keep_mask(seed, P, heads=3, batch=(1, 3), rows=(2, 8), columns=(5, 19))
     assert torch.equal(part, whole[1:3, :, 2:8, 5:19])
-    assert keep_mask(seed, P, heads=3, batch=(1, 3), rows=(2, 8), columns=(5, 5)).numel() == 0
+    nothing = keep_mask(seed, P, heads=3, batch=(1, 1), rows=(2, 8), columns=(5, 5))
+    assert nothing.shape == (0, 3, 6, 0)
 
 
 @pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
@@ -269,8 +270,8 @@ def test_checkpointing_repeats_the_mask(reentrant):
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.parametrize(("mode", "dynamic"), [("min_shift", True), ("log_additive", False)])
-def test_compiles_whole_forward_and_backward(mode, dynamic):
+@pytest.mark.parametrize("mode", ["min_shift", "log_additive"])
+def test_compiles_whole_forward_and_backward(mode):
     def run(query, key, value, factor, seed):
         return attention(
             query, key, value, factor, mode=mode, causal=True, dropout=P, dropout_seed=seed,
@@ -278,15 +279,14 @@ def test_compiles_whole_forward_and_backward(mode, dynamic):
         )  # fmt: skip
 
     torch._dynamo.reset()
-    compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     generator = torch.Generator().manual_seed(0)
-    for tokens in (17, 33) if dynamic else (17,):
-        leaves = [
-            torch.randn(2, heads, tokens, 8, generator=generator).requires_grad_()
-            for heads in (HQ, HK, HK)
-        ]
-        leaves.append(torch.rand(2, tokens, generator=generator).requires_grad_())
-        outputs = [f(*leaves, torch.tensor([tokens])) for f in (compiled, run)]
+    leaves = [
+        torch.randn(2, heads, 17, 8, generator=generator).requires_grad_() for heads in (HQ, HK, HK)
+    ]
+    leaves.append(torch.rand(2, 17, generator=generator).requires_grad_())
+    for seed in (1, 2):
+        outputs = [f(*leaves, torch.tensor([seed])) for f in (compiled, run)]
         torch.testing.assert_close(*outputs)
         grads = [torch.autograd.grad(out.square().sum(), leaves) for out in outputs]
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
