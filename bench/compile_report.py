@@ -152,6 +152,7 @@ def signature(
         "FACTOR_PER_HEAD": False,
         "WANTS_FACTOR": spec.has_key_factor,
         "WANTS_BIAS": getattr(spec, "bias_per_key", False),
+        "LINEAR": spec.mode == "multiplicative" and not spec.has_softcap,
     }
     strides = {
         "stride_out": 4,

@@ -369,8 +369,21 @@ class _Backward:
             FACTOR_PER_HEAD=self.factor_per_head,
             WANTS_FACTOR=d_factor is not None,
             WANTS_BIAS=d_bias is not None,
+            LINEAR=self._linear(segment),
         )
         return d_key, d_value
+
+    def _linear(self, segment: _Segment) -> bool:
+        """Whether a program's scores are m q·k with one m for each of its keys."""
+        spec = self.call.spec
+        factors = self.group if self.factor_per_head else 1
+        return (
+            segment.key_factor is not None
+            and spec.mode == "multiplicative"
+            and not spec.has_softcap
+            and not segment.shared
+            and factors == 1
+        )
 
     def _run_bias(self, bias: Tensor) -> Tensor:
         """Gradient of a bias with a number per query row and key."""

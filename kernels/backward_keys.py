@@ -38,6 +38,7 @@ def _visit(
     units,
     dropout,
     SPEC: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):
     """Add a block of query rows of one head to the gradients of a tile of keys.
 
@@ -100,13 +101,13 @@ def _visit(
         bias = bias * 1.4426950408889634  # log2(e)
     weights, d_logits, d_factors, d_scores = differentiate_tile(
         queries, d_outs, keys_tile, values_tile, row_numbers, factor, key_bias, bias, visible,
-        keep, columns, units, SPEC, True, True,
+        keep, columns, units, SPEC, True, True, LINEAR,
     )  # fmt: skip
     weights = weights.to(queries[0].dtype)
     d_value0 = dot(weights, d_outs[0], d_value0)
     if SPEC.v1 > 0:
         d_value1 = dot(weights, d_outs[1], d_value1)
-    if SPEC.has_key_factor:
+    if SPEC.has_key_factor and not LINEAR:
         d_factor += tl.sum(d_factors, 1)
     if SPEC.bias_per_key:
         d_bias += tl.sum(d_logits, 1)
@@ -169,11 +170,15 @@ def _attention_bwd_dkv_kernel(
     FACTOR_PER_HEAD: tl.constexpr,
     WANTS_FACTOR: tl.constexpr,
     WANTS_BIAS: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):
     """Gradients of ``block_n`` keys and values of one head, and of what has a number per key.
 
     Keys that several query heads, or all rows of the batch, share gather all of them here: one
     program writes each number, in one order, without atomics.
+
+    LINEAR holds where scores are m q·k, with one m for all that the program gathers: then the
+    gradient of m is k times that of m k, and no tile needs it.
     """
     UNUSED: tl.constexpr = 16  # width of an accumulator that is never touched and compiled away
     BLOCK_N: tl.constexpr = SPEC.block_n
@@ -287,9 +292,9 @@ def _attention_bwd_dkv_kernel(
                 d_key0, d_key1, d_value0, d_value1, d_factor, d_bias = _visit(
                     block, (d_key0, d_key1, d_value0, d_value1, d_factor, d_bias),
                     keys_tile, values_tile, key_numbers, start_n, position, pointers, strides,
-                    limits, units, dropout, SPEC,
+                    limits, units, dropout, SPEC, LINEAR,
                 )  # fmt: skip
-            if WANTS_FACTOR and FACTOR_PER_HEAD:
+            if WANTS_FACTOR and FACTOR_PER_HEAD and not LINEAR:
                 place = d_factor_ptr + batch * stride_d_factor[0] + head * stride_d_factor[1]
                 place += first * stride_d_factor[2]
                 tl.store(
@@ -300,18 +305,11 @@ def _attention_bwd_dkv_kernel(
                 place = d_bias_ptr + batch * stride_d_bias[0] + head * stride_d_bias[1]
                 place += first * stride_d_bias[2]
                 tl.store(place + wide_n * stride_d_bias[2], d_bias, mask=offs_n < inside)
-        if WANTS_FACTOR and not FACTOR_PER_HEAD:
+        if WANTS_FACTOR and not FACTOR_PER_HEAD and not LINEAR:
             place = d_factor_ptr + batch * stride_d_factor[0] + key_head * stride_d_factor[1]
             place += first * stride_d_factor[2]
             tl.store(place + wide_n * stride_d_factor[2], d_factor * natural, mask=offs_n < inside)
 
-    d_key_ptr += key_row * stride_d_key[0] + key_head * stride_d_key[1] + first * stride_d_key[2]
-    stride_row = (stride_d_key[2], stride_d_key[3])
-    store_columns(d_key_ptr, d_key0 * scale, wide_n, stride_row, inside, 0, SPEC.d0, SPEC.head_dim)
-    if SPEC.d1 > 0:
-        store_columns(
-            d_key_ptr, d_key1 * scale, wide_n, stride_row, inside, SPEC.d0, SPEC.d1, SPEC.head_dim
-        )
     d_value_ptr += key_row * stride_d_value[0] + key_head * stride_d_value[1]
     d_value_ptr += first * stride_d_value[2]
     stride_row = (stride_d_value[2], stride_d_value[3])
@@ -319,4 +317,33 @@ def _attention_bwd_dkv_kernel(
     if SPEC.v1 > 0:
         store_columns(
             d_value_ptr, d_value1, wide_n, stride_row, inside, SPEC.v0, SPEC.v1, SPEC.value_dim
+        )
+    if LINEAR:
+        # of the only batch row and, if factors differ by head, of the only head
+        factor_head = key_head * group
+        factor_ptr += key_row * stride_factor[0] + factor_head * stride_factor[1]
+        factor_ptr += first * stride_factor[2]
+        factor = tl.load(factor_ptr + wide_n * stride_factor[2], mask=offs_n < inside, other=1.0)
+        if WANTS_FACTOR:
+            # loaded again, for registers would hold it all along
+            again = load_rows(
+                key_ptr, wide_n, (stride_key[2], stride_key[3]), inside,
+                SPEC.d0, SPEC.d1, SPEC.head_dim, True,
+            )  # fmt: skip
+            d_factor = tl.sum(d_key0 * again[0].to(tl.float32), 1)
+            if SPEC.d1 > 0:
+                d_factor += tl.sum(d_key1 * again[1].to(tl.float32), 1)
+            d_factor_ptr += key_row * stride_d_factor[0] + key_head * stride_d_factor[1]
+            d_factor_ptr += first * stride_d_factor[2]
+            tl.store(
+                d_factor_ptr + wide_n * stride_d_factor[2], d_factor * scale, mask=offs_n < inside
+            )
+        d_key0 *= factor[:, None]
+        d_key1 *= factor[:, None]
+    d_key_ptr += key_row * stride_d_key[0] + key_head * stride_d_key[1] + first * stride_d_key[2]
+    stride_row = (stride_d_key[2], stride_d_key[3])
+    store_columns(d_key_ptr, d_key0 * scale, wide_n, stride_row, inside, 0, SPEC.d0, SPEC.head_dim)
+    if SPEC.d1 > 0:
+        store_columns(
+            d_key_ptr, d_key1 * scale, wide_n, stride_row, inside, SPEC.d0, SPEC.d1, SPEC.head_dim
         )

@@ -96,7 +96,7 @@ def visit_keys(
         bias = bias * 1.4426950408889634  # log2(e)
     _, d_logits, _, d_scores = differentiate_tile(
         queries, d_outs, keys_tile, values_tile, row_numbers, factor, key_bias, bias, visible,
-        keep, columns, units, SPEC, EDGE, False,
+        keep, columns, units, SPEC, EDGE, False, False,
     )  # fmt: skip
     return keys_tile, factor, d_logits, d_scores
 

@@ -154,6 +154,7 @@ def differentiate_tile(
     SPEC: tl.constexpr,
     EDGE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):
     """Recompute a tile's weights and differentiate the loss by its logits, factors and scores.
 
@@ -165,6 +166,7 @@ def differentiate_tile(
         bias, visible, keep: tiles: bias in base 2, what is seen, what dropout keeps.
         columns: of the keys, counted like the row's argmin.
         units: base-2 logits per raw score, of q·k inside the softcap's tanh, 1 / (1 - dropout).
+        LINEAR: the caller multiplies the scores' gradients by the factors, and needs no others.
     Returns: four tiles: the weights that met the values; the gradients of the logits, of the
         factors (still in the unit of scores), and of q·k (still without ``scale``).
     """
@@ -220,7 +222,7 @@ def differentiate_tile(
         weights = weights * factor
         d_logits = d_factors * factor
     d_scores = d_logits
-    if SPEC.has_key_factor and not WEIGHTED:
+    if SPEC.has_key_factor and not WEIGHTED and not LINEAR:
         if SPEC.mode == "min_shift":
             d_factors = (scores - minimum) * d_logits
         else:

@@ -63,7 +63,7 @@ def extra_load(mode: str, features: Collection[str], segments: int = 1) -> int:
     """
     if not {"bias", "mask"}.isdisjoint(features):  # a number per query and key
         return 2
-    costly = {"softcap", "alibi"}
+    costly = {"softcap", "alibi", "dropout"}
     if mode == "min_shift" or segments > 1:
         costly |= {"window", "padding"}
     return int(not costly.isdisjoint(features))
