@@ -332,7 +332,7 @@ def _check_outputs(**paths: Path | None) -> None:
     if plot is not None:
         if plot.suffix.lower() not in PLOT_FORMATS:
             raise BadUsage(f"--plot: {plot} must end in {', '.join(PLOT_FORMATS)}.")
-        from .explanation import import_extra
+        from .table import import_extra
 
         import_extra("matplotlib", "plot")
 

@@ -28,6 +28,7 @@ from .pieces import (
     check_pieces,
 )
 from .saving import from_json, load, save, to_json
+from .table import dataframe, import_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +147,9 @@ class Explanation:
         wanted = self.method in GRADIENT_METHODS
         if self.together_logprobs is None:
             if wanted:
-                raise ValueError(f"together_logprobs must be given where method is {self.method}.")
+                raise ValueError(
+                    f"together_logprobs must be given where method is {self.method!r}."
+                )
             return
         if not wanted:
             raise ValueError(
@@ -371,39 +374,7 @@ class Explanation:
             ImportError: if pandas is not installed.
             ValueError: if ``top_k`` is below 1.
         """
-        pandas = import_extra("pandas", "data")
-        check_top_k(top_k)
-        order = self.ranking()
-        rank = {unit: place for place, unit in enumerate(order, start=1)}
-        whole = {
-            "start": [unit.start for unit in self.units],
-            "stop": [unit.stop for unit in self.units],
-            "rank": [rank.get(index) for index in range(len(self.units))],
-        }
-        integers = {name: pandas.array(column, dtype="Int64") for name, column in whole.items()}
-        columns: dict[str, Any] = {
-            "text": [unit.text for unit in self.units],
-            "part": [unit.part for unit in self.units],
-            "start": integers["start"],
-            "stop": integers["stop"],
-            "relevance": self.relevance.numpy(),
-            "rank": integers["rank"],
-            "effect": [unit.effect for unit in self.units],
-            "level": [unit.level for unit in self.units],
-        }
-        if len(self.target_stops) > 1:
-            owners = [unit.branch for unit in self.units]
-            columns["branch"] = pandas.array(owners, dtype="Int64")
-            names, rows = self.answers, self.relevances
-        else:
-            names, rows = [target.text for target in self.targets], self.scores
-        if len(names) > 1:
-            for index, (name, row) in enumerate(zip(names, rows, strict=True)):
-                columns[f"{index}: {name}"] = row.numpy()
-        frame = pandas.DataFrame(columns, index=pandas.RangeIndex(len(self.units), name="unit"))
-        if self.completeness is not None:
-            frame.attrs["completeness_error"] = self.completeness.error
-        return frame if top_k is None else frame.loc[order[:top_k]]
+        return dataframe(self, top_k)
 
     def show(
         self,
@@ -501,29 +472,6 @@ class Explanation:
             f"Explanation({what}, units={len(self.units)}, targets={len(self.targets)}, "
             f"reduction={self.reduction!r}, method={self.method!r})"
         )
-
-
-def import_extra(module: str, extra: str) -> Any:
-    """Import an optional library.
-
-    Raises: ImportError: naming the extra that brings it, if it is missing.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise ImportError(
-            f"{module} is not installed: pip install 'atman_triton[{extra}]'."
-        ) from error
-
-
-def check_top_k(top_k: int | None) -> None:
-    """Raise ValueError unless ``top_k`` is None or at least 1."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}.")
 
 
 def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -386,7 +386,8 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"method": "fast"},
             ValueError,
-            "hierarchical, path, score_gradient, got 'fast'.",
+            "method must be one of exact, direct, hybrid, hierarchical, path, score_gradient, "
+            "got 'fast'.",
         ),
         (
             {"target_stops": [3]},

@@ -1,0 +1,70 @@
+"""An explanation as a pandas table, and what optional libraries need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .explanation import Explanation
+
+
+def dataframe(explanation: Explanation, top_k: int | None = None) -> pandas.DataFrame:
+    """What ``Explanation.to_dataframe`` gives, which says more."""
+    pandas = import_extra("pandas", "data")
+    check_top_k(top_k)
+    order = explanation.ranking()
+    rank = {unit: place for place, unit in enumerate(order, start=1)}
+    whole = {
+        "start": [unit.start for unit in explanation.units],
+        "stop": [unit.stop for unit in explanation.units],
+        "rank": [rank.get(index) for index in range(len(explanation.units))],
+    }
+    integers = {name: pandas.array(column, dtype="Int64") for name, column in whole.items()}
+    columns: dict[str, Any] = {
+        "text": [unit.text for unit in explanation.units],
+        "part": [unit.part for unit in explanation.units],
+        "start": integers["start"],
+        "stop": integers["stop"],
+        "relevance": explanation.relevance.numpy(),
+        "rank": integers["rank"],
+        "effect": [unit.effect for unit in explanation.units],
+        "level": [unit.level for unit in explanation.units],
+    }
+    if len(explanation.target_stops) > 1:
+        owners = [unit.branch for unit in explanation.units]
+        columns["branch"] = pandas.array(owners, dtype="Int64")
+        names, rows = explanation.answers, explanation.relevances
+    else:
+        names, rows = [target.text for target in explanation.targets], explanation.scores
+    if len(names) > 1:
+        for index, (name, row) in enumerate(zip(names, rows, strict=True)):
+            columns[f"{index}: {name}"] = row.numpy()
+    frame = pandas.DataFrame(columns, index=pandas.RangeIndex(len(explanation.units), name="unit"))
+    if explanation.completeness is not None:
+        frame.attrs["completeness_error"] = explanation.completeness.error
+    return frame if top_k is None else frame.loc[order[:top_k]]
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import an optional library.
+
+    Raises: ImportError: naming the extra that brings it, if it is missing.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ImportError(
+            f"{module} is not installed: pip install 'atman_triton[{extra}]'."
+        ) from error
+
+
+def check_top_k(top_k: int | None) -> None:
+    """Raise ValueError unless ``top_k`` is None or at least 1."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}.")
