@@ -7,6 +7,7 @@ import torch
 
 from atman_triton.attention import attention
 from atman_triton.kernels import portable, portable_blocks, portable_eager
+from atman_triton.kernels.recompute import recomputed
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
@@ -311,3 +312,10 @@ def test_a_change_in_place_before_the_backward_pass_is_noticed():
         doubled.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_a_tensor_given_twice_has_a_gradient_for_each_place():
+    number = torch.tensor([3.0], requires_grad=True)
+    [cube] = recomputed(lambda first, second: (first * first * second,), number, number)
+    cube.backward()
+    assert number.grad.item() == 27.0
