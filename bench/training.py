@@ -59,7 +59,6 @@ CONTROLS = (WRONG_GRADIENT, NO_DROPOUT)
 LEAST_P = 0.01
 _TIMES = 3.0  # the yardstick's deviation
 _ROUNDINGS = 2.0  # of the loss, where the yardstick happens to agree to the last bit
-_ATTENTION_DROPOUT = 0.3
 # Tasks with attention dropout, and how much the rest of the model has.
 _DROPOUT = {"GPT-2": 0.1, "BERT": 0.0}
 _BLOCK = 10  # steps whose mean loss is one number of the tests
@@ -161,7 +160,12 @@ def exact_curves(task: Task, steps: int, device: str, advance: Any = lambda: Non
 
 
 def dropout_curves(
-    task: Task, steps: int, seeds: int, device: str, advance: Any = lambda: None
+    task: Task,
+    steps: int,
+    seeds: int,
+    device: str,
+    advance: Any = lambda: None,
+    attention_dropout: float = 0.3,
 ) -> Curves:
     """Runs with dropout, and of the rival with none in its attention.
 
@@ -177,7 +181,7 @@ def dropout_curves(
                 steps=steps,
                 seed=seed,
                 dropout=_DROPOUT[task.name],
-                attention_dropout=0.0 if provider == NO_DROPOUT else _ATTENTION_DROPOUT,
+                attention_dropout=0.0 if provider == NO_DROPOUT else attention_dropout,
                 checkpointing=provider == CHECKPOINTED,
                 device=device,
             )
