@@ -16,6 +16,7 @@ from toy_models import MODELS, in_float64, llama, plain_logits
 from toy_tokenizers import byte_level
 
 from atman_triton import Explainer, gradients, line
+from atman_triton.demo import demo_prompt, load_demo_model
 from atman_triton.engine import Engine, Settings, Unit, undisturbed
 from atman_triton.integration import manipulate
 from atman_triton.stacks import UnsupportedModelError
@@ -127,6 +128,16 @@ def test_completeness_converges_with_the_steps(name, mode):
         assert errors[2] < 0.005 * float(rise.abs().sum())
     else:
         assert errors[1] < errors[0] / 2.5 and errors[2] < max(errors[1] / 2.5, 2e-6)
+
+
+def test_eight_steps_are_enough_on_the_shipped_model():
+    """The model is certain of the answer, so the loss bends sharply somewhere on the line."""
+    reader, tokenizer = load_demo_model()
+    explainer = Explainer(reader, tokenizer, method="path", progress=False)
+    complete = explainer.explain(demo_prompt(), " $30.20").completeness
+    assert complete is not None
+    assert complete.error < 0.02
+    assert float(complete.rises.sum()) > 5
 
 
 def test_the_one_step_gradient_is_the_first_order_estimate():
