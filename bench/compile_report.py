@@ -34,6 +34,7 @@ FAMILIES = (
     ("causal", "padding", "alibi"),
     ("causal", "bias", "mask"),
 )
+DROPPED = ("causal", "padding", "dropout")
 # bytes that one program can be launched with
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX_INSTRUCTION = {
@@ -393,7 +394,7 @@ def _line(result: Report | str) -> str:
         + "+skip" * r.skip_plain
     )
     return (
-        f"{r.kernel:14}{r.stage:8}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} "
+        f"{r.kernel:17}{r.stage:8}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} "
         f"{r.features:28} q{r.queries:<5} {tiles:16} regs {r.registers:3} "
         f"spills {r.spills:3} shared {r.shared:6} {r.matrix_kind} {r.matrix_instructions} "
         f"{', '.join(r.problems)}"
@@ -414,6 +415,25 @@ def prefix_cases(architecture: str) -> list[Case]:
     return cases
 
 
+def training_cases(architecture: str) -> list[Case]:
+    """What training needs: the forward kernel that saves more, and all backward kernels."""
+    cases = []
+    for head_dim in (64, 128, 256):
+        case = Case(architecture, head_dim, mode="min_shift")
+        cases.append(replace(case, stage="training"))
+        cases.append(replace(case, stage="training", features=DROPPED))
+        cases.append(replace(case, kernel="backward_rows"))
+        cases.append(replace(case, kernel="backward_bias", features=FAMILIES[-1]))
+        cases.append(replace(case, kernel="backward_queries", stage="continues"))
+        for kernel in ("backward_queries", "backward_keys"):
+            cases += [replace(case, kernel=kernel, mode=mode) for mode in MODES]
+            cases += [replace(case, kernel=kernel, features=f) for f in (*FAMILIES, DROPPED)]
+            cases.append(replace(case, kernel=kernel, dtype="float16"))
+    for kernel in ("backward_queries", "backward_keys"):
+        cases.append(Case(architecture, 192, value_dim=128, mode="min_shift", kernel=kernel))
+    return cases
+
+
 def table() -> list[Case]:
     """The published table: every architecture, head dim, dtype and mode, and what is hardest."""
     cases = []
@@ -427,6 +447,7 @@ def table() -> list[Case]:
             cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
             cases.append(Case(architecture, head_dim, dtype="float32", mode="min_shift"))
         cases += prefix_cases(architecture)
+        cases += training_cases(architecture)
         cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
         cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]
     return cases

@@ -22,7 +22,8 @@ from torch import Tensor
 from .backward_bias import _attention_bwd_bias_kernel
 from .backward_configs import backward_config
 from .backward_keys import _attention_bwd_dkv_kernel
-from .backward_queries import _attention_bwd_dq_kernel, _attention_bwd_rows_kernel
+from .backward_queries import _attention_bwd_dq_kernel
+from .backward_rows import _attention_bwd_rows_kernel
 from .configs import TileConfig
 from .launch import prepare, strides
 from .prepass import key_ranges

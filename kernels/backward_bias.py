@@ -12,8 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backward_queries import visit_keys
-from .backward_tiles import load_row_numbers, load_rows
+from .backward_tiles import load_row_numbers, load_rows, visit_keys
 from .tiles import segment_tiles
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .primitives import dot, in_band, load_columns, manipulate, tanh
+from .primitives import dot, in_band, kept, load_columns, manipulate, tanh
 
 
 @triton.jit
@@ -235,3 +235,82 @@ def differentiate_tile(
     if SPEC.has_dropout:
         weights = tl.where(keep, weights * keep_scale, 0.0)
     return weights, d_logits, d_factors, d_scores
+
+
+@triton.jit
+def visit_keys(
+    tile,
+    queries,
+    d_outs,
+    row_numbers,
+    position,
+    pointers,
+    strides,
+    limits,
+    units,
+    dropout,
+    SPEC: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One key tile: its keys and factors, and the gradients of its logits and scores.
+
+    ``position`` is that of the first row, counted like the segment's keys.
+    """
+    key_ptr, value_ptr, factor_ptr, bias_ptr, padding_ptr, mask_ptr = pointers
+    stride_key, stride_value, stride_factor, stride_bias, stride_padding, stride_mask = strides
+    rows_left, keys, _ = limits
+    seed_ptr, threshold, first_column, batch_head, start_m = dropout
+    start_n = tile * SPEC.block_n
+    first = start_n.to(tl.int64)
+    inside = keys - start_n
+    offs_m = tl.arange(0, SPEC.block_m)
+    offs_n = tl.arange(0, SPEC.block_n)
+    columns = (first_column + start_n + offs_n)[None, :]
+    keep = 0
+    if SPEC.has_dropout:
+        keep = kept(seed_ptr, (start_m + offs_m)[:, None], columns, batch_head, threshold)
+    positions = (position + offs_m)[:, None]
+    if SPEC.wide:
+        offs_m = offs_m.to(tl.int64)
+        offs_n = offs_n.to(tl.int64)
+    key_ptr += first * stride_key[0]
+    value_ptr += first * stride_value[0]
+    keys_tile = load_rows(
+        key_ptr, offs_n, stride_key, inside, SPEC.d0, SPEC.d1, SPEC.head_dim, EDGE
+    )
+    values_tile = load_rows(
+        value_ptr, offs_n, stride_value, inside, SPEC.v0, SPEC.v1, SPEC.value_dim, EDGE
+    )
+    shown = 0
+    if SPEC.has_padding and EDGE:
+        padding_ptr += first * stride_padding
+        shown = tl.load(padding_ptr + offs_n * stride_padding, mask=offs_n < inside, other=0) != 0
+        shown = shown[None, :]
+    if SPEC.has_mask:
+        mask_ptr += first * stride_mask[1]
+    visible = tile_visibility(
+        mask_ptr, shown, offs_m[:, None], offs_n[None, :], positions, start_n, stride_mask,
+        limits, SPEC, EDGE,
+    )  # fmt: skip
+    if SPEC.has_key_factor:
+        factor_ptr += first * stride_factor
+    if SPEC.has_bias:
+        bias_ptr += first * stride_bias[1]
+    factor, key_bias = load_key_numbers(
+        factor_ptr, bias_ptr, offs_n, (stride_factor, stride_bias[1]), inside, SPEC
+    )
+    if SPEC.has_key_factor:
+        factor = factor[None, :]
+    if SPEC.bias_per_key:
+        key_bias = key_bias[None, :]
+    bias = 0
+    if SPEC.has_bias and not SPEC.bias_per_key:
+        bias = load_tile(
+            bias_ptr, offs_m[:, None], offs_n[None, :], stride_bias, rows_left, inside
+        ).to(tl.float32)
+        bias = bias * 1.4426950408889634  # log2(e)
+    _, d_logits, _, d_scores = differentiate_tile(
+        queries, d_outs, keys_tile, values_tile, row_numbers, factor, key_bias, bias, visible,
+        keep, columns, units, SPEC, EDGE, False, False,
+    )  # fmt: skip
+    return keys_tile, factor, d_logits, d_scores

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
+from atman_triton.kernels.backward_configs import PARTS, backward_config
 from atman_triton.kernels.configs import (
     extra_load,
     forward_config,
@@ -28,6 +30,7 @@ from atman_triton.kernels.configs import (
 from atman_triton.kernels.packed_configs import packed_config
 from bench.compile_report import (
     ARCHITECTURES,
+    DROPPED,
     FAMILIES,
     MATRIX_INSTRUCTION,
     MODES,
@@ -40,7 +43,7 @@ KERNELS = {
     "attention": (forward_config, 1),
     "shared_prefix": (shared_prefix_config, 2),
     "packed_prefix": (packed_config, 1),
-}
+} | {f"backward_{part}": (partial(backward_config, part), 1) for part in PARTS}
 SLIDING, CAPPED, _, DENSE = (list(family) for family in FAMILIES)
 
 
@@ -116,6 +119,30 @@ def test_a_shared_prefix_compiles_without_spills(architecture):
             assert min(report["block_m"], report["block_n"]) >= 64, report
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_compile_without_spills(architecture):
+    keys = {"architecture": architecture, "kernel": "backward_keys"}
+    queries = {"architecture": architecture, "kernel": "backward_queries"}
+    rest = {"architecture": architecture, "mode": "min_shift", "head_dim": 128}
+    check_reports(
+        compile_cases(
+            [
+                keys | {"head_dim": 64, "mode": "multiplicative"},
+                keys | {"head_dim": 128, "mode": "multiplicative"},
+                keys | {"head_dim": 128, "mode": "min_shift"},
+                keys | {"head_dim": 128, "mode": "min_shift", "features": list(DROPPED)},
+                keys | {"head_dim": 256, "mode": "min_shift", "features": DENSE},
+                queries | {"head_dim": 64, "mode": "min_shift", "features": CAPPED},
+                queries | {"head_dim": 128, "mode": "min_shift", "stage": "continues"},
+                queries | {"head_dim": 256, "mode": "log_additive"},
+                rest | {"kernel": "backward_rows"},
+                rest | {"kernel": "backward_bias", "features": DENSE},
+                rest | {"kernel": "attention", "stage": "training"},
+            ]
+        )
+    )
+
+
 def check_reports(reports: list[dict]) -> None:
     """Nothing spilled, all can be launched, and the matrix units are used."""
     for report in reports:
@@ -166,13 +193,21 @@ def test_published_table_is_complete_and_current():
         seen.add(
             (row["kernel"], row["architecture"], int(row["head_dim"]), row["dtype"], row["mode"])
         )
+    forward = [kernel for kernel in KERNELS if not kernel.startswith("backward")]
     wanted = {
         (kernel, architecture, head_dim, dtype, mode)
-        for kernel in KERNELS
+        for kernel in forward
         for architecture in ARCHITECTURES
         for head_dim in (64, 128, 256)
         for dtype in ("bfloat16", "float16")[: 1 if kernel == "packed_prefix" else 2]
         for mode in MODES[1:]
+    }
+    wanted |= {
+        (f"backward_{part}", architecture, head_dim, "bfloat16", mode)
+        for part, modes in {"queries": MODES, "keys": MODES, "rows": MODES[2:3]}.items()
+        for architecture in ARCHITECTURES
+        for head_dim in (64, 128, 256)
+        for mode in modes
     }
     assert wanted <= seen
     assert set(MATRIX_INSTRUCTION) == set(ARCHITECTURES)

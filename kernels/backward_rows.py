@@ -1,0 +1,159 @@
+"""Backward kernel for what has a number per query row, which the others read.
+
+Legend: B batch, Hq/Hk query/key heads, Tq query tokens, Tk keys of the segment, D head dim, Dv
+value dim. A row is counted from the query's first, a column from the first key of all segments.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .backward_tiles import load_lse, load_rows, visit_keys
+from .primitives import split_program
+from .tiles import segment_tiles
+
+
+@triton.jit(do_not_specialize=["query_offset", "rows", "keys", "heads", "group", "window"])
+def _attention_bwd_rows_kernel(
+    delta_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
+    d_minimum_ptr,
+    out_ptr,  # [B, Hq, Tq, Dv]
+    d_out_ptr,  # [B, Hq, Tq, Dv]
+    d_lse_ptr,
+    lse_ptr,
+    minimum_ptr,
+    argmin_ptr,
+    query_ptr,  # [B, Hq, Tq, D]
+    key_ptr,  # [B, Hk, Tk, D]
+    value_ptr,  # [B, Hk, Tk, Dv]
+    factor_ptr,  # [B, Hq, Tk]
+    before_ptr,  # [B, Hq, tiles + 1], see factor_tiles
+    flagged_ptr,  # [B, Hq, tiles]
+    bias_ptr,  # [B, Hq, Tq, Tk]
+    padding_ptr,  # [B, Tk]
+    range_ptr,  # [B, 3], see key_ranges
+    mask_ptr,  # [B, Hq, Tq, Tk]
+    seed_ptr,  # [1]
+    query_offset,  # a number or a pointer to one, counted from the first of all keys
+    first_column,  # of the segment
+    rows,
+    keys,
+    heads,
+    group,  # query heads per key head
+    window,
+    unit,
+    inner_scale,
+    keep_scale,
+    threshold,
+    stride_out,
+    stride_d_out,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_factor,
+    stride_tiles,  # (batch, head), in rows
+    stride_bias,
+    stride_padding,
+    stride_mask,
+    SPEC: tl.constexpr,
+    HAS_D_LSE: tl.constexpr,
+    CONTINUES: tl.constexpr,
+):
+    """δ of ``block_m`` rows and, for ``min_shift``, the gradient of their minimum.
+
+    CONTINUES takes δ as it is and adds another segment to the gradient of the minimum.
+    """
+    batch, head, start_m = split_program(tl.program_id(0), rows, heads, SPEC.block_m, SPEC.causal)
+    if SPEC.offset_in_memory:
+        query_offset = tl.load(query_offset).to(tl.int32)
+    key_head = (head // group).to(tl.int64)
+    batch = batch.to(tl.int64)
+    head = head.to(tl.int64)
+    first_row = start_m.to(tl.int64)
+    rows_left = rows - start_m
+    saved = (batch * heads + head) * rows + first_row
+    offs_m = tl.arange(0, SPEC.block_m)
+    inside = offs_m < rows_left
+    wide_m = offs_m
+    if SPEC.wide:
+        wide_m = offs_m.to(tl.int64)
+
+    d_out_ptr += batch * stride_d_out[0] + head * stride_d_out[1] + first_row * stride_d_out[2]
+    d_outs = load_rows(
+        d_out_ptr, wide_m, (stride_d_out[2], stride_d_out[3]), rows_left,
+        SPEC.v0, SPEC.v1, SPEC.value_dim, True,
+    )  # fmt: skip
+    if CONTINUES:
+        delta = tl.load(delta_ptr + saved + offs_m, mask=inside, other=0.0)
+    else:
+        out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
+        outs = load_rows(
+            out_ptr, wide_m, (stride_out[2], stride_out[3]), rows_left,
+            SPEC.v0, SPEC.v1, SPEC.value_dim, True,
+        )  # fmt: skip
+        delta = tl.sum(outs[0].to(tl.float32) * d_outs[0].to(tl.float32), 1)
+        if SPEC.v1 > 0:
+            delta += tl.sum(outs[1].to(tl.float32) * d_outs[1].to(tl.float32), 1)
+        if HAS_D_LSE:
+            delta -= tl.load(d_lse_ptr + saved + offs_m, mask=inside, other=0.0)
+        tl.store(delta_ptr + saved + offs_m, delta, mask=inside)
+
+    if SPEC.mode == "min_shift":
+        BLOCK_M: tl.constexpr = SPEC.block_m
+        d_minimum = tl.zeros([BLOCK_M], tl.float32)
+        if CONTINUES:
+            d_minimum += tl.load(d_minimum_ptr + saved + offs_m, mask=inside, other=0.0)
+        if SPEC.has_key_factor:
+            query_ptr += batch * stride_query[0] + head * stride_query[1]
+            query_ptr += first_row * stride_query[2]
+            key_ptr += batch * stride_key[0] + key_head * stride_key[1]
+            value_ptr += batch * stride_value[0] + key_head * stride_value[1]
+            factor_ptr += batch * stride_factor[0] + head * stride_factor[1]
+            tiles = tl.cdiv(keys, SPEC.block_n)
+            tile_row = batch * stride_tiles[0] + head * stride_tiles[1]
+            before_ptr += tile_row * (tiles + 1)
+            flagged_ptr += tile_row * tiles
+            if SPEC.has_bias:
+                bias_ptr += batch * stride_bias[0] + head * stride_bias[1]
+                bias_ptr += first_row * stride_bias[2]
+            if SPEC.has_mask:
+                mask_ptr += batch * stride_mask[0] + head * stride_mask[1]
+                mask_ptr += first_row * stride_mask[2]
+            if SPEC.has_padding:
+                range_ptr += batch * 3
+                padding_ptr += batch * stride_padding[0]
+            position = query_offset + start_m - first_column
+            low, high, _, _, keys = segment_tiles(
+                range_ptr, position, rows_left, keys, window, SPEC
+            )
+            queries = load_rows(
+                query_ptr, wide_m, (stride_query[2], stride_query[3]), rows_left,
+                SPEC.d0, SPEC.d1, SPEC.head_dim, True,
+            )  # fmt: skip
+            lse = load_lse(lse_ptr + saved, offs_m, rows_left)
+            minimum = tl.load(minimum_ptr + saved + offs_m, mask=inside, other=0.0)
+            argmin = tl.load(argmin_ptr + saved + offs_m, mask=inside, other=-1)
+            row_numbers = (
+                lse[:, None], delta[:, None], minimum[:, None], argmin[:, None], d_minimum[:, None],
+            )  # fmt: skip
+            pointers = (key_ptr, value_ptr, factor_ptr, bias_ptr, padding_ptr, mask_ptr)
+            strides = (
+                (stride_key[2], stride_key[3]),
+                (stride_value[2], stride_value[3]),
+                stride_factor[2],
+                (stride_bias[2], stride_bias[3]),
+                stride_padding[1],
+                (stride_mask[2], stride_mask[3]),
+            )
+            batch_head = (batch * heads + head).to(tl.int32)
+            start = tl.load(before_ptr + low)
+            for index in tl.range(start, tl.load(before_ptr + high), num_stages=1):
+                tile = tl.load(flagged_ptr + index)
+                _keys, factor, d_logits, _scores = visit_keys(
+                    tile, queries, d_outs, row_numbers, position, pointers, strides,
+                    (rows_left, keys, window), (unit, inner_scale, keep_scale),
+                    (seed_ptr, threshold, first_column, batch_head, start_m), SPEC, True,
+                )  # fmt: skip
+                d_minimum += tl.sum((1.0 - factor) * d_logits, 1)
+        tl.store(d_minimum_ptr + saved + offs_m, d_minimum, mask=inside)
