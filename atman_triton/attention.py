@@ -191,7 +191,7 @@ def attention(
         padding = mask if mask is not None and mask.dim() == 2 else None
         block_mask = mask if mask is not None and mask.dim() == 4 else None
         offset_tensor = query_offset if isinstance(query_offset, Tensor) else None
-        output, lse, _, _ = attention_triton(
+        output, lse, *_ = attention_triton(
             query,
             key,
             value,

@@ -47,17 +47,18 @@ def attention_triton(
     softcap: float | None,
     dropout: float,
     differentiable: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention by the fused kernel that suits the call.
 
     Args:
         differentiable: save what a backward pass needs beyond the log-sum-exp.
-    Returns: output ``[B, Hq, Tq, Dv]``, log-sum-exp ``[B, Hq, Tq]`` and, of the same shape where a
-        backward pass of ``min_shift`` needs them and else empty, each row's minimum and its key.
+    Returns: output ``[B, Hq, Tq, Dv]``, log-sum-exp ``[B, Hq, Tq]`` and, of that shape where a
+        backward pass needs them and else ``[0]``, what ``launch.RowNumbers`` holds.
     """
     # triton is optional, so what needs it is imported here
     from .kernels.configs import packs_queries
     from .kernels.forward import attention_fwd
+    from .kernels.launch import RowNumbers
     from .kernels.packed_prefix import packed_prefix_fwd
     from .kernels.shared_prefix import shared_prefix_fwd
 
@@ -73,13 +74,15 @@ def attention_triton(
         "key_padding": key_padding,
         "block_mask": block_mask,
     }
-    training: dict[str, Any] = {"dropout": dropout, "dropout_seed": dropout_seed}
-    minimum, argmin = _minima(query, key_factor, mode, differentiable)
-    if minimum.numel():
-        training["minima"] = (minimum, argmin)
+    numbers = _row_numbers(query, key_factor, mode, differentiable)
+    training: dict[str, Any] = {
+        "dropout": dropout,
+        "dropout_seed": dropout_seed,
+        "saves": RowNumbers(*_present(*numbers)),
+    }
     if prefix_key is None or prefix_value is None:
         output, lse = attention_fwd(query, key, value, key_factor, **features, **training)
-        return output, lse, minimum, argmin
+        return output, lse, *numbers
     batch, heads, queries, _ = query.shape
     prefix = (prefix_key, prefix_value)
     if packs_queries(queries, batch * heads // key.shape[1]) and not (differentiable or dropout):
@@ -88,30 +91,34 @@ def attention_triton(
         output, lse = shared_prefix_fwd(
             query, key, value, *prefix, key_factor, **features, **training
         )
-    return output, lse, minimum, argmin
+    return output, lse, *numbers
 
 
 @attention_triton.register_fake
 def _fake_fwd(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, query_heads, query_tokens, _head_dim = query.shape
     # heads beside dims in memory, as the kernels write it and transformers wants it next
     output = query.new_empty(batch, query_tokens, query_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
-    return output, lse, *_minima(query, key_factor=rest[2], mode=rest[10], differentiable=rest[-1])
+    return output, lse, *_row_numbers(query, rest[2], rest[10], rest[-1])
 
 
-def _minima(
+def _row_numbers(
     query: Tensor, key_factor: Tensor | None, mode: str, differentiable: bool
-) -> tuple[Tensor, Tensor]:
-    """Room for each row's minimum and its key, or for nothing."""
-    saves = differentiable and mode == "min_shift" and key_factor is not None
-    shape = query.shape[:3] if saves else (0,)
-    return (
-        query.new_empty(shape, dtype=torch.float32),
-        query.new_empty(shape, dtype=torch.int32),
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for each row's minimum, its key, and the log-sum-exp's rest; ``[0]`` for nothing."""
+    shifts = differentiable and mode == "min_shift" and key_factor is not None
+    precise = differentiable and query.dtype == torch.float32
+    minimum = query.new_empty(query.shape[:3] if shifts else (0,), dtype=torch.float32)
+    argmin = query.new_empty(query.shape[:3] if shifts else (0,), dtype=torch.int32)
+    return minimum, argmin, query.new_empty(query.shape[:3] if precise else (0,))
+
+
+def _present(*numbers: Tensor) -> list[Tensor | None]:
+    """None for what has no room."""
+    return [tensor if tensor.dim() == 3 else None for tensor in numbers]
 
 
 @torch.library.custom_op("atman_triton::attention_bwd", mutates_args=())
@@ -122,6 +129,7 @@ def _attention_bwd(
     lse: Tensor,
     minimum: Tensor,
     argmin: Tensor,
+    rest: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -145,11 +153,12 @@ def _attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the tensors from ``query`` to ``position_bias``; empty where not ``wanted``."""
     from .kernels.backward import Saved, attention_bwd  # triton is optional
+    from .kernels.launch import RowNumbers
 
     found = attention_bwd(
         d_output,
         d_lse,
-        Saved(output, lse, minimum, argmin) if minimum.numel() else Saved(output, lse),
+        Saved(output, lse, RowNumbers(*_present(minimum, argmin, rest))),
         query,
         key,
         value,
@@ -175,9 +184,9 @@ def _attention_bwd(
 
 @_attention_bwd.register_fake
 def _fake_bwd(
-    d_output: Tensor, d_lse: Any, output: Any, lse: Any, minimum: Any, argmin: Any, *rest: Any
+    d_output: Tensor, d_lse: Any, output: Any, lse: Any, minimum: Any, argmin: Any, *others: Any
 ) -> tuple[Tensor, ...]:
-    tensors, wanted = rest[: len(_TENSORS)], rest[-1]
+    tensors, wanted = others[1 : 1 + len(_TENSORS)], others[-1]
     query, key, value = tensors[:3]
     full = query.shape[0] if key.shape[0] != value.shape[0] else key.shape[0]
     found = []

@@ -276,7 +276,13 @@ def compile_case(case: Case) -> Report:
         getattr(torch, case.dtype),
         case.mode,
         case.queries,
-        load=extra_load(case.mode, case.features, chosen.segments),
+        load=extra_load(
+            case.mode,
+            case.features,
+            chosen.segments,
+            width=max(case.head_dim, value_dim),
+            saves=case.stage == "training" and case.mode == "min_shift",
+        ),
     )
     if case.tiles is not None:
         config = TileConfig(*case.tiles)

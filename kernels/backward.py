@@ -25,7 +25,7 @@ from .backward_keys import _attention_bwd_dkv_kernel
 from .backward_queries import _attention_bwd_dq_kernel
 from .backward_rows import _attention_bwd_rows_kernel
 from .configs import TileConfig
-from .launch import prepare, strides
+from .launch import RowNumbers, prepare, strides
 from .prepass import key_ranges
 
 _SUM = torch.float32  # of what is added up
@@ -43,12 +43,11 @@ DIFFERENTIABLE = (
 
 @dataclass(frozen=True)
 class Saved:
-    """What the forward pass leaves behind; ``minimum`` and ``argmin`` in ``min_shift`` only."""
+    """What the forward pass leaves behind."""
 
     out: Tensor  # [B, Hq, Tq, Dv]
     lse: Tensor  # [B, Hq, Tq] float32, contiguous
-    minimum: Tensor | None = None  # [B, Hq, Tq] float32, contiguous
-    argmin: Tensor | None = None  # [B, Hq, Tq] int32, contiguous
+    numbers: RowNumbers
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,7 @@ class _Backward:
         self.scale = options["scale"]
         self.sinks: Tensor | None = options["sinks"]
         self.bias: Tensor | None = options["position_bias"]
+        self.key_factor = key_factor
         self.factor_per_head = key_factor is not None and key_factor.dim() == 3
         self.batch, self.heads, self.rows, _ = query.shape
         self.group = self.heads // key.shape[1]
@@ -165,6 +165,9 @@ class _Backward:
 
     def gradients(self, wanted: frozenset[str]) -> dict[str, Tensor]:
         """Launch what is needed for the gradients that are wanted."""
+        if not self.delta.numel():
+            tensors = self._differentiable()
+            return {name: torch.zeros_like(tensors[name]) for name in wanted & tensors.keys()}
         self._run_rows()
         found = self._run_keys(wanted)
         if "query" in wanted:
@@ -175,6 +178,21 @@ class _Backward:
             share = torch.exp(self.sinks.float()[:, None] - self.saved.lse)  # [B, Hq, Tq]
             found["sinks"] = -(share * self.delta).sum((0, 2)).to(self.sinks.dtype)
         return found
+
+    def _differentiable(self) -> dict[str, Tensor]:
+        """The arguments by name, in the shapes that their gradients have."""
+        key, value = self.prefix or (None, None)
+        named = {
+            "query": self.query,
+            "key": self.key,
+            "value": self.value,
+            "prefix_key": key,
+            "prefix_value": value,
+            "key_factor": self.key_factor,
+            "sinks": self.sinks,
+            "position_bias": self.bias,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     # --- arguments -------------------------------------------------------------------------------
 
@@ -221,6 +239,7 @@ class _Backward:
         spec = replace(
             self.call.spec,
             has_key_factor=segment.key_factor is not None,
+            save_rest=self.saved.numbers.rest is not None,
             block_m=config.block_m,
             block_n=config.block_n,
             edge_stages=config.edge_stages,
@@ -233,8 +252,9 @@ class _Backward:
             "d_out_ptr": self.d_out,
             "lse_ptr": saved.lse,
             "delta_ptr": self.delta,
-            "minimum_ptr": saved.minimum,
-            "argmin_ptr": saved.argmin,
+            "rest_ptr": saved.numbers.rest,
+            "minimum_ptr": saved.numbers.minimum,
+            "argmin_ptr": saved.numbers.argmin,
             "d_minimum_ptr": self.d_minimum,
             "query_ptr": self.query,
             "key_ptr": segment.key,

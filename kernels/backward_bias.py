@@ -21,6 +21,7 @@ def _attention_bwd_bias_kernel(
     d_bias_ptr,  # [B | 1, Hq | 1, Tq, Tk]
     d_out_ptr,  # [B, Hq, Tq, Dv]
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
+    rest_ptr,
     delta_ptr,
     minimum_ptr,
     argmin_ptr,
@@ -104,28 +105,15 @@ def _attention_bwd_bias_kernel(
             saved = (batch * heads + head) * rows + first_row
             factor_row = 0
             mask_row = 0
-            minimum_row = 0
-            argmin_row = 0
-            d_minimum_row = 0
             if SPEC.has_key_factor:
                 factor_row = factor_ptr + batch * stride_factor[0] + head * stride_factor[1]
             if SPEC.has_mask:
                 mask_row = mask_ptr + batch * stride_mask[0] + head * stride_mask[1]
                 mask_row += first_row * stride_mask[2]
-            if SPEC.mode == "min_shift":
-                minimum_row = minimum_ptr + saved
-                argmin_row = argmin_ptr + saved
-                d_minimum_row = d_minimum_ptr + saved
-            lse, delta, minimum, argmin, d_minimum = load_row_numbers(
-                (lse_ptr + saved, delta_ptr + saved, minimum_row, argmin_row, d_minimum_row),
-                offs_m, rows_left, SPEC,
+            row_numbers = load_row_numbers(
+                (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+                saved, offs_m, rows_left, SPEC, False,
             )  # fmt: skip
-            row_numbers = (lse[:, None], delta[:, None], 0, 0, 0)
-            if SPEC.mode == "min_shift":
-                row_numbers = (
-                    lse[:, None], delta[:, None], minimum[:, None], argmin[:, None],
-                    d_minimum[:, None],
-                )  # fmt: skip
             query_row = query_ptr + batch * stride_query[0] + head * stride_query[1]
             queries = load_rows(
                 query_row + first_row * stride_query[2], wide_m,

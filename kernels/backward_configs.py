@@ -47,7 +47,9 @@ def backward_config(
         # True float32 products have few matrix instructions or none, and keep much in registers.
         return TileConfig(16, 16, num_warps=8 if width > 64 else 4, num_stages=1)
     if part in ("rows", "bias"):
-        return TileConfig(16 if queries <= 16 else 32, 32, num_warps=4, num_stages=1)
+        # a block of so few rows leaves the rest of the registers to numbers per row and key
+        warps = 4 if architecture.startswith("gfx") else 8
+        return TileConfig(16, 32, num_warps=warps, num_stages=1)
     if architecture.startswith("gfx"):
         config = _amd(part, width)
     else:
@@ -68,16 +70,18 @@ def _nvidia_keys(
     ``min_shift`` with five of them affords fewer rows. A pipelined loop costs registers as well.
     """
     if width <= 64:
-        if architecture == "sm_80" or deferred or load:
-            return TileConfig(32, 128, num_warps=8, num_stages=1)
-        return TileConfig(64, 128, num_warps=8, num_stages=1)
+        if architecture == "sm_80" and load:
+            return TileConfig(16, 128, num_warps=8, num_stages=1)
+        rows = 32 if architecture == "sm_80" or deferred or load else 64
+        return TileConfig(rows, 128, num_warps=8, num_stages=1)
     if width <= 128 and not load:
         if architecture == "sm_90" and plain:
             return TileConfig(32, 128, num_warps=8, num_stages=2)
         if architecture == "sm_80" and deferred:
             return TileConfig(32, 64, num_warps=8, num_stages=1)
         return TileConfig(16, 128, num_warps=8, num_stages=1)
-    return TileConfig(16, 32, num_warps=8, num_stages=1)
+    narrow = architecture == "sm_80" and width > 128 and load == 2
+    return TileConfig(16, 16 if narrow else 32, num_warps=8, num_stages=1)
 
 
 def _nvidia_queries(
@@ -88,11 +92,11 @@ def _nvidia_queries(
         if (architecture == "sm_80" and width > 64) or (architecture == "sm_100" and load):
             return TileConfig(64, 64, num_warps=8, num_stages=2)
         return TileConfig(128, 32 if load else 64, num_warps=8, num_stages=2)
-    return TileConfig(32, 16, num_warps=8, num_stages=1)
+    return TileConfig(32, 32 if architecture == "sm_80" else 16, num_warps=8, num_stages=1)
 
 
 def _amd(part: str, width: int) -> TileConfig:
     """64 threads a warp and 512 registers each, but only 64 KB of shared memory."""
     if part == "keys":
         return TileConfig(32 if width <= 128 else 16, 64 if width <= 128 else 32, 4, 1)
-    return TileConfig(64 if width <= 128 else 32, 32, 4, 1)
+    return TileConfig(64, 32, 4, 1) if width <= 128 else TileConfig(32, 16, 4, 1)

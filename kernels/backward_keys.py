@@ -46,7 +46,7 @@ def _visit(
     """
     d_key0, d_key1, d_value0, d_value1, d_factor, d_bias = state
     factor, key_bias, shown = key_numbers
-    query_ptr, d_out_ptr, bias_ptr, mask_ptr, row_ptrs = pointers
+    query_ptr, d_out_ptr, bias_ptr, mask_ptr, row_ptrs, saved = pointers
     stride_query, stride_d_out, stride_bias, stride_mask = strides
     rows, keys, window = limits
     seed_ptr, threshold, first_column, batch_head = dropout
@@ -59,21 +59,7 @@ def _visit(
     keep = 0
     if SPEC.has_dropout:
         keep = kept(seed_ptr, (start_m + offs_m)[None, :], columns, batch_head, threshold)
-    lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = row_ptrs
-    lse_ptr += first
-    delta_ptr += first
-    if SPEC.mode == "min_shift":
-        minimum_ptr += first
-        argmin_ptr += first
-        d_minimum_ptr += first
-    lse, delta, minimum, argmin, d_minimum = load_row_numbers(
-        (lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr), offs_m, rows_left, SPEC
-    )
-    row_numbers = (lse[None, :], delta[None, :], 0, 0, 0)
-    if SPEC.mode == "min_shift":
-        row_numbers = (
-            lse[None, :], delta[None, :], minimum[None, :], argmin[None, :], d_minimum[None, :],
-        )  # fmt: skip
+    row_numbers = load_row_numbers(row_ptrs, saved + first, offs_m, rows_left, SPEC, True)
     positions = (position + start_m + offs_m)[None, :]
     if SPEC.wide:
         offs_m = offs_m.to(tl.int64)
@@ -128,6 +114,7 @@ def _attention_bwd_dkv_kernel(
     d_bias_ptr,  # [B, Hq, Tk], float32
     d_out_ptr,  # [B, Hq, Tq, Dv]
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
+    rest_ptr,
     delta_ptr,
     minimum_ptr,
     argmin_ptr,
@@ -262,18 +249,12 @@ def _attention_bwd_dkv_kernel(
             if SPEC.bias_per_key:
                 key_bias = key_bias[:, None]
             saved = (batch * heads + head) * rows
-            minimum_row = 0
-            argmin_row = 0
-            d_minimum_row = 0
-            if SPEC.mode == "min_shift":
-                minimum_row = minimum_ptr + saved
-                argmin_row = argmin_ptr + saved
-                d_minimum_row = d_minimum_ptr + saved
             pointers = (
                 query_ptr + batch * stride_query[0] + head * stride_query[1],
                 d_out_ptr + batch * stride_d_out[0] + head * stride_d_out[1],
                 bias_row, mask_row,
-                (lse_ptr + saved, delta_ptr + saved, minimum_row, argmin_row, d_minimum_row),
+                (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+                saved,
             )  # fmt: skip
             strides = (
                 (stride_query[2], stride_query[3]),

@@ -20,6 +20,7 @@ def _attention_bwd_dq_kernel(
     partial_ptr,  # [B, Hq, Tq, D], float32
     d_out_ptr,  # [B, Hq, Tq, Dv]
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
+    rest_ptr,
     delta_ptr,
     minimum_ptr,
     argmin_ptr,
@@ -82,20 +83,10 @@ def _attention_bwd_dq_kernel(
     if SPEC.has_padding:
         range_ptr += batch * 3
         padding_ptr += batch * stride_padding[0]
-    if SPEC.mode == "min_shift":
-        minimum_ptr += saved
-        argmin_ptr += saved
-        d_minimum_ptr += saved
-
-    lse, delta, minimum, argmin, d_minimum = load_row_numbers(
-        (lse_ptr + saved, delta_ptr + saved, minimum_ptr, argmin_ptr, d_minimum_ptr),
-        offs_m, rows_left, SPEC,
+    row_numbers = load_row_numbers(
+        (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+        saved, offs_m, rows_left, SPEC, False,
     )  # fmt: skip
-    row_numbers = (lse[:, None], delta[:, None], 0, 0, 0)
-    if SPEC.mode == "min_shift":
-        row_numbers = (
-            lse[:, None], delta[:, None], minimum[:, None], argmin[:, None], d_minimum[:, None],
-        )  # fmt: skip
     if SPEC.wide:
         offs_m = offs_m.to(tl.int64)
     queries = load_rows(

@@ -22,6 +22,7 @@ def _attention_bwd_rows_kernel(
     d_out_ptr,  # [B, Hq, Tq, Dv]
     d_lse_ptr,
     lse_ptr,
+    rest_ptr,
     minimum_ptr,
     argmin_ptr,
     query_ptr,  # [B, Hq, Tq, D]
@@ -131,11 +132,16 @@ def _attention_bwd_rows_kernel(
                 query_ptr, wide_m, (stride_query[2], stride_query[3]), rows_left,
                 SPEC.d0, SPEC.d1, SPEC.head_dim, True,
             )  # fmt: skip
-            lse = load_lse(lse_ptr + saved, offs_m, rows_left)
+            if SPEC.save_rest:
+                rest_ptr += saved
+            lse, rest = load_lse(lse_ptr + saved, rest_ptr, offs_m, rows_left, SPEC)
+            if SPEC.save_rest:
+                rest = rest[:, None]
             minimum = tl.load(minimum_ptr + saved + offs_m, mask=inside, other=0.0)
             argmin = tl.load(argmin_ptr + saved + offs_m, mask=inside, other=-1)
             row_numbers = (
-                lse[:, None], delta[:, None], minimum[:, None], argmin[:, None], d_minimum[:, None],
+                lse[:, None], rest, delta[:, None], minimum[:, None], argmin[:, None],
+                d_minimum[:, None],
             )  # fmt: skip
             pointers = (key_ptr, value_ptr, factor_ptr, bias_ptr, padding_ptr, mask_ptr)
             strides = (

@@ -25,15 +25,6 @@ def per_row(numbers, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def per_key(numbers, TRANSPOSED: tl.constexpr):
-    """``[N]`` numbers, to broadcast against a tile."""
-    if TRANSPOSED:
-        return numbers[:, None]
-    else:
-        return numbers[None, :]
-
-
-@triton.jit
 def load_rows(
     matrix_ptr,
     offs,
@@ -54,29 +45,52 @@ def load_rows(
 
 
 @triton.jit
-def load_lse(lse_ptr, offs_m, rows_left):
-    """``[M]`` log-sum-exp in base 2; +inf, which makes all weights 0, where a row sees nothing."""
+def load_lse(lse_ptr, rest_ptr, offs_m, rows_left, SPEC: tl.constexpr):
+    """``[M]`` log-sum-exp in base 2, and what rounding took from it.
+
+    It is +inf, which makes all weights 0, where a row sees nothing.
+    """
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < rows_left, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)  # log2(e)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)  # log2(e)
+    if SPEC.save_rest:
+        return lse, tl.load(rest_ptr + offs_m, mask=offs_m < rows_left, other=0.0)
+    else:
+        return lse, 0
 
 
 @triton.jit
-def load_row_numbers(pointers, offs_m, rows_left, SPEC: tl.constexpr):
-    """``[M]`` each: log-sum-exp, δ, and for ``min_shift`` the minimum, its column, d_minimum.
+def load_row_numbers(
+    pointers, start, offs_m, rows_left, SPEC: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """What a tile needs of its rows, ready to broadcast against it.
 
+    Log-sum-exp and its rest, δ, and for ``min_shift`` the minimum, its column and its gradient.
     What a variant has no use for is 0, here and below: a tuple cannot hold None.
+
+    Args:
+        pointers: to the first of all rows.
+        start: number of the block's first row, among those of all heads and batch rows.
     """
-    lse_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
+    lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
     inside = offs_m < rows_left
-    lse = load_lse(lse_ptr, offs_m, rows_left)
-    delta = tl.load(delta_ptr + offs_m, mask=inside, other=0.0)
+    if SPEC.save_rest:
+        rest_ptr += start
+    lse, rest = load_lse(lse_ptr + start, rest_ptr, offs_m, rows_left, SPEC)
+    lse = per_row(lse, TRANSPOSED)
+    if SPEC.save_rest:
+        rest = per_row(rest, TRANSPOSED)
+    delta = per_row(tl.load(delta_ptr + start + offs_m, mask=inside, other=0.0), TRANSPOSED)
+    minimum = 0
+    argmin = 0
+    d_minimum = 0
     if SPEC.mode == "min_shift":
-        minimum = tl.load(minimum_ptr + offs_m, mask=inside, other=0.0)
-        argmin = tl.load(argmin_ptr + offs_m, mask=inside, other=-1)
-        d_minimum = tl.load(d_minimum_ptr + offs_m, mask=inside, other=0.0)
-        return lse, delta, minimum, argmin, d_minimum
-    else:
-        return lse, delta, 0, 0, 0
+        minimum = tl.load(minimum_ptr + start + offs_m, mask=inside, other=0.0)
+        minimum = per_row(minimum, TRANSPOSED)
+        argmin = tl.load(argmin_ptr + start + offs_m, mask=inside, other=-1)
+        argmin = per_row(argmin, TRANSPOSED)
+        d_minimum = tl.load(d_minimum_ptr + start + offs_m, mask=inside, other=0.0)
+        d_minimum = per_row(d_minimum, TRANSPOSED)
+    return lse, rest, delta, minimum, argmin, d_minimum
 
 
 @triton.jit
@@ -170,7 +184,7 @@ def differentiate_tile(
     Returns: four tiles: the weights that met the values; the gradients of the logits, of the
         factors (still in the unit of scores), and of q·k (still without ``scale``).
     """
-    lse, delta, minimum, argmin, d_minimum = row_numbers
+    lse, rest, delta, minimum, argmin, d_minimum = row_numbers
     unit, inner_scale, keep_scale = units
     M: tl.constexpr = SPEC.block_m
     N: tl.constexpr = SPEC.block_n
@@ -208,6 +222,8 @@ def differentiate_tile(
         logits = logits - lse
     else:
         logits = logits * unit - lse
+    if SPEC.save_rest:
+        logits = logits - rest
     if WEIGHTED:  # a key of factor 0 is not part of the log-sum-exp and may lie far above it
         logits = tl.minimum(logits, 115.0)
     weights = tl.exp2(logits)

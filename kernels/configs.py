@@ -54,16 +54,22 @@ def device_architecture(device: torch.device, interpreted: bool) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def extra_load(mode: str, features: Collection[str], segments: int = 1) -> int:
+def extra_load(
+    mode: str, features: Collection[str], segments: int = 1, *, width: int = 0, saves: bool = False
+) -> int:
     """How many registers ``features`` need beyond the plain kernel: 0 few, 1 more, 2 most.
 
     Args:
+        width: the larger head dim.
+        saves: the row minimum's column is tracked, for a backward pass.
         features: names of what the call uses beyond ``causal``.
         segments: walks over keys, each with tile ranges of its own.
     """
-    if not {"bias", "mask"}.isdisjoint(features):  # a number per query and key
+    if not {"bias", "mask", "dropout"}.isdisjoint(features):  # a number per query and key
         return 2
-    costly = {"softcap", "alibi", "dropout"}
+    if saves and width > 128:
+        return 2
+    costly = {"softcap", "alibi"}
     if mode == "min_shift" or segments > 1:
         costly |= {"window", "padding"}
     return int(not costly.isdisjoint(features))
@@ -105,7 +111,8 @@ def forward_config(
     if architecture.startswith("gfx"):
         # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
         if width <= 128:
-            return TileConfig(128 if width <= 64 else 64, 64, num_warps=4, num_stages=2)
+            rows = 128 if width <= 64 and load < 2 else 64
+            return TileConfig(rows, 64, num_warps=4, num_stages=2)
         return TileConfig(64, 32, num_warps=4, num_stages=2)
     return _nvidia_forward(architecture, head_dim, value_dim, mode == "min_shift", load)
 
@@ -128,6 +135,8 @@ def _nvidia_forward(
         # pipelining the edge tiles as well costs min_shift its last registers
         edge_stages = 1 if deferred else stages
         return TileConfig(128, 64, num_warps=8, num_stages=stages, edge_stages=edge_stages)
+    if deferred and load == 2:
+        return TileConfig(32, 32, num_warps=8, num_stages=2)
     # 128 rows of 256 values are 128 registers: clean on sm_90 only, and without a third loop
     if architecture == "sm_90" and not deferred and not load:
         return TileConfig(128, 32, num_warps=8, num_stages=2)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import prepare, strides
+from .launch import NO_NUMBERS, RowNumbers, prepare, strides
 from .prepass import key_ranges
 from .primitives import split_program
 from .tiles import (
@@ -31,6 +31,7 @@ def _attention_fwd_kernel(
     lse_ptr,  # [B, Hq, Tq], contiguous
     minimum_ptr,  # [B, Hq, Tq], contiguous
     argmin_ptr,  # [B, Hq, Tq], contiguous
+    rest_ptr,  # [B, Hq, Tq], contiguous
     query_ptr,  # [B, Hq, Tq, D]
     key_ptr,  # [B, Hk, Tk, D]
     value_ptr,  # [B, Hk, Tk, Dv]
@@ -134,10 +135,12 @@ def _attention_fwd_kernel(
     if SPEC.save_minimum:
         minimum_ptr += saved
         argmin_ptr += saved
+    if SPEC.save_rest:
+        rest_ptr += saved
     out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
     store_rows(
-        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr), offs_m, (stride_out[2], stride_out[3]),
-        rows_left, keep_scale, SPEC,
+        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr, rest_ptr), offs_m,
+        (stride_out[2], stride_out[3]), rows_left, keep_scale, SPEC,
     )  # fmt: skip
 
 
@@ -159,7 +162,7 @@ def attention_fwd(
     block_mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
-    minima: tuple[Tensor, Tensor] | None = None,
+    saves: RowNumbers = NO_NUMBERS,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused forward kernel. Arguments are taken as validated by the op.
 
@@ -181,8 +184,7 @@ def attention_fwd(
         block_mask: bool ``[B|1, Hq|1, Tq, Tk]``, True = visible.
         dropout, dropout_seed: share of probabilities that become 0, and an int64 tensor of one
             element that says which; see ``dropout.py``.
-        minima: written for the backward pass of ``min_shift``: float32 and int32 ``[B, Hq, Tq]``,
-            contiguous, each row's smallest visible score (in the kernel's unit) and its key.
+        saves: written, where it holds tensors, for the backward pass.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype``, laid out in memory as
         ``[B, Tq, Hq, Dv]``, and log-sum-exp ``[B, Hq, Tq]`` float32, natural log. A row that sees
         no key gives 0 and -inf (with a sink: the sink).
@@ -212,9 +214,8 @@ def attention_fwd(
         block_mask=block_mask,
         dropout=dropout,
         dropout_seed=dropout_seed,
-        save_minimum=minima is not None,
+        saves=saves,
     )
-    minimum, argmin = (None, None) if minima is None else minima
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
     tiles = call.factor_tiles(call.key_factor)
@@ -222,8 +223,9 @@ def attention_fwd(
     _attention_fwd_kernel[(triton.cdiv(rows, call.config.block_m) * batch * heads,)](
         out,
         lse,
-        minimum,
-        argmin,
+        saves.minimum,
+        saves.argmin,
+        saves.rest,
         query,
         key,
         value,

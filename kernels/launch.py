@@ -39,6 +39,25 @@ class FactorTiles:
 
 
 @dataclass(frozen=True)
+class RowNumbers:
+    """What a backward pass needs of each row beyond the log-sum-exp; contiguous ``[B, Hq, Tq]``.
+
+    Args:
+        minimum: float32, the smallest visible score in the kernel's unit; for ``min_shift``.
+        argmin: int32, its key, counted over all keys.
+        rest: float32, what rounding took from the log-sum-exp, base 2; for float32 inputs, whose
+            gradients it would spoil where the log-sum-exp is large.
+    """
+
+    minimum: Tensor | None = None
+    argmin: Tensor | None = None
+    rest: Tensor | None = None
+
+
+NO_NUMBERS = RowNumbers()
+
+
+@dataclass(frozen=True)
 class Call:
     """A kernel's arguments, brought into the form in which it takes them."""
 
@@ -83,6 +102,7 @@ def make_variant(
     features: Collection[str],
     *,
     save_minimum: bool = False,
+    save_rest: bool = False,
     offset_in_memory: bool = False,
     positive_unit: bool = True,
     wide: bool = False,
@@ -110,6 +130,7 @@ def make_variant(
         has_sinks="sinks" in features,
         has_dropout="dropout" in features,
         save_minimum=save_minimum,
+        save_rest=save_rest,
         offset_in_memory=offset_in_memory,
         skip_plain=config.skip_plain_tiles,
         # exp2's multiply-add applies a positive unit for nothing, where nothing is added before it
@@ -146,7 +167,7 @@ def prepare(
     block_mask: Tensor | None,
     dropout: float,
     dropout_seed: Tensor | None,
-    save_minimum: bool = False,
+    saves: RowNumbers = NO_NUMBERS,
     choose_config: Callable[..., TileConfig] = forward_config,
     segments: int = 1,
 ) -> Call:
@@ -181,7 +202,13 @@ def prepare(
         query.dtype,
         kind,
         rows,
-        extra_load(kind, features, segments),
+        extra_load(
+            kind,
+            features,
+            segments,
+            width=max(head_dim, value_dim),
+            saves=saves.minimum is not None,
+        ),
     )
     config = choose_config(*problem)
     if key_factor is not None:
@@ -206,7 +233,8 @@ def prepare(
             value_dim,
             kind,
             features,
-            save_minimum=save_minimum,
+            save_minimum=saves.minimum is not None,
+            save_rest=saves.rest is not None,
             offset_in_memory=isinstance(query_offset, Tensor),
             positive_unit=unit > 0,
             wide=longest * 256 >= 1 << 31,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .configs import shared_prefix_config
 from .forward import attention_fwd
-from .launch import prepare, strides
+from .launch import NO_NUMBERS, RowNumbers, prepare, strides
 from .prepass import key_ranges
 from .primitives import split_program
 from .tiles import (
@@ -40,6 +40,7 @@ def _shared_prefix_fwd_kernel(
     lse_ptr,  # [B, Hq, Tq], contiguous
     minimum_ptr,  # [B, Hq, Tq], contiguous
     argmin_ptr,  # [B, Hq, Tq], contiguous
+    rest_ptr,  # [B, Hq, Tq], contiguous
     query_ptr,  # [B, Hq, Tq, D]
     prefix_key_ptr,  # [1, Hk, Tp, D]
     prefix_value_ptr,  # [1, Hk, Tp, Dv]
@@ -206,10 +207,12 @@ def _shared_prefix_fwd_kernel(
     if SPEC.save_minimum:
         minimum_ptr += saved
         argmin_ptr += saved
+    if SPEC.save_rest:
+        rest_ptr += saved
     out_ptr += batch * stride_out[0] + head * stride_out[1] + first_row * stride_out[2]
     store_rows(
-        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr), offs_m, (stride_out[2], stride_out[3]),
-        rows_left, keep_scale, SPEC,
+        state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr, rest_ptr), offs_m,
+        (stride_out[2], stride_out[3]), rows_left, keep_scale, SPEC,
     )  # fmt: skip
 
 
@@ -233,7 +236,7 @@ def shared_prefix_fwd(
     block_mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_seed: Tensor | None = None,
-    minima: tuple[Tensor, Tensor] | None = None,
+    saves: RowNumbers = NO_NUMBERS,
 ) -> tuple[Tensor, Tensor]:
     """Launch the fused kernel for a shared prefix. Arguments are taken as validated by the op.
 
@@ -248,8 +251,8 @@ def shared_prefix_fwd(
             then has no factors, and none are read there.
         query_offset, window, position_bias, key_padding, block_mask: as in ``attention_fwd``, over
             ``Tp + Tk`` keys; an offset of ``None`` means ``Tp + Tk - Tq``.
-        mode, causal, scale, softcap, sinks, dropout, dropout_seed, minima: as in
-            ``attention_fwd``; minima are over all ``Tp + Tk`` keys.
+        mode, causal, scale, softcap, sinks, dropout, dropout_seed, saves: as in
+            ``attention_fwd``, over all ``Tp + Tk`` keys.
     Returns: output ``[B, Hq, Tq, Dv]`` in ``query.dtype``, laid out in memory as
         ``[B, Tq, Hq, Dv]``, and log-sum-exp ``[B, Hq, Tq]`` float32, natural log. A row that sees
         no key gives 0 and -inf (with a sink: the sink).
@@ -270,7 +273,7 @@ def shared_prefix_fwd(
     }
     prefix_keys = prefix_key.shape[2]
     if prefix_keys == 0:
-        return attention_fwd(query, key, value, key_factor, **features, minima=minima)
+        return attention_fwd(query, key, value, key_factor, **features, saves=saves)
     batch, heads, rows, _ = query.shape
     key_heads, keys, value_dim = value.shape[1:]
     out = query.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
@@ -285,11 +288,10 @@ def shared_prefix_fwd(
         key_factor,
         (query, key, value, prefix_key, prefix_value, out),
         **features,
-        save_minimum=minima is not None,
+        saves=saves,
         choose_config=shared_prefix_config,
         segments=2,
     )
-    minimum, argmin = (None, None) if minima is None else minima
     key = key.expand(batch, -1, -1, -1)
     value = value.expand(batch, -1, -1, -1)
     factor = call.key_factor
@@ -307,8 +309,9 @@ def shared_prefix_fwd(
     _shared_prefix_fwd_kernel[(triton.cdiv(rows, call.config.block_m) * batch * heads,)](
         out,
         lse,
-        minimum,
-        argmin,
+        saves.minimum,
+        saves.argmin,
+        saves.rest,
         query,
         prefix_key,
         prefix_value,

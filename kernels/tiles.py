@@ -43,6 +43,7 @@ class Variant:
     has_sinks: bool
     has_dropout: bool
     save_minimum: bool  # where each row's minimum stands goes to memory, for the backward pass
+    save_rest: bool  # and what rounding takes from the log-sum-exp
     offset_in_memory: bool  # query_offset is a pointer
     skip_plain: bool  # branch around the manipulation where all factors are 1
     scaled: bool  # scores become base-2 logits before, not within, the softmax's exp2
@@ -356,15 +357,20 @@ def store_rows(
 ):
     """Normalise a block of rows and write its output, log-sum-exp and minimum.
 
-    ``saved_ptrs`` are those of the log-sum-exp, the minimum and its column; ``keep_scale`` is
-    1 / (1 - dropout).
+    ``saved_ptrs`` are those of the log-sum-exp, the minimum, its column and the rest of the
+    log-sum-exp; ``keep_scale`` is 1 / (1 - dropout).
     """
     acc0, acc1, row_max, row_sum, row_min, row_argmin = state
-    lse_ptr, minimum_ptr, argmin_ptr = saved_ptrs
+    lse_ptr, minimum_ptr, argmin_ptr, rest_ptr = saved_ptrs
     dead = row_sum == 0.0
     row_sum = tl.where(dead, 1.0, row_sum)
-    lse = tl.where(dead, float("-inf"), (row_max + tl.log2(row_sum)) * 0.6931471805599453)  # ln 2
-    tl.store(lse_ptr + offs_m, lse, mask=offs_m < rows_left)
+    row_max = tl.where(dead, 0.0, row_max)
+    lse = (row_max + tl.log2(row_sum)) * 0.6931471805599453  # ln 2
+    tl.store(lse_ptr + offs_m, tl.where(dead, float("-inf"), lse), mask=offs_m < rows_left)
+    if SPEC.save_rest:
+        # the backward pass reads lse * log2(e), which differs from row_max + log2(row_sum)
+        rest = (row_max - lse * 1.4426950408889634) + tl.log2(row_sum)
+        tl.store(rest_ptr + offs_m, rest, mask=offs_m < rows_left)
     if SPEC.save_minimum:
         tl.store(minimum_ptr + offs_m, row_min, mask=offs_m < rows_left)
         tl.store(argmin_ptr + offs_m, row_argmin, mask=offs_m < rows_left)

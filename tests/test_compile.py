@@ -49,7 +49,13 @@ SLIDING, CAPPED, _, DENSE = (list(family) for family in FAMILIES)
 
 def load(row: dict) -> int:
     """What the launcher would tell the configuration."""
-    return extra_load(row["mode"], row["features"].split("+"), KERNELS[row["kernel"]][1])
+    return extra_load(
+        row["mode"],
+        row["features"].split("+"),
+        KERNELS[row["kernel"]][1],
+        width=max(int(row["head_dim"]), int(row["value_dim"])),
+        saves=row["stage"] == "training",
+    )
 
 
 def compile_cases(cases: list[dict]) -> list[dict]:
