@@ -127,6 +127,7 @@ def test_learned_factors_change_the_answer(capsys):
 
 
 def test_ten_lines_of_the_readme():
+    assert TEN_LINES in (training.RESULTS.parents[1] / "README.md").read_text()
     names: dict[str, Any] = {"atman": atman}
     exec(TEN_LINES, names)
     model, tokenizer, ids, n = (names[name] for name in ("model", "tokenizer", "ids", "n"))
