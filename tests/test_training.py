@@ -1,6 +1,7 @@
 """Training with "atman" gives the curves of "sdpa", and factors can be trained."""
 
 import csv
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -12,8 +13,9 @@ pytest.importorskip("matplotlib")
 
 import atman_triton as atman
 from atman_triton.demo import demo_prompt
+from atman_triton.testing import count_launches
 from bench import training
-from bench.training_tasks import make_tasks
+from bench.training_tasks import make_tasks, train
 from examples import learn_factors
 
 TASKS = make_tasks(width=32, tokens=48)
@@ -68,6 +70,22 @@ def test_same_distribution_with_dropout(name):
         "sdpa without attention dropout": False,
     }
     assert bool((curves["atman"].std(0) > 0).all())  # seeds matter from the first step on
+
+
+def test_the_fused_kernels_train_too(monkeypatch):
+    pytest.importorskip("triton", reason="the fused kernels need triton")
+    task, steps = TASKS["Mistral"], 2
+    sdpa, eager = (
+        torch.tensor(train(task, implementation, steps=steps), dtype=torch.float64)
+        for implementation in ("sdpa", "eager")
+    )
+    chosen = importlib.import_module("atman_triton.attention")
+    monkeypatch.setattr(chosen, "_choose_backend", lambda *_: "triton")
+    with count_launches() as launches:
+        fused = torch.tensor(train(task, "atman", steps=steps), dtype=torch.float64)
+    assert launches.attention == launches["_attention_bwd_dkv_kernel"] > steps
+    assert bool(((fused - sdpa).abs() <= training.rounding_bound(sdpa, eager)).all())
+    assert len(set(fused.tolist())) == steps  # it moves
 
 
 def test_rounding_bound_by_hand():
