@@ -1,8 +1,9 @@
 """Which method and mode for which budget, on the shipped model and fresh documents.
 
 The removal gap (see ``bench.removal``) and the rank correlation with leave-one-out, against the
-cost in forwards of the whole input: perturbed runs count by their tokens, a backward counts twice.
-Only documents that the model answers correctly count::
+cost in forwards of the whole input: perturbed runs count by their tokens, a backward counts twice,
+and once more because it runs the layers again. Only documents that the model answers correctly
+count::
 
     python -m bench.budget                       # 200 documents
     python -m bench.budget --methods exact direct --documents 20

@@ -83,7 +83,23 @@ def test_conclusion_takes_the_cheapest_that_is_not_clearly_worse(direct, cheapes
     rows = summarise(documents, [EXACT, DIRECT, LEAVE_ONE_OUT], [RUN])
     said = supported(rows, documents)
     assert said.startswith("largest gap: exact, min_shift (4.500")
-    assert f"not clearly below: {cheapest}, min_shift" in said
+    assert f"not clearly below: {cheapest}, min_shift" in said and " and " not in said
+
+
+def test_conclusion_names_all_that_cost_the_same():
+    other = Setting("direct", None, "multiplicative")
+    documents = [
+        Document(80, document(exact=gap + 0.1, direct=gap).found | {other.name: Found(gap, 3.0, 0)})
+        for gap in (4.0, 5.0)
+    ]
+    documents[0].found[DIRECT.name] = Found(4.2, 3.0, 0)
+    rows = summarise(documents, [EXACT, DIRECT, other], [RUN])
+    # 0.1 less in every document is clear, however little it is; sometimes more is not.
+    assert "below: direct, min_shift (+0.000 ± 0.100), 3.0" in supported(rows, documents)
+    documents[1].found[other.name] = Found(5.3, 3.0, 0)
+    rows = summarise(documents, [EXACT, DIRECT, other], [RUN])
+    said = supported(rows, documents)
+    assert "direct, min_shift (" in said and " and direct, multiplicative (" in said
 
 
 def read(path):
