@@ -133,14 +133,15 @@ def explain(
         str, typer.Option(help="What one unit is: token | sentence | paragraph")
     ] = "token",
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
+            show_default="direct, preset paper: exact",
             help="exact: total effects, a run per unit | direct: direct effects, for the price of "
             "a few forward passes | hybrid: direct, then exact for the best | hierarchical: pieces "
             "by direct effects, tokens of the best exactly | path: gradients summed while all "
-            "units are suppressed together | score_gradient: one gradient, a poor estimate."
+            "units are suppressed together | score_gradient: one gradient, a poor estimate.",
         ),
-    ] = "exact",
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(

@@ -64,11 +64,13 @@ class Preset:
 
     mode: str
     factor: float
+    method: Method
 
 
 PRESETS = {
-    "default": Preset(mode="min_shift", factor=0.1),
-    "paper": Preset(mode="multiplicative", factor=0.1),
+    # chosen by `python -m bench.budget`: no gap larger, and none for fewer forward passes
+    "default": Preset(mode="min_shift", factor=0.1, method="direct"),
+    "paper": Preset(mode="multiplicative", factor=0.1, method="exact"),
 }
 
 
@@ -84,12 +86,15 @@ class Explainer:
     Args:
         model: A transformers causal language model, on any device, in any dtype.
         tokenizer: Its tokenizer; None if prompts and targets are token ids.
-        preset: ``default`` (``min_shift``, factor 0.1) or ``paper`` (``multiplicative``, 0.1).
+        preset: ``default`` (``min_shift``, factor 0.1, ``direct``) or ``paper``
+            (``multiplicative``, factor 0.1, ``exact``).
         factor: What a suppressed token's attention scores are manipulated with, in ``[0, 1)``; the
             paper's suppression factor is 1 - factor. None is the preset's.
         mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
             (see ``atman_triton.attention``). None is the preset's.
-        method: Which perturbations are run, and what a score is:
+        method: Which perturbations are run, and what a score is. None is the preset's, but
+            ``exact`` where the model or the mode has no direct effects:
+            ``provenance["method_choice"]`` says which and why.
 
             - ``exact``: every unit is suppressed in every row of every layer. The score is its
               *total* effect (the paper's), what other tokens took over from it included. One run
@@ -143,7 +148,7 @@ class Explainer:
         preset: str = "default",
         factor: float | None = None,
         mode: str | None = None,
-        method: Method = "exact",
+        method: Method | None = None,
         budget: float | int | None = None,
         steps: int | None = None,
         layers: Sequence[int] | None = None,
@@ -157,6 +162,9 @@ class Explainer:
         chosen = PRESETS[preset]
         mode = chosen.mode if mode is None else mode
         check_one_of("mode", mode, MODES)
+        self._default_method = method is None
+        if method is None:
+            method = "exact" if mode == "min_shift_full" else chosen.method
         check_one_of("method", method, METHODS)
         check_one_of("backend", backend, BACKENDS)
         if mode == "min_shift_full" and method in ("direct", "hybrid"):
@@ -287,8 +295,15 @@ class Explainer:
                     bar.expect,
                     bar.advance,
                 )
+                method = self.method
+                facts["method_choice"] = "default" if self._default_method else "given"
+                if self._default_method and method == "direct" and not engine.shares_prefix:
+                    method = "exact"
+                    facts["method_choice"] = (
+                        f"default: no direct effects, because {'; '.join(engine.record.reasons)}"
+                    )
                 outcome = measure(
-                    self.method,
+                    method,
                     engine,
                     layout,
                     self.budget,
@@ -309,7 +324,7 @@ class Explainer:
             engine.base_logprobs,
             reduction,
             layout.left_out + end,
-            self._provenance(engine.record, granularity, len(layout.prompt_ids)) | facts,
+            self._provenance(method, engine.record, granularity, len(layout.prompt_ids)) | facts,
         )
 
     def _explanation(
@@ -337,7 +352,7 @@ class Explainer:
             left_out=left_out,
             provenance=provenance,
             target_stops=layout.target_stops,
-            method=self.method,
+            method=provenance["method"],
             coarse=coarse,
             together_logprobs=outcome.together_logprobs,
         )
@@ -407,7 +422,9 @@ class Explainer:
         room = _NEW_TOKENS if limit is None else limit - prompt_tokens + 1
         return max(1, min(_NEW_TOKENS, room))
 
-    def _provenance(self, record: Record, granularity: str, prompt_tokens: int) -> dict[str, Any]:
+    def _provenance(
+        self, method: Method, record: Record, granularity: str, prompt_tokens: int
+    ) -> dict[str, Any]:
         """How the numbers came about, as JSON values."""
         model, settings = self.model, self.settings
         parameter = next(model.parameters())
@@ -423,8 +440,8 @@ class Explainer:
             "preset": self.preset,
             "mode": settings.mode,
             "factor": settings.factor,
-            "method": self.method,
-            "effect": EFFECTS[self.method],
+            "method": method,
+            "effect": EFFECTS[method],
             "budget": self.budget,
             "steps": self.steps,
             "layers": settings.layers,

@@ -130,7 +130,7 @@ def test_methods_and_several_targets(run, folder, tmp_path):
         ),
         (["--granularity", "page"], "--granularity must be one of token, sentence, paragraph, got"),
         (["--budget", "half"], "--budget must be a share such as 0.2, or a number of runs, got"),
-        (["--budget", "0.2"], "budget is for hybrid and hierarchical, but method is 'exact'"),
+        (["--budget", "0.2"], "budget is for hybrid and hierarchical, but method is 'direct'"),
         (
             ["--method", "hybrid", "--budget", "2.5"],
             "budget as a share must lie in (0, 1], got 2.5",

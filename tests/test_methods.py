@@ -286,8 +286,28 @@ def test_direct_effects_are_refused_where_no_prefix_can_be_shared(method):
     with pytest.raises(UnsupportedModelError, match="FalconH1ForCausalLM keeps a state besides"):
         Explainer(stateful, method=method).explain([5, 6, 7], [8])
     e = Explainer(stateful).explain([5, 6, 7], [8])
+    assert e.method == e.provenance["method"] == "exact"
+    assert {unit.effect for unit in e.units} == {"total"}
+    assert e.provenance["method_choice"].startswith("default: no direct effects, because ")
     assert e.provenance["runner"] == "full"
     assert e.provenance["runner_reasons"] == [STATEFUL["falcon-h1"][1]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "choice"),
+    [
+        ({}, "direct", "default"),
+        ({"preset": "paper"}, "exact", "default"),
+        ({"mode": "min_shift_full"}, "exact", "default"),
+        ({"method": "exact"}, "exact", "given"),
+        ({"method": "direct", "preset": "paper"}, "direct", "given"),
+    ],
+)
+def test_the_method_is_the_presets_unless_given(settings, method, choice):
+    e = Explainer(model(), **settings).explain([5, 6, 7, 8], [9, 10])
+    assert (e.method, e.provenance["method"]) == (method, method)
+    assert e.provenance["method_choice"] == choice
+    assert {unit.effect for unit in e.units} == {"total" if method == "exact" else "direct"}
 
 
 @pytest.mark.parametrize("method", ["direct", "hybrid"])
