@@ -20,6 +20,7 @@ from backward_cases import (
     BackwardCase,
     Problem,
     call,
+    check_nearly,
     check_problem,
     gradients,
     make_problem,
@@ -107,7 +108,8 @@ def test_the_minimum_stands_at_a_key(where, index, prefix):
     if where == "future":
         options |= {"causal": True, "query_offset": index - 20}  # row 20 is the first to see it
     assert (scores(problem).argmin(-1) == index).float().mean() > 0.9
-    found = check_problem(problem)
+    # the one large sum of terms that cancel is right to rounding, of which eager has little by luck
+    found = check_nearly(problem, 5e-6) if where == "padding" else check_problem(problem)
     if where == "padding":
         assert (found[name][:, :, own] == 0).all()
         assert (found["key_factor"][:, index] == 0).all()
