@@ -21,7 +21,8 @@ ATTENTION_KERNELS = (
 """One of them is launched once per call of the fused attention."""
 
 BACKWARD_KERNELS = {
-    "_attention_bwd_rows_kernel": "δ of each row, and in ``min_shift`` once more behind a prefix",
+    "_attention_bwd_rows_kernel": "δ of each row (in float32 once per segment of keys), and "
+    "in ``min_shift`` the gradient of its minimum, once per segment that has factors",
     "_attention_bwd_dq_kernel": "once per segment of keys: two with a shared prefix",
     "_attention_bwd_dkv_kernel": "once per segment",
     "_attention_bwd_bias_kernel": "once per segment, for a position bias with a row dimension",

@@ -148,6 +148,7 @@ def signature(
     scalars = dict.fromkeys(counts.split(), "i32")
     scalars |= dict.fromkeys(("unit", "inner_scale", "keep_scale", "scale"), "fp32")
     flags = {
+        "STAGE": "minimum" if getattr(spec, "mode", "") == "min_shift" else "outputs",
         "HAS_D_LSE": False,
         "CONTINUES": continues,
         "FACTOR_PER_HEAD": False,

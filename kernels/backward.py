@@ -138,6 +138,8 @@ class _Backward:
         query, key, value, key_factor, prefix = tensors
         self.query, self.key, self.value, self.prefix = query, key, value, prefix
         self.d_out, self.d_lse, self.saved = d_out, d_lse, saved
+        # float32 shows what is rounded when δ is summed in another order than the products
+        self.precise = saved.numbers.rest is not None
         self.scale = options["scale"]
         self.sinks: Tensor | None = options["sinks"]
         self.bias: Tensor | None = options["position_bias"]
@@ -176,7 +178,10 @@ class _Backward:
             found["position_bias"] = self._run_bias(self.bias)
         if self.sinks is not None and "sinks" in wanted:
             share = torch.exp(self.sinks.float()[:, None] - self.saved.lse)  # [B, Hq, Tq]
-            found["sinks"] = -(share * self.delta).sum((0, 2)).to(self.sinks.dtype)
+            delta = self.delta
+            if self.precise and self.d_lse is not None:
+                delta = delta - self.d_lse
+            found["sinks"] = -(share * delta).sum((0, 2)).to(self.sinks.dtype)
         return found
 
     def _differentiable(self) -> dict[str, Tensor]:
@@ -239,7 +244,8 @@ class _Backward:
         spec = replace(
             self.call.spec,
             has_key_factor=segment.key_factor is not None,
-            save_rest=self.saved.numbers.rest is not None,
+            save_rest=self.precise,
+            d_lse_apart=self.precise and self.d_lse is not None,
             block_m=config.block_m,
             block_n=config.block_n,
             edge_stages=config.edge_stages,
@@ -252,6 +258,7 @@ class _Backward:
             "d_out_ptr": self.d_out,
             "lse_ptr": saved.lse,
             "delta_ptr": self.delta,
+            "d_lse_ptr": self.d_lse,
             "rest_ptr": saved.numbers.rest,
             "minimum_ptr": saved.numbers.minimum,
             "argmin_ptr": saved.numbers.argmin,
@@ -297,20 +304,30 @@ class _Backward:
 
     def _run_rows(self) -> None:
         """δ of each row and, for ``min_shift``, the gradient of its minimum."""
-        visited = [each for each in self.segments if each.key_factor is not None and each.keys]
-        if self.d_minimum is None or not visited:
-            visited = self.segments[-1:]
-        for index, segment in enumerate(visited):
+        if self.precise:
+            self._run_rows_of("sums", self.segments)
+        else:
+            self._run_rows_of("outputs", self.segments[-1:])
+        if self.d_minimum is not None:
+            flagged = [each for each in self.segments if each.key_factor is not None]
+            self._run_rows_of("minimum", [each for each in flagged if each.keys])
+            if not any(each.keys for each in flagged):
+                self.d_minimum.zero_()
+
+    def _run_rows_of(self, stage: str, segments: list[_Segment]) -> None:
+        """One stage of the kernel, over some segments of keys."""
+        for index, segment in enumerate(segments):
             config, arguments = self._part("rows", segment)
-            lists = self.call.factor_tiles(segment.key_factor, config.block_n)
+            factors = segment.key_factor if stage == "minimum" else None
+            lists = self.call.factor_tiles(factors, config.block_n)
             _attention_bwd_rows_kernel[(self._row_programs(config),)](
                 **arguments,
                 out_ptr=self.saved.out,
-                d_lse_ptr=self.d_lse,
                 before_ptr=lists.before,
                 flagged_ptr=lists.flagged,
                 stride_out=self.saved.out.stride(),
                 stride_tiles=lists.stride,
+                STAGE=stage,
                 HAS_D_LSE=self.d_lse is not None,
                 CONTINUES=index > 0,
             )

@@ -23,6 +23,7 @@ def _attention_bwd_bias_kernel(
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
     rest_ptr,
     delta_ptr,
+    d_lse_ptr,
     minimum_ptr,
     argmin_ptr,
     d_minimum_ptr,
@@ -111,7 +112,7 @@ def _attention_bwd_bias_kernel(
                 mask_row = mask_ptr + batch * stride_mask[0] + head * stride_mask[1]
                 mask_row += first_row * stride_mask[2]
             row_numbers = load_row_numbers(
-                (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+                (lse_ptr, rest_ptr, delta_ptr, d_lse_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
                 saved, offs_m, rows_left, SPEC, False,
             )  # fmt: skip
             query_row = query_ptr + batch * stride_query[0] + head * stride_query[1]

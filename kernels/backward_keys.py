@@ -116,6 +116,7 @@ def _attention_bwd_dkv_kernel(
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
     rest_ptr,
     delta_ptr,
+    d_lse_ptr,
     minimum_ptr,
     argmin_ptr,
     d_minimum_ptr,
@@ -253,7 +254,7 @@ def _attention_bwd_dkv_kernel(
                 query_ptr + batch * stride_query[0] + head * stride_query[1],
                 d_out_ptr + batch * stride_d_out[0] + head * stride_d_out[1],
                 bias_row, mask_row,
-                (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+                (lse_ptr, rest_ptr, delta_ptr, d_lse_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
                 saved,
             )  # fmt: skip
             strides = (

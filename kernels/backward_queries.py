@@ -22,6 +22,7 @@ def _attention_bwd_dq_kernel(
     lse_ptr,  # [B, Hq, Tq], contiguous, as is all that has a number per row
     rest_ptr,
     delta_ptr,
+    d_lse_ptr,
     minimum_ptr,
     argmin_ptr,
     d_minimum_ptr,
@@ -84,7 +85,7 @@ def _attention_bwd_dq_kernel(
         range_ptr += batch * 3
         padding_ptr += batch * stride_padding[0]
     row_numbers = load_row_numbers(
-        (lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
+        (lse_ptr, rest_ptr, delta_ptr, d_lse_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
         saved, offs_m, rows_left, SPEC, False,
     )  # fmt: skip
     if SPEC.wide:

@@ -64,14 +64,15 @@ def load_row_numbers(
 ):
     """What a tile needs of its rows, ready to broadcast against it.
 
-    Log-sum-exp and its rest, δ, and for ``min_shift`` the minimum, its column and its gradient.
+    Log-sum-exp, its rest, δ, the log-sum-exp's gradient, and for ``min_shift`` the minimum, its
+    column and its gradient.
     What a variant has no use for is 0, here and below: a tuple cannot hold None.
 
     Args:
         pointers: to the first of all rows.
         start: number of the block's first row, among those of all heads and batch rows.
     """
-    lse_ptr, rest_ptr, delta_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
+    lse_ptr, rest_ptr, delta_ptr, d_lse_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr = pointers
     inside = offs_m < rows_left
     if SPEC.save_rest:
         rest_ptr += start
@@ -80,6 +81,9 @@ def load_row_numbers(
     if SPEC.save_rest:
         rest = per_row(rest, TRANSPOSED)
     delta = per_row(tl.load(delta_ptr + start + offs_m, mask=inside, other=0.0), TRANSPOSED)
+    d_lse = 0
+    if SPEC.d_lse_apart:
+        d_lse = per_row(tl.load(d_lse_ptr + start + offs_m, mask=inside, other=0.0), TRANSPOSED)
     minimum = 0
     argmin = 0
     d_minimum = 0
@@ -90,7 +94,7 @@ def load_row_numbers(
         argmin = per_row(argmin, TRANSPOSED)
         d_minimum = tl.load(d_minimum_ptr + start + offs_m, mask=inside, other=0.0)
         d_minimum = per_row(d_minimum, TRANSPOSED)
-    return lse, rest, delta, minimum, argmin, d_minimum
+    return lse, rest, delta, d_lse, minimum, argmin, d_minimum
 
 
 @triton.jit
@@ -184,7 +188,7 @@ def differentiate_tile(
     Returns: four tiles: the weights that met the values; the gradients of the logits, of the
         factors (still in the unit of scores), and of q·k (still without ``scale``).
     """
-    lse, rest, delta, minimum, argmin, d_minimum = row_numbers
+    lse, rest, delta, d_lse, minimum, argmin, d_minimum = row_numbers
     unit, inner_scale, keep_scale = units
     M: tl.constexpr = SPEC.block_m
     N: tl.constexpr = SPEC.block_n
@@ -232,7 +236,10 @@ def differentiate_tile(
 
     if SPEC.has_dropout:
         d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
-    d_logits = weights * (d_weights - delta)
+    d_weights = d_weights - delta
+    if SPEC.d_lse_apart:
+        d_weights += d_lse
+    d_logits = weights * d_weights
     d_factors = d_logits
     if WEIGHTED:
         weights = weights * factor

@@ -131,6 +131,7 @@ def make_variant(
         has_dropout="dropout" in features,
         save_minimum=save_minimum,
         save_rest=save_rest,
+        d_lse_apart=False,
         offset_in_memory=offset_in_memory,
         skip_plain=config.skip_plain_tiles,
         # exp2's multiply-add applies a positive unit for nothing, where nothing is added before it

@@ -44,6 +44,7 @@ class Variant:
     has_dropout: bool
     save_minimum: bool  # where each row's minimum stands goes to memory, for the backward pass
     save_rest: bool  # and what rounding takes from the log-sum-exp
+    d_lse_apart: bool  # backward: the log-sum-exp's gradient is not part of δ
     offset_in_memory: bool  # query_offset is a pointer
     skip_plain: bool  # branch around the manipulation where all factors are 1
     scaled: bool  # scores become base-2 logits before, not within, the softmax's exp2

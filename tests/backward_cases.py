@@ -161,9 +161,12 @@ def check_launches(problem: Problem, launches: LaunchCount) -> None:
     bias, factor = tensors.get("position_bias"), tensors.get("key_factor")
     segments = 2 if shared else 1
     assert launches.attention == launches[SHARED_PREFIX if shared else FORWARD] == 1
-    # min_shift sums what its factors pass to the minimum over both segments first
-    spans = shared and factor is not None and factor.shape[-1] > own
-    assert launches[ROWS] == (2 if spans and problem.options["mode"] == "min_shift" else 1)
+    # δ from the output, in float32 from the keys; min_shift sums what factors pass to the minimum
+    float32 = tensors["query"].dtype == torch.float32
+    rows = segments if float32 else 1
+    if factor is not None and problem.options["mode"] == "min_shift":
+        rows += 2 if shared and factor.shape[-1] > own else 1
+    assert launches[ROWS] == rows
     assert launches[DQ] == segments * ("query" in wanted)
     bias_of_rows = bias is not None and bias.shape[2] > 1
     assert launches[DBIAS] == segments * ("position_bias" in wanted and bias_of_rows)
