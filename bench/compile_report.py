@@ -117,6 +117,7 @@ def signature(
         "delta_ptr": "*fp32",
         "partial_ptr": "*fp32",
         "d_lse_ptr": None,
+        "rest_ptr": None,  # of float32 alone
         "factor_ptr": "*fp32" if spec.has_key_factor else None,
         "bias_ptr": short if spec.has_bias else None,
         "padding_ptr": "*u8" if spec.has_padding else None,
