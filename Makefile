@@ -67,7 +67,7 @@ test: lint ## Check style and types, then run the tests (PYTEST_ARGS="-k causal"
 bench: $(VENV)/tools-ready ## Time everything against eager; rows and pictures go to bench/results/.
 	@echo "==> Benchmarks: on CPU about half an hour; keep the machine otherwise idle"
 	@$(BIN)/python -m pytest bench -q -s -p no:xdist --benchmark-disable-gc --benchmark-columns=min,median,iqr,rounds $(PYTEST_ARGS)
-	@for part in savings many_targets memory explain_scaling; do \
+	@for part in savings many_targets memory explain_scaling path; do \
 		echo "==> $$part"; $(BIN)/python -m bench.$$part; \
 	done
 
