@@ -227,7 +227,7 @@ def check_swap(report: Report, model: Any, exact: Any, ids: Tensor) -> None:
 
 def check_explanation(report: Report, model: Any, exact: Any, tokenizer: Any) -> None:
     """Explanations against the oracle, and against what the text says."""
-    settings: dict[str, Any] = {"factor": FACTOR, "progress": False}
+    settings: dict[str, Any] = {"method": "exact", "factor": FACTOR, "progress": False}
     explainer = atman.Explainer(model, tokenizer, **settings)
     tops = []
     for asked, target, sentence in QUESTIONS:

@@ -180,6 +180,6 @@ def shared_prefix_config(
     if load == 2:
         rows = 128 if width <= 64 else 64
         return TileConfig(rows, 32, num_warps=8, num_stages=3 if width <= 64 else 2)
-    if 64 < width <= 128 and deferred and architecture != "sm_100":
+    if 64 < width <= 128 and deferred:
         return TileConfig(128, 32, num_warps=8, num_stages=3)
     return config

@@ -400,11 +400,14 @@ def test_gradients_reach_prefix_and_factors(mode):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_prefix_that_wants_gradients_is_not_served_by_triton_alone():
+def test_a_prefix_that_wants_gradients_gets_them():
+    """Few queries would be packed, but the packed kernel saves nothing for a backward pass."""
     prefix = tuple(t.clone().requires_grad_() for t in PREFIX)
-    output = attention(*inputs(), prefix=prefix, backend="triton")
-    with pytest.raises(NotImplementedError, match="has no backward pass; use backend='auto'"):
+    with count_launches() as launches:
+        output = attention(*inputs(), prefix=prefix, backend="triton")
         output.sum().backward()
+    assert launches["_shared_prefix_fwd_kernel"] == launches.attention == 1
+    assert all(t.grad is not None and t.grad.abs().max() > 0 for t in prefix)
 
 
 @pytest.mark.parametrize("queries", PREFIX_KERNELS)
@@ -427,14 +430,6 @@ def test_full_mode_is_served_by_the_reference():
     torch.testing.assert_close(
         attention(*inputs(), **call), attention(*inputs(), backend="reference", **call)
     )
-
-
-def test_triton_refuses_a_backward_pass():
-    query, key, value, factor = inputs()
-    query.requires_grad_()
-    output = attention(query, key, value, factor, backend="triton")
-    with pytest.raises(NotImplementedError, match="has no backward pass; use backend='auto'"):
-        output.sum().backward()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -526,18 +521,23 @@ def test_opcheck(features):
         query,
         key,
         value,
+        None,
+        None,
         factor,
         features.get("sinks"),
         features.get("position_bias"),
         mask if mask is not None and mask.dim() == 2 else None,
         mask if mask is not None and mask.dim() == 4 else None,
         offset if isinstance(offset, torch.Tensor) else None,
+        None,
         offset if isinstance(offset, int) else 0,
         "min_shift",
         features.get("causal", False),
         0.25,
         features.get("window"),
         features.get("softcap"),
+        0.0,
+        False,
     )
     torch.library.opcheck(torch.ops.atman_triton.attention_fwd.default, arguments)
 
@@ -545,10 +545,11 @@ def test_opcheck(features):
 @pytest.mark.parametrize("queries", PREFIX_KERNELS)
 def test_opcheck_of_a_prefix(queries):
     query, key, value, factor = inputs(query_tokens=queries)
-    optional = (None, None, torch.ones(2, 14, dtype=torch.bool), None, torch.tensor(3), 0)
+    optional = (None, None, torch.ones(2, 14, dtype=torch.bool), None, torch.tensor(3), None, 0)
+    options = ("min_shift", True, 0.25, 4, None, 0.0, False)
     torch.library.opcheck(
-        torch.ops.atman_triton.shared_prefix_fwd.default,
-        (query, key, value, *PREFIX, factor, *optional, "min_shift", True, 0.25, 4, None),
+        torch.ops.atman_triton.attention_fwd.default,
+        (query, key, value, *PREFIX, factor, *optional, *options),
     )
 
 
@@ -569,10 +570,9 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.fixture
 def open_operators(monkeypatch):
-    """Call launchers as plain functions, since a dispatch mode does not see into an operator."""
+    """Call the launcher as a plain function: a dispatch mode does not see into an operator."""
     module = sys.modules["atman_triton.attention"]  # the package's attribute is the function
-    for name in ("attention_triton", "shared_prefix_triton"):
-        monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
+    monkeypatch.setattr(module, "attention_triton", module.attention_triton._init_fn)
 
 
 @pytest.mark.usefixtures("open_operators")
