@@ -247,7 +247,8 @@ def check_explanation(report: Report, model: Any, exact: Any, tokenizer: Any) ->
             why = "; ".join(found.provenance["runner_reasons"])
             report.add("perturbations run", True, f"{runner} {why}".strip())
             if runner == "shared_prefix":
-                direct = atman.Explainer(model, tokenizer, **settings | {"method": "direct"})
+                settings["method"] = "direct"
+                direct = atman.Explainer(model, tokenizer, **settings)
                 runs = {"of direct effects": direct.explain(prompt, target)}
                 check_scores(report, model, exact, ids, runs, first_row=len(ids) - 1)
         tops.append(top_sentence(found))
