@@ -44,7 +44,9 @@ class Completeness:
         return float(_share((self.sums - self.rises).abs().sum(), self.rises.abs().sum()))
 
     def __str__(self) -> str:
-        error = f"{100 * self.error:.2g}%" if math.isfinite(self.error) else "all of it"
+        percent = 100 * self.error
+        error = f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
+        error = error if math.isfinite(percent) else "all of it"
         total, rise = float(self.sums.sum()), float(self.rises.sum())
         return (
             f"the scores sum to {total:.3g} nats; with all units suppressed the loss rises by "

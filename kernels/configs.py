@@ -125,12 +125,14 @@ def _nvidia_forward(
     Found by compiling: the largest tiles without spills (``python -m bench.compile_report``).
     """
     if max(head_dim, value_dim) <= 64:
-        return TileConfig(128, 32 if deferred and load == 2 else 64, num_warps=8, num_stages=3)
+        narrow = load == 2 and (deferred or architecture == "sm_80")
+        return TileConfig(128, 32 if narrow else 64, num_warps=8, num_stages=3)
     if value_dim <= 128:
         stages = 3 if head_dim <= 128 else 2  # 192/128 with 3 would not fit sm_80's memory
         if architecture == "sm_80" and load:
             return TileConfig(64, 64, num_warps=8, num_stages=2)  # the query is held as well
-        if load or (deferred and head_dim > 128):
+        parts = split_head_dim(head_dim)[1] > 0  # of which both are held
+        if load or (deferred and (head_dim > 128 or (parts and architecture == "sm_80"))):
             return TileConfig(128, 32, num_warps=8, num_stages=stages)
         # pipelining the edge tiles as well costs min_shift its last registers
         edge_stages = 1 if deferred else stages
@@ -140,7 +142,8 @@ def _nvidia_forward(
     # 128 rows of 256 values are 128 registers: clean on sm_90 only, and without a third loop
     if architecture == "sm_90" and not deferred and not load:
         return TileConfig(128, 32, num_warps=8, num_stages=2)
-    return TileConfig(64, 16 if load else 32, num_warps=8, num_stages=2)
+    narrow = load or (deferred and architecture == "sm_90")
+    return TileConfig(64, 16 if narrow else 32, num_warps=8, num_stages=2)
 
 
 def packs_queries(queries: int, sharing: int) -> bool:
