@@ -20,8 +20,10 @@ from torch import Tensor
 
 from .completeness import Completeness
 from .pieces import (
+    Document,
     LeftOut,
     Target,
+    TargetPart,
     Unit,
     check_branches,
     check_names,
@@ -75,6 +77,14 @@ class Explanation:
             what to refine; it may have a ``coarse`` of its own.
         together_logprobs: Of gradient methods, and only of them, ``[T]`` float32, nats: log p of
             each target token with all units suppressed together that have a score for it.
+        documents: Sources that the prompt holds, in text order (``Unit.document``).
+        parts: What the target tokens are read in: whole answers, sentences, words, tokens. Empty
+            stands for a part per target and becomes that.
+        postprocessing: What is done to every score before ``relevance`` goes over target tokens:
+            ``"none"``, ``"absolute"`` or ``"square"``. ``scores`` itself stays as measured.
+        normalize: Whether ``relevance`` is then moved and scaled to [0, 1] over the measured units.
+        contrast: Whether ``relevance`` is that for target 0 minus that for target 1: why this
+            rather than that.
 
     Tensors are kept on the CPU, detached; ``provenance`` as JSON returns it (tuples become lists).
 
@@ -97,6 +107,11 @@ class Explanation:
     method: str = "exact"
     coarse: Explanation | None = None
     together_logprobs: Tensor | None = None
+    documents: list[Document] = field(default_factory=list)
+    parts: list[TargetPart] = field(default_factory=list)
+    postprocessing: Literal["none", "absolute", "square"] = "none"
+    normalize: bool = False
+    contrast: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

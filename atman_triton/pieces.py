@@ -10,13 +10,62 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-__all__ = ["EFFECTS", "LEVELS", "Effect", "LeftOut", "Level", "Target", "Unit"]
+__all__ = [
+    "EFFECTS",
+    "LEVELS",
+    "Document",
+    "Effect",
+    "LeftOut",
+    "Level",
+    "Neighbour",
+    "Target",
+    "TargetPart",
+    "Unit",
+]
 
 Part = Literal["prompt", "target"]
 Effect = Literal["total", "direct", "path", "gradient"]
-Level = Literal["token", "word", "sentence", "paragraph", "chunk"]
+Level = Literal[
+    "token", "word", "sentence", "paragraph", "chunk", "delimited", "span", "turn", "document"
+]
 EFFECTS: tuple[str, ...] = get_args(Effect)
 LEVELS: tuple[str, ...] = get_args(Level)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token suppressed along with a unit, because its input embedding is like one of the unit's.
+
+    Args:
+        token: Its position in the model input.
+        factor: What its attention scores were manipulated with; 1 leaves alone.
+        similarity: The largest cosine of its input embedding with one of the unit's tokens.
+        start: First character in ``Explanation.text``; None where it has no place there.
+        stop: One past its last character; None together with ``start``.
+        branch: Of a token of a target, which of the explained targets; None in the prompt.
+    """
+
+    token: int
+    factor: float
+    similarity: float
+    start: int | None = None
+    stop: int | None = None
+    branch: int | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A source that the prompt holds, as retrieval gives it.
+
+    Args:
+        id: Its name; unique in an explanation.
+        start: First character in ``Explanation.text``.
+        stop: One past its last character.
+    """
+
+    id: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +86,9 @@ class Unit:
             ``path``: its share in suppressing all units together, from gradients on the way there.
             ``gradient``: a first-order estimate from the gradient with nothing suppressed.
         level: How large a piece it is.
+        document: Which of ``Explanation.documents`` it stands in; None outside of them.
+        neighbours: Tokens outside of it that were suppressed along with it (paper, 3.3); empty
+            without ``similarity``.
     """
 
     text: str
@@ -47,6 +99,8 @@ class Unit:
     branch: int | None = None
     effect: Effect = "total"
     level: Level = "token"
+    document: int | None = None
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +119,25 @@ class Target:
     text: str
     token: int
     token_id: int
+    start: int | None
+    stop: int | None
+    branch: int = 0
+
+
+@dataclass(frozen=True)
+class TargetPart:
+    """Neighbouring target tokens that are read as one: an answer, a sentence or a word of it.
+
+    Args:
+        text: The part as text.
+        rows: Indices into ``Explanation.targets``, ascending; no token is in two parts.
+        start: First character in ``Explanation.text``; None where it has no place there.
+        stop: One past its last character; None together with ``start``.
+        branch: Which of the explained targets it belongs to, from 0.
+    """
+
+    text: str
+    rows: tuple[int, ...]
     start: int | None
     stop: int | None
     branch: int = 0
