@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
+from .answers import generated_answer, given_answers
 from .arguments import (
     check_generation,
     check_one_of,
@@ -23,17 +24,16 @@ from .arguments import (
     checked_indices,
     checked_steps,
     checked_targets,
-    plain,
 )
 from .attention import BACKENDS, MODES
-from .capabilities import check_causal, context_window, vocabulary_size
-from .engine import Engine, Record, RunFailed, Settings, undisturbed
+from .capabilities import check_causal, vocabulary_size
+from .engine import Engine, Record, Settings, undisturbed
 from .explanation import Explanation, LeftOut
 from .methods import DEFAULT_STEPS, GRADIENT_METHODS, METHODS, Method, Outcome, measure
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack
-from .tokens import Tokens, border, encode_prompt, encode_target, tokens_of_ids
+from .tokens import encode_prompt
 from .units import Layout, lay_out
 
 EFFECTS = {
@@ -48,10 +48,6 @@ EFFECTS = {
     "with nothing suppressed: usually a poor one",
 }
 """What the scores of each method are."""
-
-END_OF_TEXT = "end of text, generated and not explained"
-
-_NEW_TOKENS = 32  # how many are generated where there is room and nothing else is said
 
 Granularity = Literal["token", "sentence", "paragraph"]
 Reduction = Literal["mean", "sum"]
@@ -263,25 +259,25 @@ class Explainer:
             )
         vocabulary = vocabulary_size(self.model)
         words = encode_prompt(prompt, self.tokenizer, vocabulary)
-        facts: dict[str, Any] = {"target": "given"}
-        end: list[LeftOut] = []
         with undisturbed(self.model):
             if several is None:
-                if max_new_tokens is None:
-                    max_new_tokens = self._default_new_tokens(len(words))
-                self._check_length(len(words), max_new_tokens, "max_new_tokens")
-                generation = {"max_new_tokens": max_new_tokens} | generation_kwargs
-                answer, end = self._generate(words, generation)
-                answers = [answer]
-                facts = {"target": "generated"}
-                facts["generation"] = {name: plain(value) for name, value in generation.items()}
+                answers = generated_answer(
+                    self.model, self.tokenizer, words, max_new_tokens, generation_kwargs
+                )
             else:
-                answers, separators = self._encode_targets(prompt, words, several, separator)
-                if separators:
-                    facts["separator"] = separators[0] if targets is None else separators
+                answers = given_answers(
+                    self.model,
+                    self.tokenizer,
+                    prompt,
+                    words,
+                    several,
+                    separator,
+                    alone=targets is None,
+                )
+            facts = answers.facts
             layout = lay_out(
                 words,
-                answers,
+                answers.tokens,
                 granularity,
                 explain_only,
                 is_text=self.tokenizer is not None,
@@ -323,7 +319,7 @@ class Explainer:
             outcome,
             engine.base_logprobs,
             reduction,
-            layout.left_out + end,
+            layout.left_out + answers.left_out,
             self._provenance(method, engine.record, granularity, len(layout.prompt_ids)) | facts,
         )
 
@@ -356,71 +352,6 @@ class Explainer:
             coarse=coarse,
             together_logprobs=outcome.together_logprobs,
         )
-
-    def _encode_targets(
-        self, prompt: Any, words: Tokens, targets: Sequence[Any], separator: str | None
-    ) -> tuple[list[Tokens], list[str]]:
-        """Every target's tokens, and what was put in front of each str."""
-        vocabulary = vocabulary_size(self.model)
-        answers, separators = [], []
-        for target in targets:
-            between = border(prompt, words, target) if separator is None else separator
-            answer = encode_target(target, words, self.tokenizer, vocabulary, between)
-            if isinstance(target, str):
-                separators.append(between)
-            self._check_length(len(words), len(answer), "the target's")
-            answers.append(answer)
-        return answers, separators
-
-    def _generate(self, prompt: Tokens, arguments: dict[str, Any]) -> tuple[Tokens, list[LeftOut]]:
-        """The model's own continuation, and what of it is not explained."""
-        ids = torch.tensor(prompt.ids, device=self.model.device)[None]
-        config = arguments.get("generation_config") or self.model.generation_config
-        ends = _end_tokens(self.tokenizer, config, arguments)
-        defaults: dict[str, Any] = {}
-        if "generation_config" not in arguments:
-            defaults = {"do_sample": False, "num_beams": 1}
-        if config.pad_token_id is None and ends:
-            defaults["pad_token_id"] = min(ends)  # there is nothing to pad; spares a warning
-        output = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **(defaults | arguments)
-        )
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        if len(sequences) != 1:
-            raise ValueError(
-                f"one completion is explained at a time, got {len(sequences)}; "
-                "leave num_return_sequences at 1."
-            )
-        completion = sequences[0, len(prompt) :].tolist()
-        kept = len(completion)
-        while kept and completion[kept - 1] in ends:
-            kept -= 1
-        if not kept:
-            raise RunFailed("the model's completion is empty: it ended at once; give a target.")
-        answer = tokens_of_ids(completion[:kept], self.tokenizer, after=prompt)
-        if kept == len(completion):
-            return answer, []
-        rest = tokens_of_ids(completion[kept:], self.tokenizer, after=prompt)
-        # Generated, but never read again: it has no position in the model input.
-        return answer, [LeftOut("".join(rest.names), (), END_OF_TEXT)]
-
-    def _check_length(self, prompt_tokens: int, target_tokens: int, whose: str) -> None:
-        limit = context_window(self.model)
-        needed = prompt_tokens + target_tokens - 1  # the last target token is never read
-        if limit is not None and needed > limit:
-            remedy = "shorten one of them"
-            if whose == "max_new_tokens":
-                room = limit - prompt_tokens + 1
-                remedy = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
-            raise ValueError(
-                f"prompt and target must fit into the context window of {limit} tokens, got "
-                f"{prompt_tokens} and {whose} {target_tokens}: {needed - limit} too many; {remedy}."
-            )
-
-    def _default_new_tokens(self, prompt_tokens: int) -> int:
-        limit = context_window(self.model)
-        room = _NEW_TOKENS if limit is None else limit - prompt_tokens + 1
-        return max(1, min(_NEW_TOKENS, room))
 
     def _provenance(
         self, method: Method, record: Record, granularity: str, prompt_tokens: int
@@ -466,11 +397,3 @@ class Explainer:
             "versions": versions,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-
-
-def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[int]:
-    """Ids that end a completion."""
-    given = arguments.get("eos_token_id", config.eos_token_id)
-    several = given if isinstance(given, (list, tuple)) else [given]
-    known = [*several, getattr(tokenizer, "eos_token_id", None)]
-    return {int(token_id) for token_id in known if token_id is not None}
