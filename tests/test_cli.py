@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from atman_triton import cli
+from atman_triton import cli, cli_explain
 from atman_triton._version import __version__
 from atman_triton.explain import Explainer
 from atman_triton.explanation import load
@@ -336,7 +336,7 @@ def break_logits(reader, change):
 
 def test_errors_of_the_run_itself_are_no_bad_usage(run, reader, folder, monkeypatch):
     words = ["explain", PROMPT, "--model", folder, "--quiet"]
-    monkeypatch.setattr(cli, "load_model", lambda *_: reader)
+    monkeypatch.setattr(cli_explain, "load_model", lambda *_: reader)
     with break_logits(reader, lambda logits: logits.fill_(torch.nan)):
         check(run(*words, "--target", "23"), 1, "the model returns NaN in torch.float32")
     with break_logits(reader, only_the_first_token):
@@ -350,7 +350,7 @@ def test_what_the_model_raises_is_no_bad_usage(run, reader, folder, monkeypatch,
     def fail(*_, **__):
         raise error("this model is no good")
 
-    monkeypatch.setattr(cli, "load_model", lambda *_: reader)
+    monkeypatch.setattr(cli_explain, "load_model", lambda *_: reader)
     monkeypatch.setattr(reader[0].model, "forward", fail)
     for words in (["--target", "23"], []):
         result = run("explain", PROMPT, "--model", folder, "--quiet", *words)
