@@ -125,7 +125,7 @@ class Explanation:
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
         self.units, self.targets = list(self.units), list(self.targets)
-        self.left_out = list(self.left_out)
+        self.left_out, self.documents = list(self.left_out), list(self.documents)
         self.target_stops = list(self.target_stops) or [len(self.text)]
         edges = [self.prompt_stop, *self.target_stops]
         if edges != sorted(edges) or edges[-1] != len(self.text):
@@ -157,6 +157,19 @@ class Explanation:
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must hold JSON values only: {error}.") from error
         self._check_coarse()
+        self.parts = list(self.parts) or self._answers()
+
+    def _answers(self) -> list[TargetPart]:
+        """A part per target: all of its tokens."""
+        edges = [self.prompt_stop, *self.target_stops]
+        order = [target.branch for target in self.targets]
+        parts = []
+        for branch, text in enumerate(self.answers):
+            start, stop = edges[branch : branch + 2]
+            span = (start, stop) if start < stop else (None, None)
+            rows = tuple(row for row, owner in enumerate(order) if owner == branch)
+            parts.append(TargetPart(text, rows, *span, branch))
+        return parts
 
     def _check_together(self, shape: tuple[int, ...]) -> None:
         wanted = self.method in GRADIENT_METHODS
@@ -333,6 +346,7 @@ class Explanation:
             else self.together_logprobs[rows],
             left_out=[moved(p) for p in self.left_out if p.branch in (None, index)],
             target_stops=[self.prompt_stop + stop - start],
+            parts=[],
             coarse=None if self.coarse is None else self.coarse.branch(index),
         )
 

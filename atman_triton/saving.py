@@ -1,7 +1,7 @@
 """Explanations as JSON: what ``Explanation.save`` writes and ``load`` reads back exactly.
 
-Version 1 knew one target, token units and total effects only, version 2 no gradient methods; their
-files still load.
+Version 1 knew one target, token units and total effects only, version 2 no gradient methods,
+version 3 no documents, neighbours, parts and ways to read the scores; their files still load.
 """
 
 from __future__ import annotations
@@ -9,26 +9,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from .pieces import LeftOut, Target, Unit
+from . import reading
+from .pieces import LeftOut, Unit
 
 if TYPE_CHECKING:
     from .explanation import Explanation
 
 FORMAT = "atman_explanation"
-VERSION = 3
-# What version 1 did not write, by the kind of piece.
-NEW_IN_2 = {
-    Unit: ("branch", "effect", "level"),
-    Target: ("branch",),
-    LeftOut: ("branch",),
-}
+VERSION = 4
 
 
 def load(path: str | os.PathLike[str]) -> Explanation:
@@ -82,7 +78,7 @@ def _body(explanation: Explanation) -> dict[str, Any]:
         "prompt_stop": explanation.prompt_stop,
         "target_stops": explanation.target_stops,
         "method": explanation.method,
-        "units": [_piece(unit) for unit in explanation.units],
+        "units": [_unit(unit) for unit in explanation.units],
         "targets": [asdict(target) for target in explanation.targets],
         "base_logprobs": _numbers(explanation.base_logprobs),
         "suppressed_logprobs": [_numbers(row) for row in explanation.suppressed_logprobs],
@@ -90,12 +86,17 @@ def _body(explanation: Explanation) -> dict[str, Any]:
         "reduction": explanation.reduction,
         "left_out": [_piece(piece) for piece in explanation.left_out],
         "provenance": explanation.provenance,
+        "documents": [asdict(document) for document in explanation.documents],
+        "parts": [asdict(part) | {"rows": list(part.rows)} for part in explanation.parts],
+        "postprocessing": explanation.postprocessing,
+        "normalize": explanation.normalize,
+        "contrast": explanation.contrast,
         "coarse": None if coarse is None else _body(coarse),
     }
 
 
 def from_json(data: dict[str, Any]) -> Explanation:
-    """The inverse of ``to_json``, also for what version 1 wrote; other fields are ignored.
+    """The inverse of ``to_json``, also for what older versions wrote; other fields are ignored.
 
     Raises: KeyError, TypeError or ValueError: if a field is missing or wrong, naming the field.
     """
@@ -105,43 +106,43 @@ def from_json(data: dict[str, Any]) -> Explanation:
 def _explanation(data: dict[str, Any], version: int) -> Explanation:
     from .explanation import Explanation  # which imports this module
 
-    units = [
-        _unit(f"units[{i}]", item, version) for i, item in enumerate(_list("units", data["units"]))
-    ]
-    targets = [
-        _target(f"targets[{i}]", item, version)
-        for i, item in enumerate(_list("targets", data["targets"]))
-    ]
-    rows = _list("suppressed_logprobs", data["suppressed_logprobs"], len(targets))
+    def pieces(field: str, read: Callable[[str, Any, int], Any]) -> list[Any]:
+        items = enumerate(reading.listed(field, data[field]))
+        return [read(f"{field}[{i}]", item, version) for i, item in items]
+
+    units, targets = pieces("units", reading.unit), pieces("targets", reading.target)
+    rows = reading.listed("suppressed_logprobs", data["suppressed_logprobs"], len(targets))
     suppressed = [
-        _tensor(f"suppressed_logprobs[{i}]", row, len(units)) for i, row in enumerate(rows)
+        reading.tensor(f"suppressed_logprobs[{i}]", row, len(units)) for i, row in enumerate(rows)
     ]
     if not isinstance(data["provenance"], dict):
         raise ValueError(f"provenance must be an object, got {data['provenance']!r}.")
     later: dict[str, Any] = {}
     if version > 1:
         later = {
-            "target_stops": [
-                _int(f"target_stops[{i}]", item)
-                for i, item in enumerate(_list("target_stops", data["target_stops"]))
-            ],
-            "method": _str("method", data["method"]),
+            "target_stops": list(reading.counts("target_stops", data["target_stops"])),
+            "method": reading.string("method", data["method"]),
             "coarse": _coarse(data["coarse"], version),
         }
     if version > 2 and data["together_logprobs"] is not None:
-        later["together_logprobs"] = _tensor("together_logprobs", data["together_logprobs"])
+        later["together_logprobs"] = reading.tensor("together_logprobs", data["together_logprobs"])
+    if version > 3:
+        later |= {
+            "documents": pieces("documents", reading.document),
+            "parts": pieces("parts", reading.part),
+            "postprocessing": reading.string("postprocessing", data["postprocessing"]),
+            "normalize": reading.flag("normalize", data["normalize"]),
+            "contrast": reading.flag("contrast", data["contrast"]),
+        }
     return Explanation(
-        text=_str("text", data["text"]),
-        prompt_stop=_int("prompt_stop", data["prompt_stop"]),
+        text=reading.string("text", data["text"]),
+        prompt_stop=reading.integer("prompt_stop", data["prompt_stop"]),
         units=units,
         targets=targets,
-        base_logprobs=_tensor("base_logprobs", data["base_logprobs"]),
+        base_logprobs=reading.tensor("base_logprobs", data["base_logprobs"]),
         suppressed_logprobs=torch.stack(suppressed) if suppressed else torch.empty(0, len(units)),
-        reduction=cast(Any, _str("reduction", data["reduction"])),
-        left_out=[
-            _left_out(f"left_out[{i}]", item, version)
-            for i, item in enumerate(_list("left_out", data["left_out"]))
-        ],
+        reduction=cast(Any, reading.string("reduction", data["reduction"])),
+        left_out=pieces("left_out", reading.left_out),
         provenance=data["provenance"],
         **later,
     )
@@ -160,6 +161,12 @@ def _coarse(data: Any, version: int) -> Explanation | None:
         raise ValueError(f"in coarse, {error}") from error
 
 
+def _unit(unit: Unit) -> dict[str, Any]:
+    """A neighbour is written as a list, in the order of its fields: there can be very many."""
+    near = [[getattr(each, name) for name in reading.NEIGHBOUR] for each in unit.neighbours]
+    return _piece(replace(unit, neighbours=())) | {"neighbours": near}
+
+
 def _piece(piece: Unit | LeftOut) -> dict[str, Any]:
     return asdict(piece) | {"tokens": list(piece.tokens)}
 
@@ -170,101 +177,3 @@ def _numbers(values: Tensor) -> list[float | str | None]:
         float(f"{value:.9g}") if math.isfinite(value) else None if math.isnan(value) else str(value)
         for value in values.tolist()
     ]
-
-
-def _unit(name: str, data: Any, version: int) -> Unit:
-    piece = _object(name, data, Unit, version)
-    return Unit(
-        text=_str(f"{name}.text", piece["text"]),
-        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
-        start=_place(f"{name}.start", piece["start"]),
-        stop=_place(f"{name}.stop", piece["stop"]),
-        part=cast(Any, _str(f"{name}.part", piece["part"])),
-        branch=_place(f"{name}.branch", piece["branch"]),
-        effect=cast(Any, _str(f"{name}.effect", piece["effect"])),
-        level=cast(Any, _str(f"{name}.level", piece["level"])),
-    )
-
-
-def _target(name: str, data: Any, version: int) -> Target:
-    piece = _object(name, data, Target, version)
-    return Target(
-        text=_str(f"{name}.text", piece["text"]),
-        token=_int(f"{name}.token", piece["token"]),
-        token_id=_int(f"{name}.token_id", piece["token_id"]),
-        start=_place(f"{name}.start", piece["start"]),
-        stop=_place(f"{name}.stop", piece["stop"]),
-        branch=_int(f"{name}.branch", piece["branch"]),
-    )
-
-
-def _left_out(name: str, data: Any, version: int) -> LeftOut:
-    piece = _object(name, data, LeftOut, version)
-    return LeftOut(
-        text=_str(f"{name}.text", piece["text"]),
-        tokens=_tokens(f"{name}.tokens", piece["tokens"]),
-        reason=_str(f"{name}.reason", piece["reason"]),
-        branch=_place(f"{name}.branch", piece["branch"]),
-    )
-
-
-def _object(
-    name: str, value: Any, kind: type[Unit] | type[Target] | type[LeftOut], version: int
-) -> dict[str, Any]:
-    """A piece with every field of its kind; what version 1 lacks gets its default."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must be an object, got {value!r}.")
-    defaults = {each.name: each.default for each in fields(kind) if each.name in NEW_IN_2[kind]}
-    known = [each.name for each in fields(kind) if version > 1 or each.name not in defaults]
-    for key in known:
-        if key not in value:
-            raise ValueError(f"{name} lacks {key!r}.")
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{name} has the unknown field {key!r}.")
-    return value if version > 1 else value | defaults
-
-
-def _list(name: str, value: Any, length: int | None = None) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f"{name} must be a list, got {value!r}.")
-    if length is not None and len(value) != length:
-        raise ValueError(f"{name} must have length {length}, got {len(value)}.")
-    return value
-
-
-def _str(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} must be a str, got {value!r}.")
-    return value
-
-
-def _int(name: str, value: Any, kind: str = "an int") -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be {kind}, got {value!r}.")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}.")
-    return value
-
-
-def _place(name: str, value: Any) -> int | None:
-    return None if value is None else _int(name, value, "an int or null")
-
-
-def _tokens(name: str, value: Any) -> tuple[int, ...]:
-    return tuple(_int(f"{name}[{i}]", token) for i, token in enumerate(_list(name, value)))
-
-
-def _tensor(name: str, values: Any, length: int | None = None) -> Tensor:
-    """The inverse of ``_numbers``."""
-    numbers = []
-    for index, value in enumerate(_list(name, values, length)):
-        if value is None:
-            numbers.append(math.nan)
-        elif value in ("inf", "-inf") or (
-            isinstance(value, int | float) and not isinstance(value, bool)
-        ):
-            numbers.append(float(value))
-        else:
-            raise ValueError(f"{name}[{index}] must be a number, got {value!r}.")
-    return torch.tensor(numbers, dtype=torch.float32)

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 from test_cli import PROMPT, folder, reader, run  # noqa: F401 - fixtures
-from toy_explanations import explain, merge
+from toy_explanations import as_version, explain, merge
 from toy_models import llama
 from toy_tokenizers import byte_level
 
@@ -109,9 +109,8 @@ def test_saved_and_loaded(tmp_path, method):
 
 
 def test_a_file_of_version_2_still_loads():
-    data = to_json(explain())
-    data["version"] = 2
-    del data["together_logprobs"]
+    data = as_version(to_json(explain()), 2)
+    assert "together_logprobs" not in data
     assert from_json(data) == explain()
 
 

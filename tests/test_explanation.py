@@ -474,7 +474,8 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"units": [UNIT, dataclasses.replace(UNIT, level="page")]},
             ValueError,
-            "units[1].level must be one of token, word, sentence, paragraph, chunk, got 'page'.",
+            "units[1].level must be one of token, word, sentence, paragraph, chunk, delimited, "
+            "span, turn, document, got 'page'.",
         ),
         ({"coarse": {}}, TypeError, "coarse must be an Explanation or None, got dict."),
         (

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_explanations import HOSTILE, explain_several, hierarchical, with_effects
+from toy_explanations import HOSTILE, as_version, explain_several, hierarchical, with_effects
 
 from atman_triton.explanation import Explanation, LeftOut, Target, Unit, from_json, load, to_json
 
@@ -100,6 +100,16 @@ def test_a_file_of_version_1_holds_no_newer_field(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("make", [small, explain_several, hierarchical])
+def test_files_of_later_versions_still_load(make, version):
+    old = as_version(to_json(make()), version)
+    assert from_json(old) == make()
+    old["units"][0]["neighbours"] = []
+    with pytest.raises(ValueError, match=r"^units\[0\] has the unknown field 'neighbours'\.$"):
+        from_json(old)
+
+
 def test_other_fields_of_the_whole_are_ignored():
     assert from_json(to_json(small()) | {"ranking": [0]}) == small()
 
@@ -108,7 +118,7 @@ def test_the_file_is_strict_json_with_a_version(tmp_path):
     path = tmp_path / "saved.json"
     small().save(path)
     data = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert (data["format"], data["version"]) == ("atman_explanation", 3)
+    assert (data["format"], data["version"]) == ("atman_explanation", 4)
     assert data["suppressed_logprobs"][0] == [-2.0, None]
 
 
@@ -124,8 +134,8 @@ def damage(text, **changes):
         (lambda text: "[1, 2]", 'is no saved explanation: it lacks "format": "atman_explanation".'),
         (lambda text: damage(text, format="png"), 'it lacks "format": "atman_explanation".'),
         (
-            lambda text: damage(text, version=4),
-            "has version 4, this release reads up to version 3: upgrade atman_triton.",
+            lambda text: damage(text, version=5),
+            "has version 5, this release reads up to version 4: upgrade atman_triton.",
         ),
         (
             lambda text: damage(text, version="1"),

@@ -104,6 +104,7 @@ def merge(explanations, **changes):
         "base_logprobs": torch.cat([each.base_logprobs for each in explanations]),
         "suppressed_logprobs": torch.cat(rows),
         "left_out": left_out,
+        "parts": [],
     }
     return replace(first, **fields | changes)
 
@@ -168,3 +169,17 @@ def hierarchical():
         method="hierarchical",
         coarse=replace(sentences, method="hierarchical", coarse=paragraphs),
     )
+
+
+def as_version(data, version):
+    """What version 2 or 3 of the format wrote of an explanation saved now."""
+    added = {"documents", "parts", "postprocessing", "normalize", "contrast"}
+    added |= {"together_logprobs"} if version < 3 else set()
+    old = {name: value for name, value in data.items() if name not in added}
+    old["units"] = [
+        {name: value for name, value in unit.items() if name not in ("document", "neighbours")}
+        for unit in data["units"]
+    ]
+    if old["coarse"] is not None:
+        old["coarse"] = as_version(old["coarse"], version)
+    return old | ({"version": version} if "version" in data else {})
