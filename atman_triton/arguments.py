@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any, Literal
 
 from .integration import checked_indices as _known_indices
-from .methods import DEFAULT_BUDGET, DEFAULT_STEPS
+from .methods import DEFAULT_BUDGET, DEFAULT_STEPS, GRADIENT_METHODS
+from .presets import Preset
+from .suppression import RULES, Rule
 
 
 def check_one_of(name: str, value: Any, known: Sequence[str]) -> None:
@@ -109,6 +112,51 @@ def checked_factor(factor: Any) -> float:
             "means something only where a unit is suppressed."
         )
     return float(factor)
+
+
+def checked_similarity(
+    similarity: Any, rule: Any, factor: Any, method: str, preset: Preset
+) -> tuple[float | None, Rule]:
+    """κ, None where units are suppressed alone, and the rule.
+
+    Args:
+        similarity: As given: κ, True for the preset's, False for none, None for what it does.
+        rule: As given, None for the preset's.
+        factor: As given, None for the preset's.
+        method: Which perturbations are run.
+        preset: Where the rest comes from.
+    """
+    if not isinstance(similarity, (bool, int, float, NoneType)):
+        raise TypeError(f"similarity must be a number, a bool or None, got {similarity!r}.")
+    if rule is not None:
+        check_one_of("rule", rule, RULES)
+    if similarity is None:
+        similarity = preset.correlated
+    if similarity is False:
+        if rule is not None:
+            raise ValueError(
+                f"rule={rule!r} says how similar tokens are suppressed, but none are; pass "
+                f"similarity too, such as {preset.threshold}."
+            )
+        return None, preset.rule
+    threshold = preset.threshold if similarity is True else float(similarity)
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"similarity must lie in (0, 1], as the smallest cosine of two embeddings that are "
+            f"suppressed together, got {similarity}; False suppresses units alone."
+        )
+    if method in GRADIENT_METHODS:
+        raise ValueError(
+            f"method={method!r} cannot take similarity: it suppresses all units at once, and their "
+            "neighbourhoods overlap; take method='exact' or 'direct', or similarity=False."
+        )
+    rule = preset.rule if rule is None else rule
+    if rule == "paper" and factor is not None:
+        raise ValueError(
+            "rule='paper' takes all factors from similarities and none from factor, got "
+            f"factor={factor}; leave it out, or take rule='released'."
+        )
+    return threshold, rule
 
 
 def checked_batch_size(batch_size: Any) -> int | Literal["auto"]:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from . import gradients
 from .branches import Branches
 from .capabilities import dtype_of, why_not_branches, why_not_prefix
-from .perturbations import SAVINGS, Effect, Record, RunFailed, Settings, Unit
+from .perturbations import SAVINGS, Effect, Near, Record, RunFailed, Settings, Unit
 from .runner import NotSideBySide, Runner, check_nan
 from .stacks import find_stack
 
-__all__ = ["SAVINGS", "Effect", "Engine", "Record", "RunFailed", "Settings", "Unit", "undisturbed"]
+__all__ = ["SAVINGS", "Effect", "Engine", "Near", "Record", "RunFailed", "Settings", "Unit", "undisturbed"]
 
 
 class Engine:
@@ -106,6 +106,20 @@ class Engine:
                     result[torch.tensor(mine)[:, None], torch.tensor(rows)] = found
         return result.masked_fill_(~self._before(units, max), torch.nan)
 
+    def neighbours(self, unit: Unit) -> list[Near]:
+        """What is suppressed along with a unit: of the prompt, then of each target, in order.
+
+        Empty without ``Settings.similarity``. The prompt is the same for all targets, and targets
+        that a piece of another one cannot reach are left out.
+        """
+        readers = [each for each in self._runners if each.reads(unit)]
+        found = {
+            (-1 if near.branch is None else near.branch, near.position): near
+            for each in reversed(readers)
+            for near in each.neighbours(unit)
+        }
+        return [found[place] for place in sorted(found)]
+
     def attribute(self, units: Sequence[Unit], steps: int | None) -> gradients.Attribution:
         """Scores from gradients on the line from no suppression to that of all units together.
 
@@ -120,6 +134,8 @@ class Engine:
         """
         if not self._settings.gradients:
             raise ValueError("attribute needs an engine with Settings(gradients=True).")
+        if self._settings.similarity is not None:
+            raise ValueError("attribute suppresses units alone: Settings.similarity must be None.")
         measured, begun = self._before(units, max), self._before(units, min)  # [U, M]
         scores = torch.full(measured.shape, torch.nan)
         together = self.base_logprobs.clone()

@@ -322,6 +322,10 @@ class Explanation:
         tokens = self.targets[rows[0]].token - self.targets[0].token
 
         def moved(piece: Any) -> Any:
+            neighbours = getattr(piece, "neighbours", ())
+            if neighbours:
+                own = tuple(moved(n) for n in neighbours if n.branch in (None, index))
+                piece = replace(piece, neighbours=own)
             if piece.branch is None:
                 return piece
             place: dict[str, Any] = {"branch": 0}

@@ -15,16 +15,17 @@ Legend: U units, K targets, M scored tokens of all targets.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .engine import Engine
+from .engine import Engine, Near
 from .engine import Unit as Perturbation
-from .pieces import Effect, Unit
+from .pieces import Effect, Neighbour, Unit
+from .tokens import Span
 from .units import Layout, coarsest, divided
 
 Method = Literal["exact", "direct", "hybrid", "hierarchical", "path", "score_gradient"]
@@ -53,6 +54,11 @@ class Outcome:
     suppressed_logprobs: Tensor
     coarse: Outcome | None = None
     together_logprobs: Tensor | None = None
+
+
+def perturbation(unit: Unit) -> Perturbation:
+    """What the engine suppresses for a unit."""
+    return Perturbation(unit.tokens, unit.branch)
 
 
 def measure(
@@ -85,14 +91,39 @@ def measure(
     return _all(engine, layout.units, "direct" if method == "direct" else "total")
 
 
+def with_neighbours(
+    outcome: Outcome, engine: Engine, spans: Mapping[tuple[int | None, int], Span | None]
+) -> Outcome:
+    """The same units, each with the tokens that were suppressed along with it.
+
+    Args:
+        spans: Characters of each token, by target (None in the prompt) and position.
+    """
+    known: dict[Near, Neighbour] = {}  # the same for many units where words come again
+
+    def neighbour(near: Near) -> Neighbour:
+        if near not in known:
+            start, stop = spans[near.branch, near.position] or (None, None)
+            known[near] = Neighbour(
+                near.position, near.factor, near.similarity, start, stop, near.branch
+            )
+        return known[near]
+
+    units = [
+        replace(unit, neighbours=tuple(map(neighbour, engine.neighbours(perturbation(unit)))))
+        for unit in outcome.units
+    ]
+    coarse = outcome.coarse and with_neighbours(outcome.coarse, engine, spans)
+    return replace(outcome, units=units, coarse=coarse)
+
+
 def _all(engine: Engine, units: Sequence[Unit], effect: Literal["total", "direct"]) -> Outcome:
-    perturbations = [Perturbation(unit.tokens, unit.branch) for unit in units]
-    found = engine.perturb(perturbations, effect)
+    found = engine.perturb([perturbation(unit) for unit in units], effect)
     return Outcome([replace(unit, effect=effect) for unit in units], found.T.contiguous())
 
 
 def _gradients(engine: Engine, units: Sequence[Unit], effect: Effect, steps: int | None) -> Outcome:
-    found = engine.attribute([Perturbation(unit.tokens, unit.branch) for unit in units], steps)
+    found = engine.attribute([perturbation(unit) for unit in units], steps)
     logprobs = engine.base_logprobs[:, None] - found.scores.T
     own = [replace(unit, effect=effect) for unit in units]
     return Outcome(own, logprobs.contiguous(), together_logprobs=found.together)

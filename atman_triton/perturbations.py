@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from .suppression import Rule
 
 SAVINGS = ("target_logits", "batching", "shared_prefix", "one_pass")
 """What ``Settings.without`` can switch off, to measure what each is worth."""
@@ -21,7 +23,8 @@ class Settings:
     """How every row of a run is perturbed and how large batches are; names as in ``Explainer``.
 
     ``without`` names savings to leave out, see ``SAVINGS``. ``gradients`` makes every pass run over
-    the whole input, as ``Engine.attribute`` needs it.
+    the whole input, as ``Engine.attribute`` needs it. ``similarity`` is κ, a number, or None where
+    units are suppressed alone.
     """
 
     factor: float
@@ -32,6 +35,8 @@ class Settings:
     batch_size: int | Literal["auto"] = "auto"
     without: frozenset[str] = frozenset()
     gradients: bool = False
+    similarity: float | None = None
+    rule: Rule = "released"
 
     def __post_init__(self) -> None:
         unknown = sorted(self.without - set(SAVINGS))
@@ -52,6 +57,22 @@ class Unit:
 
     positions: tuple[int, ...]
     branch: int | None = None
+
+
+class Near(NamedTuple):
+    """A token outside of a unit that is suppressed along with it.
+
+    Args:
+        position: As in ``Unit``.
+        branch: The target that it belongs to; None in the prompt.
+        factor: What its scores are manipulated with.
+        similarity: The largest with one of the unit's tokens.
+    """
+
+    position: int
+    branch: int | None
+    factor: float
+    similarity: float
 
 
 @dataclass

@@ -137,6 +137,27 @@ class Replay:
         """The first column that is no padding."""
         return 0 if self._padding is None else int(self._padding[0].long().argmax())
 
+    def shown(self) -> Tensor:
+        """Bool ``[S]``: columns that are no padding."""
+        padding = torch.ones_like(self.ids) if self._padding is None else self._padding
+        return padding[0].bool()
+
+    def embeddings(self) -> Tensor:
+        """What the text stack reads in every column, images included: ``[S, D]``.
+
+        Raises: UnsupportedModelError: if the model has no embeddings of its tokens.
+        """
+        if self._prepared is not None:
+            return self._prepared["inputs_embeds"][0]
+        try:
+            embed: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        except NotImplementedError as error:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} tells no input embeddings, which similarity "
+                "compares; leave similarity out."
+            ) from error
+        return embed(self.ids)[0]
+
     @property
     def padded(self) -> bool:
         """Whether some columns are hidden."""

@@ -22,11 +22,12 @@ from .branches import Branches, TreeMask
 from .capabilities import device_of, dtype_of, why_not_prefix
 from .integration import UnsupportedModelError, run_as_atman
 from .layers import Manipulation
-from .perturbations import Effect, Record, RunFailed, Settings, Unit
+from .perturbations import Effect, Near, Record, RunFailed, Settings, Unit
 from .plan import Batch, plan_batches, wasted_tokens
 from .prefix import PrefixStore
 from .replay import Replay
 from .stacks import find_stack
+from .suppression import Correlated
 
 # Tokens of the base run that go through the model at once, so that no activation of a long prompt
 # grows with its length times the width of the feed-forward layers.
@@ -96,6 +97,16 @@ class Runner:
             self.store.tree = TreeMask(branches, self.device)
         if not self.replay.keeps_logits or "target_logits" in settings.without:
             record.logits = "all positions"
+        self.correlated: Correlated | None = None
+        if settings.similarity is not None:
+            self.correlated = Correlated(
+                self.replay.embeddings,
+                branches.owners,
+                self.replay.shown(),
+                settings.factor,
+                settings.similarity,
+                settings.rule,
+            )
         try:
             self.reason, self.base = self._run_base()
         except (RuntimeError, MemoryError) as error:
@@ -118,6 +129,8 @@ class Runner:
                 f"{self.reason}; use method='exact'."
             )
         columns = self.columns(units)
+        if self.correlated is not None:
+            self.correlated.neighbourhoods(columns)  # all at once, in full blocks
         starts = [self._start(own, effect) for own in columns]
         result = torch.empty(len(units), len(self.ids))
         if not units:
@@ -134,7 +147,8 @@ class Runner:
         while pending:
             batch = pending[0]
             try:
-                found = self._run_rows([columns[row] for row in batch.rows], batch, effect)
+                factors = self._factors([columns[row] for row in batch.rows])
+                found = self.run_factors(factors, batch.start, effect)
             except (RuntimeError, MemoryError) as error:
                 if not memory.out_of_memory(error):
                     raise
@@ -166,13 +180,32 @@ class Runner:
             for unit in units
         ]
 
+    def neighbours(self, unit: Unit) -> list[Near]:
+        """What is suppressed along with a unit because it is like it, in the order of columns."""
+        if self.correlated is None:
+            return []
+        (columns,) = self.columns([unit])
+        (near,) = self.correlated.neighbourhoods([columns])
+        factors = self.correlated.row(columns)[near.columns].tolist()
+        found = zip(near.columns.tolist(), factors, near.similarity.tolist(), strict=True)
+        own, owners, positions = set(columns), self.branches.owners, self.branches.positions
+        return [
+            Near(positions[column], self._target(owners[column]), factor, similarity)
+            for column, factor, similarity in found
+            if column not in own
+        ]
+
+    def _target(self, owner: int) -> int | None:
+        return None if owner < 0 else self.chosen[owner]
+
     def _start(self, columns: Sequence[int], effect: Effect) -> int:
         """The first column that a perturbation has to run."""
         if effect == "direct":
             return self.tail
         if self.reason is not None:
             return 0
-        start = self.replay.closed_start(columns[0])
+        first = columns[0] if self.correlated is None else self.correlated.start(columns)
+        start = self.replay.closed_start(first)
         # the tree mask is made from that of the prompt's end
         return start if self.branches.linear else min(start, self.branches.prompt_tokens)
 
@@ -188,7 +221,7 @@ class Runner:
         self.store = PrefixStore(self.branches.length)
         self.store.tree = tree
         self.expect(self.branches.length)
-        return self.reason, self._run_rows([()], Batch(0, (0,)), "total")[0]
+        return self.reason, self.run_factors(torch.ones(1, self.branches.length))[0]
 
     def _base_in_pieces(self) -> Tensor:
         """The base run, its keys and values kept: log-probabilities ``[M]``."""
@@ -213,12 +246,14 @@ class Runner:
         store.recording = False
         return base
 
-    def _run_rows(self, rows: Sequence[Sequence[int]], batch: Batch, effect: Effect) -> Tensor:
-        """One batch, columns suppressed by row: log-probabilities ``[rows, M]`` on the CPU."""
+    def _factors(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """``[rows, S]`` float32 on the CPU, of units given by their columns."""
+        if self.correlated is not None:
+            return torch.stack([self.correlated.row(columns) for columns in rows])
         factors = torch.ones(len(rows), self.branches.length)
         for factor, columns in zip(factors, rows, strict=True):
             factor[list(columns)] = self.settings.factor
-        return self.run_factors(factors, batch.start, effect)
+        return factors
 
     def run_factors(self, factors: Tensor, start: int = 0, effect: str = "total") -> Tensor:
         """Rows with factors ``[rows, S]`` from a column on: log-probabilities ``[rows, M]``."""
