@@ -26,7 +26,17 @@ from .perturbations import SAVINGS, Effect, Near, Record, RunFailed, Settings, U
 from .runner import NotSideBySide, Runner, check_nan
 from .stacks import find_stack
 
-__all__ = ["SAVINGS", "Effect", "Engine", "Near", "Record", "RunFailed", "Settings", "Unit", "undisturbed"]
+__all__ = [
+    "SAVINGS",
+    "Effect",
+    "Engine",
+    "Near",
+    "Record",
+    "RunFailed",
+    "Settings",
+    "Unit",
+    "undisturbed",
+]
 
 
 class Engine:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
@@ -22,6 +21,7 @@ from .arguments import (
     checked_budget,
     checked_factor,
     checked_indices,
+    checked_similarity,
     checked_steps,
     checked_targets,
 )
@@ -29,12 +29,22 @@ from .attention import BACKENDS, MODES
 from .capabilities import check_causal, vocabulary_size
 from .engine import Engine, Record, Settings, undisturbed
 from .explanation import Explanation, LeftOut
-from .methods import DEFAULT_STEPS, GRADIENT_METHODS, METHODS, Method, Outcome, measure
+from .methods import (
+    DEFAULT_STEPS,
+    GRADIENT_METHODS,
+    METHODS,
+    Method,
+    Outcome,
+    measure,
+    with_neighbours,
+)
+from .presets import PRESETS
 from .progress import token_progress
 from .raw_scores import negative_share
 from .stacks import find_stack
+from .suppression import Rule
 from .tokens import encode_prompt
-from .units import Layout, lay_out
+from .units import Layout, lay_out, token_spans
 
 EFFECTS = {
     "exact": "total effect: each unit was suppressed in every row of every layer",
@@ -52,22 +62,6 @@ EFFECTS = {
 Granularity = Literal["token", "sentence", "paragraph"]
 Reduction = Literal["mean", "sum"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Settings that belong together, under one name."""
-
-    mode: str
-    factor: float
-    method: Method
-
-
-PRESETS = {
-    # chosen by `python -m bench.budget`: no gap larger, and none for fewer forward passes
-    "default": Preset(mode="min_shift", factor=0.1, method="direct"),
-    "paper": Preset(mode="multiplicative", factor=0.1, method="exact"),
-}
 
 
 class Explainer:
@@ -88,6 +82,18 @@ class Explainer:
             paper's suppression factor is 1 - factor. None is the preset's.
         mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
             (see ``atman_triton.attention``). None is the preset's.
+        similarity: κ, in ``(0, 1]``: tokens whose input embeddings have a cosine of at least κ with
+            one of a unit's are suppressed along with it (``Unit.neighbours`` names them), because
+            where something is said twice, suppressing one mention changes little. True is the
+            preset's κ: 0.7 in ``paper``, else 0.6. None and False suppress units alone.
+        rule: What the tokens outside of a unit are suppressed with, S being their similarity:
+
+            - ``released`` (None, but in ``paper``): from κ on with 1 - (1 - factor) · S, and others
+              not at all.
+            - ``paper``: the formula of the paper's first version to the letter, which surprises.
+              From κ on they get 1 - S, and all others get 1 - κ: what is unlike the unit is
+              suppressed too. ``factor`` plays no part. A unit of one token is itself left alone;
+              tokens of a larger one get what they would outside of it.
         method: Which perturbations are run, and what a score is. None is the preset's, but
             ``exact`` where the model or the mode has no direct effects:
             ``provenance["method_choice"]`` says which and why.
@@ -144,6 +150,8 @@ class Explainer:
         preset: str = "default",
         factor: float | None = None,
         mode: str | None = None,
+        similarity: float | bool | None = None,
+        rule: Rule | None = None,
         method: Method | None = None,
         budget: float | int | None = None,
         steps: int | None = None,
@@ -181,6 +189,7 @@ class Explainer:
         self.budget = checked_budget(method, budget)
         self.steps = checked_steps(method, steps)
         self.progress = progress
+        threshold, rule = checked_similarity(similarity, rule, factor, method, chosen)
         self.settings = Settings(
             factor=checked_factor(chosen.factor if factor is None else factor),
             mode=mode,
@@ -189,6 +198,8 @@ class Explainer:
             backend=backend,
             batch_size=checked_batch_size(batch_size),
             gradients=method in GRADIENT_METHODS,
+            similarity=threshold,
+            rule=rule,
         )
 
     def explain(
@@ -306,6 +317,11 @@ class Explainer:
                     reduction,
                     self.steps or DEFAULT_STEPS,
                 )
+            if self.settings.similarity is not None:
+                spans = token_spans(words, answers.tokens)
+                outcome = with_neighbours(outcome, engine, spans)
+                counts = [len(unit.neighbours) for unit in outcome.units]
+                facts["mean_neighbours"] = sum(counts) / len(counts)
             if self.settings.mode == "multiplicative":
                 facts["negative_scores"] = negative_share(
                     self.model,
@@ -358,6 +374,7 @@ class Explainer:
     ) -> dict[str, Any]:
         """How the numbers came about, as JSON values."""
         model, settings = self.model, self.settings
+        ignored = settings.similarity is not None and settings.rule == "paper"
         parameter = next(model.parameters())
         versions = {"atman_triton": __version__, "python": platform.python_version()}
         for package in ("torch", "transformers", "triton"):
@@ -370,7 +387,9 @@ class Explainer:
             "model_class": type(model).__name__,
             "preset": self.preset,
             "mode": settings.mode,
-            "factor": settings.factor,
+            "factor": None if ignored else settings.factor,
+            "similarity": settings.similarity,
+            "rule": None if settings.similarity is None else settings.rule,
             "method": method,
             "effect": EFFECTS[method],
             "budget": self.budget,

@@ -19,8 +19,6 @@ class Preset:
         threshold: κ of correlated suppression, once it is asked for.
         correlated: Whether it is, without being asked for.
         rule: What similar tokens are suppressed with.
-        granularity: What one unit is.
-        postprocessing: What scores go through for display and ranking.
     """
 
     mode: str
@@ -29,23 +27,11 @@ class Preset:
     threshold: float = 0.6
     correlated: bool = False
     rule: Rule = "released"
-    granularity: str = "token"
-    postprocessing: str = "none"
 
 
 PRESETS = {
     # chosen by `python -m bench.budget`: no gap larger, and none for fewer forward passes
     "default": Preset(mode="min_shift", factor=0.1, method="direct"),
     # as in the paper
-    "paper": Preset(
-        mode="multiplicative", factor=0.1, method="exact", threshold=0.7, rule="paper"
-    ),
-    # as in the authors' released code
-    "released": Preset(
-        mode="min_shift", factor=0.1, method="exact", correlated=True, postprocessing="square"
-    ),
-    # as in the authors' later product
-    "aleph_alpha": Preset(
-        mode="log_additive", factor=0.1, method="exact", granularity="auto"
-    ),
+    "paper": Preset(mode="multiplicative", factor=0.1, method="exact", threshold=0.7, rule="paper"),
 }

@@ -143,20 +143,14 @@ class Replay:
         return padding[0].bool()
 
     def embeddings(self) -> Tensor:
-        """What the text stack reads in every column, images included: ``[S, D]``.
-
-        Raises: UnsupportedModelError: if the model has no embeddings of its tokens.
-        """
+        """What the text stack reads in every column, images included: ``[S, D]``."""
         if self._prepared is not None:
             return self._prepared["inputs_embeds"][0]
-        try:
-            embed: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        except NotImplementedError as error:
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} tells no input embeddings, which similarity "
-                "compares; leave similarity out."
-            ) from error
-        return embed(self.ids)[0]
+        return self._embedded(self.ids)[0]
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        embed: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return embed(ids)
 
     @property
     def padded(self) -> bool:
@@ -224,8 +218,7 @@ class Replay:
         if self.branches.linear:
             return found
         prompt = found["inputs_embeds"][:, : self.branches.prompt_tokens]
-        embed: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-        text = embed(self.ids[:, self.branches.prompt_tokens :]).to(prompt.dtype)
+        text = self._embedded(self.ids[:, self.branches.prompt_tokens :]).to(prompt.dtype)
         return found | {"inputs_embeds": torch.cat([prompt, text], 1)}
 
     def _cut(

@@ -7,17 +7,17 @@ at least κ with one of its own (paper, 3.3).
 With m the factor of the unit, and S the largest similarity of a token k with those of the unit's
 tokens that are not k itself (the strongest factor wins), the factor of k is
 
-============  ====================  =====================  ============
-rule          k in the unit         k outside, S ≥ κ       k outside, S < κ
-============  ====================  =====================  ============
-``released``  m                     1 - (1 - m) · S        1
-``paper``     as if it were outside 1 - S                  1 - κ
-============  ====================  =====================  ============
+============  =====================  ================  ================
+rule          k in the unit          k outside, S ≥ κ  k outside, S < κ
+============  =====================  ================  ================
+``released``  m                      1 - (1 - m) · S   1
+``paper``     as if it were outside  1 - S             1 - κ
+============  =====================  ================  ================
 
-``paper`` is the formula of the first arXiv version to the letter. It suppresses what is *unlike* the
-unit too, by κ; it knows no m; and it leaves the unit alone: a token has no similarity with itself
-there, so that a unit of a single token keeps the factor 1, and a token of a larger one gets what
-the other tokens of the unit give it.
+``paper`` is the formula of the first arXiv version to the letter. It suppresses what is *unlike*
+the unit too, by κ; it knows no m; and it leaves a token alone where that token itself is
+suppressed. So the only token of a unit keeps the factor 1, and one of several gets what the others
+give it.
 
 Legend: S columns, D width of embeddings, U units, R rows of a block, C columns of a neighbourhood.
 """
@@ -154,7 +154,9 @@ class Correlated:
         self._embeddings = embeddings
         self._owners = torch.tensor(owners)
         self._shown = shown.cpu()
-        self.factor, self.threshold, self.rule = factor, threshold, rule
+        self.factor = factor
+        self.threshold = threshold
+        self.rule: Rule = rule
         self._found: dict[tuple[int, ...], Neighbourhood] = {}
 
     def neighbourhoods(self, units: Sequence[Sequence[int]]) -> list[Neighbourhood]:

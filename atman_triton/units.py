@@ -120,6 +120,20 @@ def lay_out(
     )
 
 
+def token_spans(
+    prompt: Tokens, targets: Sequence[Tokens]
+) -> dict[tuple[int | None, int], Span | None]:
+    """Characters of every token that is read, by its target (None in the prompt) and position."""
+    spans: dict[tuple[int | None, int], Span | None] = {}
+    start = 0
+    for branch, tokens in enumerate([prompt, *targets], -1):
+        first = 0 if branch < 0 else len(prompt)
+        for index, span in enumerate(tokens.spans):
+            spans[None if branch < 0 else branch, first + index] = _moved(span, start)
+        start += len(tokens.text)
+    return spans
+
+
 def coarsest(layout: Layout) -> list[Unit]:
     """The largest pieces that divide the prompt; the targets' tokens stay single."""
     prompt = [unit for unit in layout.tokens if unit.branch is None]

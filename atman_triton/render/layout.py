@@ -372,7 +372,11 @@ def settings(explanation: Explanation) -> str:
         *([_model_name(str(known["model"]))] if known.get("model") else []),
         *([] if explanation.method == "exact" else [f"method {explanation.method}"]),
         *([f"steps {known['steps']}"] if known.get("steps") is not None else []),
-        *(f"{name} {known[name]}" for name in ("preset", "mode", "factor") if name in known),
+        *(
+            f"{name} {known[name]}"
+            for name in ("preset", "mode", "factor", "similarity", "rule")
+            if known.get(name) is not None
+        ),
         *(
             f"{name} {_indices(known[name])}"
             for name in ("layers", "heads")
