@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,33 @@ def generated_answer(
     answer, end = _generate(model, tokenizer, words, arguments)
     given = {name: plain(value) for name, value in arguments.items()}
     return Answers([answer], end, {"target": "generated", "generation": given})
+
+
+def contrasted(
+    model: Any,
+    tokenizer: Any,
+    prompt: Any,
+    words: Tokens,
+    answers: Answers,
+    other: Any,
+    separator: str | None,
+) -> Answers:
+    """One answer and what it is compared with, given as ``given_answers`` takes it.
+
+    Raises: ValueError: if both are the same tokens; else as ``given_answers`` does.
+    """
+    given = given_answers(model, tokenizer, prompt, words, [other], separator, alone=True)
+    if given.tokens[0].ids == answers.tokens[0].ids:
+        raise ValueError(
+            f"contrast_target must differ from the target, but both are {given.tokens[0].text!r}."
+        )
+    facts = dict(answers.facts)
+    between = [each.facts["separator"] for each in (answers, given) if "separator" in each.facts]
+    if between:
+        facts["separator"] = between
+    # What the model wrote is of the first answer only.
+    left_out = [replace(piece, branch=0) for piece in answers.left_out]
+    return Answers(answers.tokens + given.tokens, left_out, facts)
 
 
 def _generate(

@@ -53,6 +53,18 @@ def checked_targets(target: Any, targets: Any) -> list[Any] | None:
     return several
 
 
+def check_contrast(contrast_target: Any, targets: Any) -> None:
+    """Refuse what the one target is compared with if there are several, or it is a single id."""
+    if contrast_target is None:
+        return
+    if targets is not None:
+        raise TypeError("contrast_target is compared with one target; give target, not targets.")
+    if isinstance(contrast_target, int) or not isinstance(contrast_target, (str, Iterable)):
+        raise TypeError(
+            f"contrast_target must be a str or a sequence of token ids, got {contrast_target!r}."
+        )
+
+
 def checked_budget(method: str, budget: Any) -> float | int | None:
     """The budget of a method that has one: a share or a count; None of the others."""
     if method not in DEFAULT_BUDGET:

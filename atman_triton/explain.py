@@ -6,14 +6,15 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ._version import __version__
-from .answers import generated_answer, given_answers
+from .answers import contrasted, generated_answer, given_answers
 from .arguments import (
+    check_contrast,
     check_generation,
     check_one_of,
     check_sequence,
@@ -41,6 +42,7 @@ from .methods import (
 from .presets import PRESETS
 from .progress import token_progress
 from .raw_scores import negative_share
+from .reduction import Postprocessing, Reduction
 from .stacks import find_stack
 from .suppression import Rule
 from .tokens import encode_prompt
@@ -60,8 +62,16 @@ EFFECTS = {
 """What the scores of each method are."""
 
 Granularity = Literal["token", "sentence", "paragraph"]
-Reduction = Literal["mean", "sum"]
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+class Reading(NamedTuple):
+    """How scores are read: fields of ``Explanation``."""
+
+    reduction: Reduction
+    postprocessing: Postprocessing
+    normalize: bool
+    contrast: bool
 
 
 class Explainer:
@@ -209,8 +219,11 @@ class Explainer:
         granularity: Granularity = "token",
         *,
         targets: Sequence[Any] | None = None,
+        contrast_target: Any = None,
         explain_only: Sequence[int] | None = None,
         reduction: Reduction = "mean",
+        postprocessing: Postprocessing | None = None,
+        normalize: bool = False,
         separator: str | None = None,
         max_new_tokens: int | None = None,
         **generation_kwargs: Any,
@@ -236,9 +249,15 @@ class Explainer:
                 are read off the same softmax, longer ones go through the model side by side.
                 ``scores`` has the rows of all their tokens, one answer after the other, and
                 ``Explanation.branch(k)`` is what a call for the k-th alone gives.
+            contrast_target: Why the target rather than this one, str | token ids: both are scored
+                in one pass, and ``relevance`` is what a unit of the prompt does for the target
+                minus what it does for this one. ``Explanation.relevances`` has either by itself.
             explain_only: Indices of the units to explain, counted as an explanation without this
                 argument counts them; None is all.
             reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
+            postprocessing: What is done to every score before: ``none``, ``absolute`` or
+                ``square``; None is the preset's. ``scores`` stays as measured.
+            normalize: Whether ``relevance`` is then moved and scaled to [0, 1].
             separator: What is put between the prompt and a str target. None is one space where
                 two words would otherwise run together (``"A:"`` and ``"23"``) and nothing
                 elsewhere: next to whitespace, after an opening bracket or quote, before closing
@@ -258,10 +277,16 @@ class Explainer:
         """
         check_one_of("granularity", granularity, GRANULARITIES)
         check_one_of("reduction", reduction, get_args(Reduction))
+        if postprocessing is None:
+            postprocessing = PRESETS[self.preset].postprocessing
+        check_one_of("postprocessing", postprocessing, get_args(Postprocessing))
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be True or False, got {normalize!r}.")
         check_sequence("explain_only", explain_only)
         if separator is not None and not isinstance(separator, str):
             raise TypeError(f"separator must be a str or None, got {separator!r}.")
         several = checked_targets(target, targets)
+        check_contrast(contrast_target, targets)
         check_generation(several, max_new_tokens, generation_kwargs)
         if self.method == "hierarchical" and granularity != "token":
             raise ValueError(
@@ -284,6 +309,10 @@ class Explainer:
                     several,
                     separator,
                     alone=targets is None,
+                )
+            if contrast_target is not None:
+                answers = contrasted(
+                    self.model, self.tokenizer, prompt, words, answers, contrast_target, separator
                 )
             facts = answers.facts
             layout = lay_out(
@@ -334,7 +363,7 @@ class Explainer:
             layout,
             outcome,
             engine.base_logprobs,
-            reduction,
+            Reading(reduction, postprocessing, normalize, contrast_target is not None),
             layout.left_out + answers.left_out,
             self._provenance(method, engine.record, granularity, len(layout.prompt_ids)) | facts,
         )
@@ -344,14 +373,14 @@ class Explainer:
         layout: Layout,
         outcome: Outcome,
         base_logprobs: Tensor,
-        reduction: Reduction,
+        reading: Reading,
         left_out: list[LeftOut],
         provenance: dict[str, Any],
     ) -> Explanation:
         coarse = None
         if outcome.coarse is not None:
             coarse = self._explanation(
-                layout, outcome.coarse, base_logprobs, reduction, left_out, provenance
+                layout, outcome.coarse, base_logprobs, reading, left_out, provenance
             )
         return Explanation(
             text=layout.text,
@@ -360,13 +389,13 @@ class Explainer:
             targets=layout.targets,
             base_logprobs=base_logprobs,
             suppressed_logprobs=outcome.suppressed_logprobs,
-            reduction=reduction,
             left_out=left_out,
             provenance=provenance,
             target_stops=layout.target_stops,
             method=provenance["method"],
             coarse=coarse,
             together_logprobs=outcome.together_logprobs,
+            **reading._asdict(),
         )
 
     def _provenance(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,18 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from . import checks
 from .completeness import Completeness
-from .pieces import (
-    Document,
-    LeftOut,
-    Target,
-    TargetPart,
-    Unit,
-    check_branches,
-    check_names,
-    check_pieces,
-)
+from .pieces import Document, LeftOut, Target, TargetPart, Unit
+from .reduction import Postprocessing, Reduction, normalized, postprocessed, reduced
 from .saving import from_json, load, save, to_json
+from .single import single, whole_targets
 from .table import dataframe, import_extra
 
 if TYPE_CHECKING:
@@ -37,9 +31,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Explanation", "LeftOut", "Target", "Unit", "from_json", "load", "to_json"]
-
-METHODS = ("exact", "direct", "hybrid", "hierarchical", "path", "score_gradient")
-GRADIENT_METHODS = ("path", "score_gradient")
 
 
 @dataclass(eq=False, repr=False)
@@ -54,6 +45,11 @@ class Explanation:
     One target or many, the shapes follow one rule: a row per target token, those of target 0
     first. Each target was scored as if it alone followed the prompt, and its tokens are counted on
     from the prompt's; ``branch(k)`` is what a separate explanation of target ``k`` gives.
+
+    What is read from the scores, ``relevance`` and its like, ``values``, ``ranking``, tables and
+    pictures, is made of them in this order: ``postprocessing`` of every score, ``reduction`` over
+    target tokens, the mean over targets, ``normalize``. In a contrast, scores are reduced as they
+    are, those of target 1 subtracted from those of target 0, and the difference is postprocessed.
 
     Args:
         text: The prompt, then target 0, target 1 and so on; all character spans refer to it.
@@ -80,11 +76,15 @@ class Explanation:
         documents: Sources that the prompt holds, in text order (``Unit.document``).
         parts: What the target tokens are read in: whole answers, sentences, words, tokens. Empty
             stands for a part per target and becomes that.
-        postprocessing: What is done to every score before ``relevance`` goes over target tokens:
-            ``"none"``, ``"absolute"`` or ``"square"``. ``scores`` itself stays as measured.
-        normalize: Whether ``relevance`` is then moved and scaled to [0, 1] over the measured units.
+        postprocessing: What is done to every score before the reduction over target tokens:
+            ``"none"``, ``"absolute"`` (how much a unit matters, for or against) or ``"square"``
+            (the same, the largest all the more). ``scores`` itself stays as measured.
+        normalize: Whether what is read is then moved and scaled to [0, 1] over the measured units,
+            each row (relevance, a target's, a part's, a target token's) by itself: 0 is the
+            smallest value of the row and 1 the largest; where all are alike, all are 0.
         contrast: Whether ``relevance`` is that for target 0 minus that for target 1: why this
-            rather than that.
+            rather than that. Positive: the unit speaks for target 0. Units of either target are
+            NaN, as they say nothing about the other one.
 
     Tensors are kept on the CPU, detached; ``provenance`` as JSON returns it (tuples become lists).
 
@@ -100,7 +100,7 @@ class Explanation:
     targets: list[Target]
     base_logprobs: Tensor
     suppressed_logprobs: Tensor
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Reduction = "mean"
     left_out: list[LeftOut] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     target_stops: list[int] = field(default_factory=list)
@@ -109,110 +109,52 @@ class Explanation:
     together_logprobs: Tensor | None = None
     documents: list[Document] = field(default_factory=list)
     parts: list[TargetPart] = field(default_factory=list)
-    postprocessing: Literal["none", "absolute", "square"] = "none"
+    postprocessing: Postprocessing = "none"
     normalize: bool = False
     contrast: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str):
-            raise TypeError(f"text must be a str, got {type(self.text).__name__}.")
-        if not 0 <= self.prompt_stop <= len(self.text):
-            raise ValueError(
-                f"prompt_stop must lie in [0, {len(self.text)}], got {self.prompt_stop}."
-            )
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}.")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
-        self.units, self.targets = list(self.units), list(self.targets)
-        self.left_out, self.documents = list(self.left_out), list(self.documents)
-        self.target_stops = list(self.target_stops) or [len(self.text)]
-        edges = [self.prompt_stop, *self.target_stops]
-        if edges != sorted(edges) or edges[-1] != len(self.text):
-            raise ValueError(
-                f"target_stops must rise from prompt_stop {self.prompt_stop} to the text's length "
-                f"{len(self.text)}, got {self.target_stops}."
-            )
-        check_pieces("units", self.units, Unit, len(self.text))
-        check_pieces("targets", self.targets, Target, len(self.text))
-        check_names(self.units, self.method)
+        checks.check_settings(self)
+        for name in ("units", "targets", "left_out", "documents", "parts", "target_stops"):
+            setattr(self, name, list(getattr(self, name)))
+        self.target_stops = self.target_stops or [len(self.text)]
+        checks.check_targets(self)
         if len(self.target_stops) == 1:
             self.units = [
                 replace(unit, branch=0) if unit.part == "target" and unit.branch is None else unit
                 for unit in self.units
             ]
-        check_branches(self.units, self.targets, self.prompt_stop, self.target_stops)
+        checks.check_branches(self)
         shape = (len(self.targets), len(self.units))
-        self.base_logprobs = _checked("base_logprobs", self.base_logprobs, shape[:1])
-        self.suppressed_logprobs = _checked("suppressed_logprobs", self.suppressed_logprobs, shape)
-        if bool(self.base_logprobs.isnan().any()):
-            raise ValueError(
-                "base_logprobs must hold no NaN: the model returned NaN with nothing suppressed; "
-                "try another dtype."
-            )
-        self._check_together(shape[:1])
-        self._check_other_targets()
+        tensor = checks.checked_tensor
+        self.base_logprobs = tensor("base_logprobs", self.base_logprobs, shape[:1])
+        self.suppressed_logprobs = tensor("suppressed_logprobs", self.suppressed_logprobs, shape)
+        if self.together_logprobs is not None:
+            self.together_logprobs = tensor("together_logprobs", self.together_logprobs, shape[:1])
+        checks.check_numbers(self)
+        checks.check_together(self)
         try:
             self.provenance = json.loads(json.dumps(self.provenance, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise TypeError(f"provenance must hold JSON values only: {error}.") from error
-        self._check_coarse()
-        self.parts = list(self.parts) or self._answers()
+        checks.check_documents(self)
+        checks.check_neighbours(self)
+        self.parts = self.parts or whole_targets(self)
+        checks.check_parts(self)
+        self._join_coarse()
 
-    def _answers(self) -> list[TargetPart]:
-        """A part per target: all of its tokens."""
-        edges = [self.prompt_stop, *self.target_stops]
-        order = [target.branch for target in self.targets]
-        parts = []
-        for branch, text in enumerate(self.answers):
-            start, stop = edges[branch : branch + 2]
-            span = (start, stop) if start < stop else (None, None)
-            rows = tuple(row for row, owner in enumerate(order) if owner == branch)
-            parts.append(TargetPart(text, rows, *span, branch))
-        return parts
+    def _join_coarse(self) -> None:
+        """What larger units said is read as the whole is."""
+        checks.check_coarse(self)
+        names = ("parts", "postprocessing", "normalize", "contrast")
+        ways = {name: getattr(self, name) for name in names}
+        if self.coarse is not None and any(getattr(self.coarse, n) != w for n, w in ways.items()):
+            self.coarse = replace(self.coarse, **ways)
 
-    def _check_together(self, shape: tuple[int, ...]) -> None:
-        wanted = self.method in GRADIENT_METHODS
-        if self.together_logprobs is None:
-            if wanted:
-                raise ValueError(
-                    f"together_logprobs must be given where method is {self.method!r}."
-                )
-            return
-        if not wanted:
-            raise ValueError(
-                f"together_logprobs must be None where method is {self.method!r}: it is for "
-                f"{' and '.join(GRADIENT_METHODS)}."
-            )
-        self.together_logprobs = _checked("together_logprobs", self.together_logprobs, shape)
-        if bool(self.together_logprobs.isnan().any()):
-            raise ValueError("together_logprobs must hold no NaN.")
-
-    def _check_other_targets(self) -> None:
-        """A unit of one target says nothing about another one: NaN, never a number."""
-        owners = torch.tensor([-1 if unit.branch is None else unit.branch for unit in self.units])
-        foreign = (owners >= 0) & (owners != self._branches()[:, None])  # [T, U]
-        wrong = (foreign & ~self.suppressed_logprobs.isnan()).nonzero()
-        if len(wrong):
-            target, unit = wrong[0].tolist()
-            raise ValueError(
-                f"suppressed_logprobs[{target}, {unit}] must be NaN: the unit belongs to target "
-                f"{self.units[unit].branch}, the token to target {self.targets[target].branch}."
-            )
-
-    def _check_coarse(self) -> None:
-        coarse = self.coarse
-        if coarse is None:
-            return
-        if not isinstance(coarse, Explanation):
-            raise TypeError(f"coarse must be an Explanation or None, got {type(coarse).__name__}.")
-        for name in ("text", "prompt_stop", "target_stops", "targets"):
-            if getattr(coarse, name) != getattr(self, name):
-                raise ValueError(f"coarse must explain the same prompt and targets; {name} differ.")
-
-    def _branches(self) -> Tensor:
+    @property
+    def _owners(self) -> list[int]:
         """``[T]``: which target each scored token belongs to."""
-        return torch.tensor([target.branch for target in self.targets])
+        return [target.branch for target in self.targets]
 
     @property
     def scores(self) -> Tensor:
@@ -226,37 +168,52 @@ class Explanation:
 
     @property
     def relevances(self) -> Tensor:
-        """``[K, U]`` float32, nats: ``scores`` averaged (or summed) over each target's tokens.
+        """``[K, U]`` float32: ``scores`` averaged (or summed) over each target's tokens.
 
-        NaN counts as absent; a unit that was measured for no token of the target stays NaN.
+        In nats (squares of them where ``postprocessing`` is ``"square"``), or from 0 to 1 where
+        ``normalize`` is set. NaN counts as absent; a unit that was measured for no token of the
+        target stays NaN. In a contrast too, each row is that of its own target alone.
         Source: AtMan, Eq. 3 (mean), Eq. 2 (sum).
         """
-        return self._reduced()[0].float()
+        return self._scaled(self._reduced(self._owners, len(self.target_stops)))
+
+    @property
+    def part_relevances(self) -> Tensor:
+        """``[parts, U]`` float32: the same over the tokens of each of ``parts``."""
+        return self._scaled(self._reduced(self._part_of, len(self.parts)))
 
     @property
     def relevance(self) -> Tensor:
-        """``[U]`` float32, nats: ``relevances`` averaged over the targets; of one target, its own.
+        """``[U]`` float32: of one target its relevances, of several their mean.
 
-        NaN counts as absent; a unit that was measured for no target stays NaN.
+        In a contrast, what the unit does for target 0 minus what it does for target 1. NaN counts
+        as absent; a unit that was measured for no target stays NaN, in a contrast one that was not
+        measured for both.
         Source: AtMan, Eq. 3 (mean), Eq. 2 (sum).
         """
-        relevances, measured = self._reduced()
-        total = relevances.where(measured, 0.0).sum(0)
-        count = measured.sum(0)
-        return (total / count).where(count > 0, torch.nan).float()
+        return self._scaled(self._overall())
 
-    def _reduced(self) -> tuple[Tensor, Tensor]:
-        """``[K, U]`` float64 relevances, and which of them were measured."""
-        scores = self.scores.double()
-        measured = ~scores.isnan()
-        shape = (len(self.target_stops), len(self.units))
-        branches = self._branches()
-        total = torch.zeros(shape, dtype=torch.float64)
-        total.index_add_(0, branches, scores.where(measured, 0.0))
-        count = torch.zeros(shape, dtype=torch.float64)
-        count.index_add_(0, branches, measured.double())
-        reduced = total / count if self.reduction == "mean" else total
-        return reduced.where(count > 0, torch.nan), count > 0
+    def _reduced(self, groups: Sequence[int], count: int) -> Tensor:
+        """``[G, U]`` float64, before it is scaled."""
+        scores = postprocessed(self.scores.double(), self.postprocessing)
+        return reduced(scores, groups, count, self.reduction)
+
+    def _overall(self) -> Tensor:
+        """``[U]`` float64, before it is scaled."""
+        if self.contrast:
+            this, that = reduced(self.scores, self._owners, 2, self.reduction)
+            return postprocessed(this - that, self.postprocessing)
+        relevances = self._reduced(self._owners, len(self.target_stops))
+        return reduced(relevances, [0] * len(relevances), 1, "mean")[0]
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        return (normalized(values) if self.normalize else values).float()
+
+    @property
+    def _part_of(self) -> list[int]:
+        """``[T]``: which part each scored token belongs to."""
+        owners = {row: index for index, part in enumerate(self.parts) for row in part.rows}
+        return [owners[row] for row in range(len(self.targets))]
 
     @property
     def prompt(self) -> str:
@@ -283,8 +240,15 @@ class Explanation:
     @property
     def answer_logprobs(self) -> Tensor:
         """``[K]`` float32, nats: log p of each whole target with nothing suppressed."""
-        total = torch.zeros(len(self.target_stops), dtype=torch.float64)
-        return total.index_add_(0, self._branches(), self.base_logprobs.double()).float()
+        return self._summed(self._owners, len(self.target_stops))
+
+    @property
+    def part_logprobs(self) -> Tensor:
+        """``[parts]`` float32, nats: the same of each of ``parts``, given what is before it."""
+        return self._summed(self._part_of, len(self.parts))
+
+    def _summed(self, groups: list[int], count: int) -> Tensor:
+        return reduced(self.base_logprobs[:, None], groups, count, "sum")[:, 0].float()
 
     @property
     def effect(self) -> Literal["total", "direct", "path", "gradient", "mixed"]:
@@ -299,98 +263,77 @@ class Explanation:
             return None
         scores = self.scores.double()
         rises = self.base_logprobs.double() - self.together_logprobs.double()
-        return Completeness(scores.nansum(1), rises, self._branches(), len(self.target_stops))
+        branches = torch.tensor(self._owners)
+        return Completeness(scores.nansum(1), rises, branches, len(self.target_stops))
 
     def branch(self, index: int) -> Explanation:
         """What a separate explanation of one of the targets gives.
 
         Units and left-out pieces of other targets are dropped; the text is the prompt and that
         target, the spans and token positions are those there. ``coarse`` is reduced alike,
-        ``provenance`` stays that of the whole.
+        ``provenance`` stays that of the whole, and a contrast is none any more.
 
         Args:
             index: Which target, from 0.
         Raises: ValueError: if there is no such target, or none of the units belongs to it.
         """
-        self._check_branch(index)
-        start, stop = [self.prompt_stop, *self.target_stops][index : index + 2]
-        rows = [row for row, target in enumerate(self.targets) if target.branch == index]
-        columns = [c for c, unit in enumerate(self.units) if unit.branch in (None, index)]
-        if not columns:
-            raise ValueError(f"no unit belongs to target {index} or the prompt.")
-        # Whether targets are counted on or each from the prompt's end, all end up at the latter.
-        tokens = self.targets[rows[0]].token - self.targets[0].token
+        self._check("branch", index, len(self.target_stops))
+        return single(self, index)
 
-        def moved(piece: Any) -> Any:
-            neighbours = getattr(piece, "neighbours", ())
-            if neighbours:
-                own = tuple(moved(n) for n in neighbours if n.branch in (None, index))
-                piece = replace(piece, neighbours=own)
-            if piece.branch is None:
-                return piece
-            place: dict[str, Any] = {"branch": 0}
-            if hasattr(piece, "tokens"):
-                place["tokens"] = tuple(token - tokens for token in piece.tokens)
-            else:
-                place["token"] = piece.token - tokens
-            if getattr(piece, "start", None) is not None:
-                by = start - self.prompt_stop
-                place |= {"start": piece.start - by, "stop": piece.stop - by}
-            return replace(piece, **place)
-
-        return replace(
-            self,
-            text=self.prompt + self.text[start:stop],
-            units=[moved(self.units[column]) for column in columns],
-            targets=[moved(self.targets[row]) for row in rows],
-            base_logprobs=self.base_logprobs[rows],
-            suppressed_logprobs=self.suppressed_logprobs[rows][:, columns],
-            together_logprobs=None
-            if self.together_logprobs is None
-            else self.together_logprobs[rows],
-            left_out=[moved(p) for p in self.left_out if p.branch in (None, index)],
-            target_stops=[self.prompt_stop + stop - start],
-            parts=[],
-            coarse=None if self.coarse is None else self.coarse.branch(index),
-        )
-
-    def ranking(self, target: int | None = None, branch: int | None = None) -> list[int]:
+    def ranking(
+        self, target: int | None = None, branch: int | None = None, part: int | None = None
+    ) -> list[int]:
         """Indices of the measured units, the strongest supporter first; ties stay in text order.
 
         Args:
             target: Rank by this row of ``scores`` instead of by ``relevance``.
             branch: Rank by this row of ``relevances``.
-        Raises: ValueError: if there is no such target.
+            part: Rank by this row of ``part_relevances``.
+        Raises: ValueError: if there is no such target or part, or several are given.
         """
-        values = self.values(target, branch).tolist()
+        values = self._values(target, branch, part).tolist()
         measured = [index for index, value in enumerate(values) if not math.isnan(value)]
         return sorted(measured, key=lambda index: -values[index])
 
-    def values(self, target: int | None = None, branch: int | None = None) -> Tensor:
-        """``[U]`` float32, nats: ``relevance``, or one row of ``scores`` or ``relevances``.
+    def values(
+        self, target: int | None = None, branch: int | None = None, part: int | None = None
+    ) -> Tensor:
+        """``[U]`` float32: ``relevance``, or one row of ``scores``, ``relevances``, of parts.
+
+        A target token's row is postprocessed and scaled as all that is read.
 
         Args:
             target: Index of a target token; None for all of them reduced.
             branch: Index of one of several targets; None for all of them.
-        Raises: ValueError: if there is no such target, or both are given.
+            part: Index of one of ``parts``; None for all of them.
+        Raises: ValueError: if there is no such target or part, or several are given.
         """
-        if target is not None and branch is not None:
+        return self._scaled(self._values(target, branch, part))
+
+    def _values(self, target: int | None, branch: int | None, part: int | None) -> Tensor:
+        """``[U]`` float64, before it is scaled."""
+        given = {"target": target, "branch": branch, "part": part}
+        given = {name: index for name, index in given.items() if index is not None}
+        if len(given) > 1:
             raise ValueError(
-                f"give target (a target token) or branch (a whole target), got target={target} "
-                f"and branch={branch}."
+                "give one of target (a target token), branch (a whole target) and part (a piece of "
+                f"one), got {', '.join(f'{name}={index}' for name, index in given.items())}."
             )
         if branch is not None:
-            self._check_branch(branch)
-            return self.relevances[branch]
+            self._check("branch", branch, len(self.target_stops))
+            return self._reduced(self._owners, len(self.target_stops))[branch]
+        if part is not None:
+            self._check("part", part, len(self.parts))
+            return self._reduced(self._part_of, len(self.parts))[part]
         if target is None:
-            return self.relevance
-        if not 0 <= target < len(self.targets):
-            raise ValueError(f"target must lie in [0, {len(self.targets) - 1}], got {target}.")
-        return self.scores[target]
+            return self._overall()
+        self._check("target", target, len(self.targets))
+        return postprocessed(self.scores[target].double(), self.postprocessing)
 
-    def _check_branch(self, index: int) -> None:
-        if not 0 <= index < len(self.target_stops):
-            raise ValueError(f"branch must lie in [0, {len(self.target_stops) - 1}], got {index}.")
+    @staticmethod
+    def _check(name: str, index: int, count: int) -> None:
+        if not 0 <= index < count:
+            raise ValueError(f"{name} must lie in [0, {count - 1}], got {index}.")
 
     def to_dataframe(self, top_k: int | None = None) -> pandas.DataFrame:
         """One row per unit: text, part, start, stop, relevance, rank (1 = best), effect, level.
@@ -415,6 +358,7 @@ class Explanation:
         width: int | None = None,
         target: int | None = None,
         branch: int | None = None,
+        part: int | None = None,
     ) -> None:
         """Print the explanation to the terminal: the text as a heat map, then the strongest units.
 
@@ -426,22 +370,28 @@ class Explanation:
             width: Columns to use; None for the terminal's.
             target: Show this target token's scores instead of ``relevance``.
             branch: Show this one of several targets.
+            part: Show what supports this one of ``parts``.
         Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.
         """
         from .render.terminal import show
 
-        explanation, target = self._chosen(target, branch)
-        show(explanation, top_k=top_k, width=width, target=target)
+        explanation, target, part = self._chosen(target, branch, part)
+        show(explanation, top_k=top_k, width=width, target=target, part=part)
 
-    def _chosen(self, target: int | None, branch: int | None) -> tuple[Explanation, int | None]:
-        """The explanation of the one target to picture, and the token's number in it."""
-        self.values(target, branch)
-        if len(self.target_stops) == 1:
-            return self, target
+    def _chosen(
+        self, target: int | None, branch: int | None, part: int | None
+    ) -> tuple[Explanation, int | None, int | None]:
+        """The explanation of the one target to picture, and the token or part of it."""
+        self._values(target, branch, part)
         if target is not None:
             branch = self.targets[target].branch
-            target -= [each.branch for each in self.targets].index(branch)
-        return (self if branch is None else self.branch(branch)), target
+            target -= self._owners.index(branch)
+        if part is not None:
+            branch = self.parts[part].branch
+            part -= [each.branch for each in self.parts].index(branch)
+        if branch is None or len(self.target_stops) == 1:
+            return self, target, part
+        return self.branch(branch), target, part
 
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, others: Iterable[Explanation] = ()
@@ -469,6 +419,7 @@ class Explanation:
         path: str | os.PathLike[str] | None = None,
         target: int | None = None,
         branch: int | None = None,
+        part: int | None = None,
     ) -> Figure:
         """A matplotlib figure: the text as a heat map, the strongest units, targets against units.
 
@@ -478,6 +429,7 @@ class Explanation:
             path: Also write the figure to this file; its ending (png, svg, pdf) says the format.
             target: Draw this target token's scores instead of ``relevance``.
             branch: Draw this one of several targets.
+            part: Draw what supports this one of ``parts``.
         Raises:
             ImportError: if matplotlib is not installed.
             ValueError: if there is no such target.
@@ -485,8 +437,8 @@ class Explanation:
         import_extra("matplotlib", "plot")
         from .render.figure import plot
 
-        explanation, target = self._chosen(target, branch)
-        return plot(explanation, path=path, target=target)
+        explanation, target, part = self._chosen(target, branch, part)
+        return plot(explanation, path=path, target=target, part=part)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON, which ``load`` reads back exactly."""
@@ -505,13 +457,3 @@ class Explanation:
             f"Explanation({what}, units={len(self.units)}, targets={len(self.targets)}, "
             f"reduction={self.reduction!r}, method={self.method!r})"
         )
-
-
-def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}.")
-    if value.dtype != torch.float32:
-        raise TypeError(f"{name} must be torch.float32, got {value.dtype}.")
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}.")
-    return value.detach().cpu()

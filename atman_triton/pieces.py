@@ -6,9 +6,8 @@ characters of ``Explanation.text`` from 0, ``stop`` exclusive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 __all__ = [
     "EFFECTS",
@@ -158,100 +157,3 @@ class LeftOut:
     tokens: tuple[int, ...]
     reason: str
     branch: int | None = None
-
-
-def check_pieces(name: str, pieces: Sequence[Any], kind: type, length: int) -> None:
-    """Raise TypeError or ValueError unless all are of one kind and span characters of the text."""
-    if not pieces:
-        raise ValueError(f"{name} must hold at least one {kind.__name__}, got none.")
-    for index, piece in enumerate(pieces):
-        if not isinstance(piece, kind):
-            raise TypeError(
-                f"{name}[{index}] must be a {kind.__name__}, got {type(piece).__name__}."
-            )
-        start, stop = piece.start, piece.stop
-        if start is None and stop is None:
-            continue
-        if start is None or stop is None or not 0 <= start <= stop <= length:
-            raise ValueError(
-                f"{name}[{index}] must span characters within [0, {length}], got {start}:{stop}."
-            )
-
-
-def check_names(units: Sequence[Unit], method: str) -> None:
-    """Raise ValueError unless parts, effects and levels are known and effects fit the method."""
-    effects = {
-        "exact": ("total",),
-        "direct": ("direct",),
-        "path": ("path",),
-        "score_gradient": ("gradient",),
-    }.get(method, ("total", "direct"))
-    for index, unit in enumerate(units):
-        if unit.part not in ("prompt", "target"):
-            raise ValueError(
-                f"units[{index}].part must be 'prompt' or 'target', got {unit.part!r}."
-            )
-        if unit.effect not in EFFECTS:
-            raise ValueError(
-                f"units[{index}].effect must be one of {', '.join(EFFECTS)}, got {unit.effect!r}."
-            )
-        if unit.effect not in effects:
-            raise ValueError(
-                f"units[{index}].effect must be {' or '.join(map(repr, effects))} where method is "
-                f"{method!r}, got {unit.effect!r}."
-            )
-        if unit.level not in LEVELS:
-            raise ValueError(
-                f"units[{index}].level must be one of {', '.join(LEVELS)}, got {unit.level!r}."
-            )
-
-
-def check_branches(
-    units: Sequence[Unit], targets: Sequence[Target], prompt_stop: int, stops: Sequence[int]
-) -> None:
-    """Raise ValueError unless every piece belongs to a target that exists, and stands in it.
-
-    Args:
-        units: All units.
-        targets: All target tokens.
-        prompt_stop: Character where the prompt ends.
-        stops: Character where each target ends.
-    """
-    count = len(stops)
-    order = [target.branch for target in targets]
-    if order != sorted(order) or set(order) != set(range(count)):
-        raise ValueError(
-            f"targets must belong to targets 0 to {count - 1} in order, at least one token each, "
-            f"got branches {_short(order)}."
-        )
-    for index, unit in enumerate(units):
-        if unit.part == "prompt" and unit.branch is not None:
-            raise ValueError(
-                f"units[{index}].branch must be None for a piece of the prompt, got {unit.branch}."
-            )
-        if unit.part == "target" and unit.branch not in range(count):
-            raise ValueError(
-                f"units[{index}].branch must lie in [0, {count - 1}], got {unit.branch}."
-            )
-    if count == 1:
-        return
-    _check_places("units", units, prompt_stop, stops)
-    _check_places("targets", targets, prompt_stop, stops)
-
-
-def _check_places(name: str, pieces: Sequence[Any], prompt_stop: int, stops: Sequence[int]) -> None:
-    starts = [prompt_stop, *stops]
-    for index, piece in enumerate(pieces):
-        branch = piece.branch
-        low, high = (0, prompt_stop) if branch is None else (starts[branch], stops[branch])
-        if piece.start is not None and not low <= piece.start <= piece.stop <= high:
-            whose = "the prompt" if branch is None else f"target {branch}"
-            raise ValueError(
-                f"{name}[{index}] must span characters of {whose}, within [{low}, {high}], "
-                f"got {piece.start}:{piece.stop}."
-            )
-
-
-def _short(values: Sequence[int]) -> str:
-    shown = ", ".join(map(str, values[:12]))
-    return f"[{shown}, ...]" if len(values) > 12 else f"[{shown}]"

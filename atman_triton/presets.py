@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .methods import Method
+from .reduction import Postprocessing
 from .suppression import Rule
 
 
@@ -19,6 +20,7 @@ class Preset:
         threshold: κ of correlated suppression, once it is asked for.
         correlated: Whether it is, without being asked for.
         rule: What similar tokens are suppressed with.
+        postprocessing: What is done to every score before the reduction over target tokens.
     """
 
     mode: str
@@ -27,6 +29,7 @@ class Preset:
     threshold: float = 0.6
     correlated: bool = False
     rule: Rule = "released"
+    postprocessing: Postprocessing = "none"
 
 
 PRESETS = {

@@ -331,7 +331,8 @@ def test_an_infinite_score_stays_infinite():
         ({"branch": -1}, "branch must lie in [0, 2], got -1."),
         (
             {"target": 0, "branch": 1},
-            "give target (a target token) or branch (a whole target), got target=0 and branch=1.",
+            "give one of target (a target token), branch (a whole target) and part (a piece of "
+            "one), got target=0, branch=1.",
         ),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.text import Text
 from toy_explanations import HOSTILE, explain, explain_several, hierarchical, with_effects
 
-from atman_triton.render import layout, palette
+from atman_triton.render import palette, wording
 
 NAN, INF = float("nan"), float("inf")
 
@@ -103,13 +103,13 @@ def test_a_figure_marks_direct_effects_and_says_what_the_numbers_are():
     assert any(
         line.startswith("Scores: total effect, but where a line is dashed") for line in shown
     )
-    assert layout.DIFFERENCE in shown
+    assert wording.DIFFERENCE in shown
     assert len(figure.axes[0].lines) == 1  # below the box of "pay"
     dashed = [isinstance(bar.get_linestyle(), tuple) for bar in figure.axes[1].patches]
     assert dashed == [False, False, True]  # 34, 34, pay
     plain = explain(scores=scores).plot()
     assert "Scores: total effect." in words(plain)
-    assert layout.DIFFERENCE not in words(plain)
+    assert wording.DIFFERENCE not in words(plain)
     assert not plain.axes[0].lines
 
 

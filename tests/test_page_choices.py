@@ -16,7 +16,7 @@ from toy_explanations import (
     with_effects,
 )
 
-from atman_triton.render import layout
+from atman_triton.render import layout, wording
 from atman_triton.render.html import to_html
 
 NAN, INF = float("nan"), float("inf")
@@ -128,7 +128,7 @@ def test_the_page_says_what_the_numbers_are():
         page = Page(explanation.to_html())
         assert page_text(page).endswith(scores)
         assert len(keys(page)) == shown
-        assert all(layout.DIFFERENCE in key for key in keys(page))
+        assert all(wording.DIFFERENCE in key for key in keys(page))
     assert page_text(Page(to_html([direct, direct]))).endswith(f"Scores: {words}")
     assert "Scores:" not in page_text(Page(to_html([direct, explain()])))
 

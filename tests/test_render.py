@@ -22,7 +22,7 @@ from toy_explanations import (
 )
 
 from atman_triton.explanation import Explanation, Target, Unit
-from atman_triton.render import layout, palette
+from atman_triton.render import layout, palette, wording
 
 NAN, INF = float("nan"), float("inf")
 
@@ -94,8 +94,8 @@ def test_strengths_are_scaled_by_the_largest_magnitude():
     ],
 )
 def test_numbers_have_the_digits_of_the_largest(values, shown):
-    digits = layout.decimals(values)
-    assert [layout.signed(value, digits) for value in values] == shown
+    digits = wording.decimals(values)
+    assert [wording.signed(value, digits) for value in values] == shown
 
 
 def test_context_is_cut_at_words():
@@ -163,11 +163,11 @@ def test_units_without_a_place_stand_behind_the_text():
 
 
 def test_settings_name_the_folder_and_not_the_path():
-    assert layout.settings(explain(model="/home/me/models/reader", layers=[0, 2])) == (
+    assert wording.settings(explain(model="/home/me/models/reader", layers=[0, 2])) == (
         "models/reader · preset default · mode min_shift · factor 0.1 · layers 0,2 · "
         "17 units · 2 target tokens (mean) · 18 runs · 0.5 s"
     )
-    assert layout.settings(explain(model="org/name")).startswith("org/name · ")
+    assert wording.settings(explain(model="org/name")).startswith("org/name · ")
 
 
 # Colours.
@@ -356,7 +356,7 @@ def test_one_of_several_targets_is_shown_as_alone(capsys):
     assert shown(single, branch=0) == shown(single)
     with pytest.raises(ValueError, match=r"^branch must lie in \[0, 2\], got 3\.$"):
         explanation.show(branch=3)
-    with pytest.raises(ValueError, match=r"^give target \(a target token\) or branch"):
+    with pytest.raises(ValueError, match=r"^give one of target \(a target token\), branch"):
         explanation.show(branch=1, target=2)
 
 
@@ -394,7 +394,7 @@ def test_direct_effects_among_total_ones_are_marked_without_colour():
     assert re.search(r" \+1\.50°  The pay is", text)
     notes = " ".join(text.split())
     assert f"Scores: total effect, but where marked ° a {DIRECT}." in notes
-    assert layout.DIFFERENCE in notes
+    assert wording.DIFFERENCE in notes
     assert "· method hybrid ·" in notes
 
 
@@ -438,7 +438,7 @@ def test_lists_of_targets_and_of_larger_units_stay_within_the_width(width):
 
 
 def test_levels_are_named_from_small_to_large():
-    assert layout.levels(explain()) == "tokens"
+    assert wording.levels(explain()) == "tokens"
     sentences, fine = hierarchical().coarse, explain()
     assert sentences
     own = dataclasses.replace(fine.units[-1], level="token")  # of the target, it does not count
@@ -446,16 +446,16 @@ def test_levels_are_named_from_small_to_large():
     with_target = dataclasses.replace(
         sentences, units=[*sentences.units, own], suppressed_logprobs=suppressed, coarse=None
     )
-    assert layout.levels(with_target) == "sentences"
+    assert wording.levels(with_target) == "sentences"
     shown = printed(dataclasses.replace(fine, method="hierarchical", coarse=with_target))
     assert "First by sentences (3, total effect):" in shown
     assert len(shown.split("total effect):")[1].split("\n\n")[0].strip().splitlines()) == 3
     assert "  34\n" not in shown
-    assert layout.levels(hierarchical()) == "words and sentences"
+    assert wording.levels(hierarchical()) == "words and sentences"
     fine = hierarchical()
     fine.units[0] = dataclasses.replace(fine.units[0], level="token")
-    assert layout.levels(fine) == "tokens, words and sentences"
-    assert [layout.levels(each) for each in layout.by_size(hierarchical())[1:]] == [
+    assert wording.levels(fine) == "tokens, words and sentences"
+    assert [wording.levels(each) for each in layout.by_size(hierarchical())[1:]] == [
         "sentences",
         "paragraphs",
     ]

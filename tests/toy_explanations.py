@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from atman_triton.explanation import Explanation, LeftOut, Target, Unit
+from atman_triton.pieces import Document, Neighbour, TargetPart
 
 CONTRACT = "The pay is 34 dollars an hour. Overtime is 51 dollars.\nQ: Which pay? A:"
 HOSTILE = (
@@ -169,6 +170,32 @@ def hierarchical():
         method="hierarchical",
         coarse=replace(sentences, method="hierarchical", coarse=paragraphs),
     )
+
+
+def by_token(explanation):
+    """A part for every target token."""
+    return [
+        TargetPart(target.text, (row,), target.start, target.stop, target.branch)
+        for row, target in enumerate(explanation.targets)
+    ]
+
+
+def sourced(explanation, **changes):
+    """The same with both sentences as documents, a part per target token, and amounts alike."""
+    middle = explanation.text.index(" Overtime")
+    documents = [Document("pay", 0, middle), Document("overtime", middle + 1, 54)]
+    amounts = [u for u in explanation.units if u.text.strip() in ("34", "51", "pay")]
+    units = []
+    for unit in explanation.units:
+        owner = None if unit.start >= 54 else int(unit.start >= middle)
+        near = [
+            Neighbour(other.tokens[0], 0.28, 0.8, other.start, other.stop, other.branch)
+            for other in amounts
+            if unit in amounts and other != unit and None in (unit.branch, other.branch)
+        ]
+        units.append(replace(unit, document=owner, neighbours=tuple(near)))
+    fields = {"units": units, "documents": documents, "parts": by_token(explanation)}
+    return replace(explanation, **fields | changes)
 
 
 def as_version(data, version):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from . import layout
+from . import layout, wording
 from .palette import LIGHT
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _levels(explanation: Explanation) -> str:
         return ""
     chips = []
     for level, each in enumerate(sizes):
-        text = f"{layout.levels(each)} ({len(layout.of_prompt(each))})"
+        text = f"{wording.levels(each)} ({len(layout.of_prompt(each))})"
         chips.append(_chip("level", level, text, checked=level == 0))
     legend = "By which pieces (the first ones were refined from the others)"
     return _fieldset(legend, chips)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -17,7 +18,7 @@ from matplotlib.patches import Rectangle
 from rich.cells import cell_len, get_character_cell_size
 from torch import Tensor
 
-from . import layout
+from . import layout, wording
 from .palette import LIGHT, Colour, hexadecimal, mix
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ MATRIX_TARGETS = 16
 MATRIX_UNITS = 48
 TELLING = 0.01  # of the strongest; weaker units get no bar, but three bars there always are
 LABEL = 26  # cells of a bar's label
+SOURCE = 10  # of them, those of a document's id
 ADVANCE = 0.602  # width of a character of the font, in font sizes
 LINE = 1.55  # distance of lines, in font sizes
 LISTED = 12  # targets that have no matrix
@@ -68,6 +70,7 @@ def plot(
     explanation: Explanation,
     path: str | os.PathLike[str] | None = None,
     target: int | None = None,
+    part: int | None = None,
 ) -> Figure:
     """Draw the explanation.
 
@@ -75,11 +78,11 @@ def plot(
         explanation: What to draw.
         path: Also write the figure there; the file's ending says the format.
         target: Draw this target token's scores instead of ``relevance``.
+        part: Draw what supports this part of the target.
     Raises: ValueError: if there is no such target, or the ending names no format.
     """
-    values = layout.in_sight(explanation, target)
-    rows = layout.heat_lines(explanation, values, COLUMNS)
-    chosen = layout.elide(layout.notable(rows, NOTABLE), MAX_LINES)
+    values = layout.in_sight(explanation, target, part)
+    rows = layout.shown_lines(explanation, values, COLUMNS, MAX_LINES, NOTABLE)
     bars = _bars(values)
     names, table = _table(explanation)
     with_matrix = 1 < len(names) <= MATRIX_TARGETS and table.shape[1] <= MATRIX_UNITS
@@ -87,11 +90,13 @@ def plot(
     family = _families(explanation)
 
     size = CELL / ADVANCE
-    heat = len(chosen) * size * LINE / 72
+    heat = len(rows) * size * LINE / 72
     chart = max(1.6, 0.25 * len(bars) + 0.5)
     matrix = 0.26 * len(names) if with_matrix else 0.0
-    more = [layout.DIFFERENCE] if explanation.effect == "mixed" else []
-    more += [line] if (line := layout.completeness(explanation)) else []
+    more = [wording.DIFFERENCE] if explanation.effect == "mixed" else []
+    more += [line] if (line := wording.completeness(explanation)) else []
+    if explanation.normalize:
+        more.append(f"Values are {wording.SCALED}.")
     head, foot = 0.8, 0.63 + 0.17 * len(more)
     # A matrix has its title above and its labels below.
     below = matrix + 1.4 if with_matrix else 0.4 + 0.22 * len(listed) if listed else 0.0
@@ -103,16 +108,16 @@ def plot(
             (left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height)
         )
 
-    _title(figure, explanation, target, height, family)
+    _title(figure, explanation, target, part, height, family)
     text = box(MARGIN, head, WIDTH - 2 * MARGIN, heat)
-    _draw_text(text, rows, chosen, explanation.prompt_stop, size, family)
+    _draw_text(text, rows, explanation.prompt_stop, size, family)
     top = head + heat + 0.5
     _draw_bars(box(2.6, top, WIDTH - 2.6 - MARGIN, chart), explanation, values, bars, family)
     if with_matrix:
         area = box(1.4, top + chart + 0.4, WIDTH - 1.4 - MARGIN, matrix)
         _draw_matrix(area, explanation, names, table, family)
-    caption = [f"Scores: {layout.effect(explanation, 'a line is dashed')}.", *more]
-    caption.append(layout.settings(explanation))
+    caption = [f"Scores: {wording.effect(explanation, 'a line is dashed')}.", *more]
+    caption.append(wording.settings(explanation))
     lines = [(line, 9.0, 0.22) for line in listed] + [(line, 7.5, 0.17) for line in caption]
     if listed:
         lines.insert(len(listed), ("", 7.5, 0.12))
@@ -137,20 +142,36 @@ def _title(
     figure: Figure,
     explanation: Explanation,
     target: int | None,
+    part: int | None,
     height: float,
     family: list[str],
 ) -> None:
-    text, logprob = explanation.answer, float(explanation.base_logprobs.sum())
-    words, probability = "What supports the answer", True
-    if layout.several(explanation):
-        words, probability = "What supports the targets, on average", False
-        text = f"{len(explanation.target_stops)} targets"
+    e, text, logprob = explanation, explanation.answer, float(explanation.base_logprobs.sum())
+    verb = "supports" if e.postprocessing == "none" else "matters for"
+    words, probability = f"What {verb} the answer", True
+    if e.contrast:
+        verb = "speaks" if e.postprocessing == "none" else "matters"
+        words = f"What {verb} for it rather than “{layout.visible(e.answers[1])}”"
+        text, logprob = e.answers[0], float(e.answer_logprobs[0])
+    elif layout.several(e):
+        words, probability = f"What {verb} the targets, on average", False
+        text = f"{len(e.target_stops)} targets"
     elif target is not None:
-        text, logprob = explanation.targets[target].text, float(explanation.base_logprobs[target])
-        words = f"What supports target token {target}"
+        text, logprob = e.targets[target].text, float(e.base_logprobs[target])
+        words = f"What {verb} target token {target}"
+    elif part is not None:
+        text, logprob = e.parts[part].text, float(e.part_logprobs[part])
+        words = f"What {verb} part {part} of the answer"
     left, top = MARGIN / WIDTH, 1 - 0.22 / height
     figure.text(
-        left, top, words, color=_ink("faint"), fontsize=9, va="top", family=family, parse_math=False
+        left,
+        top,
+        _short(words, COLUMNS),
+        color=_ink("faint"),
+        fontsize=9,
+        va="top",
+        family=family,
+        parse_math=False,
     )
     figure.text(
         left,
@@ -168,17 +189,15 @@ def _title(
 def _draw_text(
     axes: Axes,
     rows: list[list[layout.Run]],
-    chosen: list[int | None],
     prompt_stop: int,
     size: float,
     family: list[str],
 ) -> None:
     """The text on a grid of character cells, a coloured box behind every unit."""
     axes.set_xlim(0, COLUMNS)
-    axes.set_ylim(len(chosen), 0)
+    axes.set_ylim(len(rows), 0)
     axes.set_axis_off()
-    for line, index in enumerate(chosen):
-        runs = [layout.Run("⋯", 0, 0.0)] if index is None else rows[index]
+    for line, runs in enumerate(rows):
         column = 0
         for run in runs:
             text = run.text.removesuffix("\n")
@@ -204,7 +223,7 @@ def _draw_text(
                         linewidth=1,
                         dashes=(3, 2),
                     )
-            weight = "bold" if index is not None and run.start >= prompt_stop else "normal"
+            weight = "bold" if run.start >= prompt_stop and not run.note else "normal"
             for at, part in _chunks(text):
                 wide = cell_len(part) == 2 * len(part)
                 axes.text(
@@ -214,7 +233,7 @@ def _draw_text(
                     fontsize=size,
                     ha="center" if wide else "left",
                     va="center_baseline",
-                    color=_ink("ink"),
+                    color=_ink("faint" if run.note else "ink"),
                     weight=weight,
                     family=family,
                     parse_math=False,
@@ -249,14 +268,18 @@ def _bars(values: list[float]) -> list[int]:
 
 def _table(explanation: Explanation) -> tuple[list[str], Tensor]:
     """What the rows of the matrix are called, and the matrix: target tokens, or whole targets."""
-    if not layout.several(explanation):
-        return [layout.visible(target.text) for target in explanation.targets], explanation.scores
-    logprobs = explanation.answer_logprobs.tolist()
+    e = explanation
+    if not layout.several(e):
+        names = [layout.visible(target.text) for target in e.targets]
+        if len(names) > MATRIX_TARGETS:
+            return names, e.scores  # not drawn
+        return names, torch.stack([e.values(target) for target in range(len(names))])
+    logprobs = e.answer_logprobs.tolist()
     names = [
         f"{_short(layout.visible(answer), 10)} {100 * math.exp(logprob):.2g}%"
-        for answer, logprob in zip(explanation.answers, logprobs, strict=True)
+        for answer, logprob in zip(e.answers, logprobs, strict=True)
     ]
-    return names, explanation.relevances
+    return names, e.relevances
 
 
 def _likeliest(explanation: Explanation) -> list[str]:
@@ -281,7 +304,8 @@ def _draw_bars(
     bars: list[int],
     family: list[str],
 ) -> None:
-    strength, digits = layout.strengths(values), layout.decimals(values)
+    strength, digits = layout.strengths(values), wording.decimals(values)
+    measure = wording.scale(explanation)
     colours = [_shade(math.copysign(1.0, strength[unit])) for unit in bars]
     drawn = axes.barh(
         range(len(bars)), [strength[unit] for unit in bars], color=colours, height=0.7
@@ -290,13 +314,18 @@ def _draw_bars(
     for bar, unit in zip(drawn, bars, strict=True):
         if marks[unit]:
             bar.set(edgecolor=_ink("ink"), linestyle=(0, (3, 2)), linewidth=1)
-    labels = [_short(layout.in_word(explanation, unit), LABEL) for unit in bars]
+    sources = [wording.source(explanation, unit) for unit in bars]
+    sources = [f"{_short(source, SOURCE)} " if source else "" for source in sources]
+    labels = [
+        source + _short(layout.in_word(explanation, unit), LABEL - cell_len(source))
+        for source, unit in zip(sources, bars, strict=True)
+    ]
     axes.set_yticks(range(len(bars)), labels, family=family, fontsize=9, parse_math=False)
     axes.set_ylim(max(len(bars), 1) - 0.4, -0.6)
     for place, unit in enumerate(bars):
         positive = strength[unit] >= 0
         axes.annotate(
-            layout.signed(values[unit], digits),
+            measure.number(values[unit], digits),
             (strength[unit], place),
             xytext=(4 if positive else -4, 0),
             textcoords="offset points",
@@ -311,7 +340,7 @@ def _draw_bars(
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title("strongest units, nats", fontsize=9, color=_ink("faint"), loc="left")
+    axes.set_title(f"strongest units, {measure.unit}", fontsize=9, color=_ink("faint"), loc="left")
 
 
 def _draw_matrix(

@@ -18,7 +18,7 @@ from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from . import layout
+from . import layout, wording
 from .controls import cards, choices, headline, label, letter
 from .numbers import INFINITY, numbers
 from .palette import DARK, LIGHT, Theme
@@ -122,7 +122,7 @@ def _difference(explanations: Sequence[Explanation]) -> str:
         return ""
     return (
         f'<p class="hint key"><span class="d">Dashed line</span>: direct effect. '
-        f"{escape(layout.DIFFERENCE)}</p>"
+        f"{escape(wording.DIFFERENCE)}</p>"
     )
 
 
@@ -258,7 +258,7 @@ def _layers(levels: list[float]) -> tuple[list[str], str]:
 
 def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -> str:
     mark = "a line is dashed"
-    effects = {layout.effect(explanation, mark) for explanation in explanations}
+    effects = {wording.effect(explanation, mark) for explanation in explanations}
     if overlay:
         words = (
             "Each colour shows what supports one answer; the deeper, the more its loss rises when "
@@ -283,7 +283,7 @@ def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -
             f"Probability {probability:.3g}. The colour of a piece shows how much the loss of this "
             "answer rises (orange) or falls (blue) when the model's attention to it is suppressed."
         )
-    return f"{words} Scores: {layout.effect(first, mark)}. {layout.completeness(first)}".rstrip()
+    return f"{words} Scores: {wording.effect(first, mark)}. {wording.completeness(first)}".rstrip()
 
 
 def _notes(explanation: Explanation) -> str:
@@ -301,8 +301,8 @@ def _notes(explanation: Explanation) -> str:
         f"<td>{escape(layout.printable(value))}</td></tr>"
         for name, value in rows
     )
-    rows.insert(0, ("scores", layout.effect(explanation, "marked direct")))
-    line = escape(layout.settings(explanation))
+    rows.insert(0, ("scores", wording.effect(explanation, "marked direct")))
+    line = escape(wording.settings(explanation))
     return f"<details><summary>{line}</summary><table>{table}</table></details>"
 
 

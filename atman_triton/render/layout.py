@@ -5,14 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.cells import get_character_cell_size
-
-from ..pieces import LEVELS
 
 if TYPE_CHECKING:
     from ..explanation import Explanation, Target, Unit
@@ -116,18 +114,21 @@ class Run:
         start: Its first character.
         strength: In [-1, 1].
         direct: Whether it is a direct effect among total ones.
+        note: Whether it is no text, but a remark about it.
     """
 
     text: str
     start: int
     strength: float
     direct: bool = False
+    note: bool = False
 
 
 def heat_lines(explanation: Explanation, values: Iterable[float], width: int) -> list[list[Run]]:
     """The text in lines of at most ``width`` cells, cut into runs. A line break ends its run.
 
-    Of several targets only the prompt is shown: behind it stands one or another of them.
+    Of several targets only the prompt is shown: behind it stands one or another of them. Every
+    document starts a line, and so does what comes behind it.
     """
     placed, strength = place(explanation, overview=several(explanation)), strengths(values)
     pieces = cut(len(placed.text), placed.units)
@@ -136,7 +137,7 @@ def heat_lines(explanation: Explanation, values: Iterable[float], width: int) ->
     marked = marks(explanation)
     direct = [unit is not None and marked[unit] for unit in top]
     rows, first = [], 0
-    for start, stop in lines(placed.text, width):
+    for start, stop in lines(placed.text, width, _breaks(explanation)):
         while first < len(pieces) and pieces[first].stop <= start:
             first += 1
         row, at = [], first
@@ -146,6 +147,50 @@ def heat_lines(explanation: Explanation, values: Iterable[float], width: int) ->
             at += 1
         rows.append(row)
     return rows
+
+
+def shown_lines(
+    explanation: Explanation, values: Iterable[float], width: int, limit: int, least: float
+) -> list[list[Run]]:
+    """The lines of the heat map that are shown, with remarks among them.
+
+    Args:
+        explanation: Whose text.
+        values: Of each unit.
+        width: Cells in a line.
+        limit: The most lines, besides remarks; those around strong units are kept.
+        least: The strength from which on a unit is strong.
+    """
+    rows = heat_lines(explanation, values, width)
+    shown: list[list[Run]] = []
+    inside: int | None = None
+    for index in elide(notable(rows, least), limit):
+        row = [Run("⋯", 0, 0.0, note=True)] if index is None else rows[index]
+        words = "" if index is None else "".join(run.text for run in row)
+        if words.strip():
+            owner = document_at(explanation, row[0].start)
+            if owner != inside:
+                name = "" if owner is None else f" {visible(explanation.documents[owner].id)} ──"
+                shown.append([Run(f"──{name}", 0, 0.0, note=True)])
+            inside = owner
+        shown.append(row)
+    return shown
+
+
+def document_at(explanation: Explanation, character: int) -> int | None:
+    """Which document holds a character of the text; None outside of them."""
+    starts = [document.start for document in explanation.documents]
+    index = bisect_right(starts, character) - 1
+    return index if index >= 0 and character < explanation.documents[index].stop else None
+
+
+def _breaks(explanation: Explanation) -> list[int]:
+    """Where lines start besides: documents, and the first word behind each of them."""
+    found = []
+    for document in explanation.documents:
+        behind = explanation.text[document.stop :]
+        found += [document.start, document.stop + len(behind) - len(behind.lstrip())]
+    return found
 
 
 def strengths(values: Iterable[float]) -> list[float]:
@@ -175,12 +220,14 @@ def several(explanation: Explanation) -> bool:
     return len(explanation.target_stops) > 1
 
 
-def in_sight(explanation: Explanation, target: int | None = None) -> list[float]:
+def in_sight(
+    explanation: Explanation, target: int | None = None, part: int | None = None
+) -> list[float]:
     """The values to picture: those of one target; of several, what the prompt does for all.
 
     Units of one of several targets say nothing about the others, and are NaN here.
     """
-    values = explanation.values(target).tolist()
+    values = explanation.values(target, part=part).tolist()
     if not several(explanation):
         return values
     pairs = zip(values, explanation.units, strict=True)
@@ -196,37 +243,6 @@ def marks(explanation: Explanation) -> list[bool]:
     """For each unit, whether its effect is direct among others whose effect is total."""
     mixed = explanation.effect == "mixed"
     return [mixed and unit.effect == "direct" for unit in explanation.units]
-
-
-DIFFERENCE = (
-    "A total effect includes what later pieces took over from a suppressed one, a direct effect "
-    "only what the answer itself reads from it."
-)
-
-
-def effect(explanation: Explanation, mark: str) -> str:
-    """Which effect the numbers are; ``mark`` says how direct ones look among total ones."""
-    direct = "direct effect: only the answer's own rows are manipulated"
-    return {
-        "total": "total effect",
-        "direct": direct,
-        "path": "share in suppressing all units together, from gradients on the way there",
-        "gradient": "first-order estimate of suppressing all units together, usually a poor one",
-        "mixed": f"total effect, but where {mark} a {direct}",
-    }[explanation.effect]
-
-
-def completeness(explanation: Explanation) -> str:
-    """Whether the scores of a gradient method add up; nothing of other methods."""
-    found = explanation.completeness
-    return "" if found is None else f"Completeness: {found}."
-
-
-def levels(explanation: Explanation) -> str:
-    """What the prompt's units are: ``words``, ``words and sentences``."""
-    known = {explanation.units[unit].level for unit in of_prompt(explanation)}
-    *names, last = [f"{level}s" for level in LEVELS if level in known] or ["units"]
-    return f"{', '.join(names)} and {last}" if names else last
 
 
 def of_prompt(explanation: Explanation) -> list[int]:
@@ -294,12 +310,19 @@ def in_word(explanation: Explanation, unit: int, size: int = 12) -> str:
     return f"{before}[{visible(core)}]{after}" if before or after else visible(core)
 
 
-def lines(text: str, width: int) -> list[Span]:
-    """Break printable text into lines of at most ``width`` cells, after spaces if it can."""
+def lines(text: str, width: int, breaks: Iterable[int] = ()) -> list[Span]:
+    """Break printable text into lines of at most ``width`` cells, after spaces if it can.
+
+    ``breaks`` are characters that start a line besides.
+    """
     spans: list[Span] = []
     start = used = 0
     break_at = -1
+    must = set(breaks)
     for index, character in enumerate(text):
+        if index in must and index > start:
+            spans.append((start, index))
+            start, used, break_at = index, 0, -1
         if character == "\n":
             spans.append((start, index + 1))
             start, used, break_at = index + 1, 0, -1
@@ -349,53 +372,6 @@ def elide(marked: Sequence[float], limit: int) -> list[int | None]:
     return shown
 
 
-def decimals(values: Iterable[float]) -> int:
-    """Digits after the point that show the largest value with three significant digits."""
-    peak = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    return max(0, min(8, 2 - math.floor(math.log10(peak)))) if peak else 2
-
-
-def signed(value: float, digits: int) -> str:
-    """``+1.23``, with a true minus sign; NaN is a dash."""
-    if math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "+∞" if value > 0 else "−∞"
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
-
-
-def settings(explanation: Explanation) -> str:
-    """The settings in one line: what was run, and how the numbers are to be read."""
-    known = explanation.provenance
-    words = [
-        *([_model_name(str(known["model"]))] if known.get("model") else []),
-        *([] if explanation.method == "exact" else [f"method {explanation.method}"]),
-        *([f"steps {known['steps']}"] if known.get("steps") is not None else []),
-        *(
-            f"{name} {known[name]}"
-            for name in ("preset", "mode", "factor", "similarity", "rule")
-            if known.get(name) is not None
-        ),
-        *(
-            f"{name} {_indices(known[name])}"
-            for name in ("layers", "heads")
-            if known.get(name) is not None
-        ),
-        _count(len(explanation.units), "unit"),
-        *([_count(len(explanation.target_stops), "target")] if several(explanation) else []),
-        _count(len(explanation.targets), "target token")
-        + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
-    ]
-    if explanation.completeness is not None and isinstance(known.get("forwards"), int | float):
-        words.append(f"cost of {known['forwards']:.3g} forwards")
-    elif isinstance(known.get("runs"), int):
-        words.append(_count(known["runs"], "run"))
-    if isinstance(known.get("seconds"), int | float):
-        words.append(f"{known['seconds']:.3g} s")
-    return printable(" · ".join(words)).replace("\n", " ")
-
-
 def _read(explanation: Explanation, unit: Unit) -> tuple[str, Span | None]:
     """The printable text in which the model read a unit, its own target only, and its span."""
     span = _span(unit)
@@ -414,20 +390,6 @@ def _span(piece: Unit | Target) -> Span | None:
     if piece.start is None or piece.stop is None or piece.start == piece.stop:
         return None
     return piece.start, piece.stop
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _model_name(model: str) -> str:
-    """A hub id as it is, of a folder the last two parts."""
-    path = PurePath(model)
-    return "/".join(path.parts[1:][-2:]) if path.is_absolute() else model
-
-
-def _indices(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _sign(value: float) -> float:

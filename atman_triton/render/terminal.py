@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from . import layout
+from . import layout, wording
 from .palette import Colour, hexadecimal, mix
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ TOP_K = 10
 TELLING = 0.01  # of the strongest
 OPPONENTS = 3
 TARGETS = 10
+NEAR = 5  # tokens suppressed along with a unit
+SOURCE = 14  # cells of a document's id
 COARSE = 3  # units of every coarser explanation
 SUPPORT_MARK = "⟦⟧"
 OPPOSE_MARK = "⟪⟫"
@@ -46,6 +48,7 @@ def show(
     width: int | None = None,
     target: int | None = None,
     console: Console | None = None,
+    part: int | None = None,
 ) -> None:
     """Print the explanation; of several targets what the prompt does for all of them.
 
@@ -55,44 +58,47 @@ def show(
         width: Columns to use; None for the terminal's.
         target: Show this target token's scores instead of ``relevance``; of one target only.
         console: Where to print; None for standard output.
+        part: Show what supports this part of the target; of one target only.
     Raises: ValueError: if ``top_k`` or ``width`` is too small or there is no such target.
     """
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}.")
     if width is not None and width < MIN_WIDTH:
         raise ValueError(f"width must be at least {MIN_WIDTH}, got {width}.")
-    values = layout.in_sight(explanation, target)
+    values = layout.in_sight(explanation, target, part)
     console = console or Console(highlight=False, markup=False, emoji=False)
     width = max(width or console.width, MIN_WIDTH)
     coloured = not console.no_color and console.color_system in ("256", "truecolor")
-    console.print(_heading(explanation, target), width=width, overflow="fold")
+    console.print(_heading(explanation, target, part), width=width, overflow="fold")
     console.print()
     # These lines are laid out: rich must neither wrap again nor crop what it believes too wide.
     for line in _heat_map(explanation, values, width, coloured):
         console.print(line, soft_wrap=True)
     console.print()
-    for line in _list(explanation, values, top_k, width, target):
-        console.print(line, soft_wrap=True)
-    for line in [*_targets(explanation, width), *_coarser(explanation, target, width)]:
+    tables = [*_list(explanation, values, top_k, width, target), *_targets(explanation, width)]
+    if target is None and part is None:
+        tables += _parts(explanation, width)
+    for line in [*tables, *_coarser(explanation, target, part, width)]:
         console.print(line, soft_wrap=True)
     console.print()
     for line in _notes(explanation, coloured):
         console.print(line, width=width, overflow="fold")
 
 
-def _heading(explanation: Explanation, target: int | None) -> Text:
-    heading = Text()
-    if layout.several(explanation):
+def _heading(explanation: Explanation, target: int | None, part: int | None) -> Text:
+    e, heading = explanation, Text()
+    if layout.several(e) and not e.contrast:
         heading.append("Targets: ", FAINT)
-        heading.append(str(len(explanation.target_stops)), "bold")
+        heading.append(str(len(e.target_stops)), "bold")
         heading.append("   the numbers are their mean; branch=k shows one", FAINT)
         return heading
-    rows = [("Answer", explanation.answer, float(explanation.base_logprobs.sum()))]
+    names = ["Why", "Rather than"] if e.contrast else ["Answer"]
+    rows = list(zip(names, e.answers, e.answer_logprobs.tolist(), strict=True))
     if target is not None:
-        chosen = explanation.targets[target]
-        rows.append(
-            (f"Target token {target}", chosen.text, float(explanation.base_logprobs[target]))
-        )
+        chosen = e.targets[target]
+        rows.append((f"Target token {target}", chosen.text, float(e.base_logprobs[target])))
+    if part is not None:
+        rows.append((f"Part {part}", e.parts[part].text, float(e.part_logprobs[part])))
     for index, (label, text, logprob) in enumerate(rows):
         heading.append("\n" * (index > 0) + f"{label}: ", FAINT)
         heading.append(layout.visible(text), "bold")
@@ -104,12 +110,15 @@ def _heat_map(
     explanation: Explanation, values: list[float], width: int, coloured: bool
 ) -> list[Text]:
     """The text in lines, coloured by strength; without colour strong units stand in brackets."""
-    rows = layout.heat_lines(explanation, values, width if coloured else width - 6)
+    cells = width if coloured else width - 6
     draw = _coloured_line if coloured else _plain_line
-    return [
-        Text("⋯", FAINT) if index is None else draw(rows[index], explanation.prompt_stop)
-        for index in layout.elide(layout.notable(rows, NOTABLE), MAX_LINES)
-    ]
+    found = []
+    for row in layout.shown_lines(explanation, values, cells, MAX_LINES, NOTABLE):
+        remark = any(run.note for run in row)
+        line = Text(row[0].text, FAINT) if remark else draw(row, explanation.prompt_stop)
+        line.truncate(width) if remark else None
+        found.append(line)
+    return found
 
 
 def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
@@ -164,7 +173,7 @@ def _list(
 ) -> list[Text]:
     """The strongest supporters, then the strongest opponents that stand out."""
     ranking, marked = layout.ranking(values), layout.marks(explanation)
-    strength, digits = layout.strengths(values), layout.decimals(values)
+    strength, digits = layout.strengths(values), wording.decimals(values)
     supporters = [unit for unit in ranking if values[unit] > 0]
     if top_k is None:
         # Those that tell something, but never fewer than three.
@@ -172,14 +181,14 @@ def _list(
         top_k = min(TOP_K, max(3, telling))
     chosen = supporters[:top_k]
     against = [unit for unit in ranking[::-1] if strength[unit] <= -NOTABLE][:OPPONENTS]
-    name = "relevance" if target is None else "score"
+    name, measure = "relevance" if target is None else "score", wording.scale(explanation)
     numbers = [
-        layout.signed(values[unit], digits) + (DIRECT_MARK if marked[unit] else " " * any(marked))
+        measure.number(values[unit], digits) + (DIRECT_MARK if marked[unit] else " " * any(marked))
         for unit in chosen + against[::-1]
     ]
     wide = max(map(len, numbers), default=0)
     room = max(0, min(BAR, width - wide - 24))
-    head = f"{name}, nats"[: room + wide + 1]
+    head = f"{name}, {measure.unit}"[: room + wide + 1]
     rows = [Text(f"rank  {head:<{room + wide + 1}}  unit in its context", FAINT)]
     rank = {unit: place for place, unit in enumerate(ranking, start=1)}
     for unit, number in zip(chosen + against[::-1], numbers, strict=True):
@@ -188,21 +197,28 @@ def _list(
         row = Text(f"{rank[unit]:>4}  ")
         row.append(f"{bar:<{room}}", hexadecimal(SUPPORT if value > 0 else OPPOSE))
         row.append(f" {number:>{wide}}  ")
-        before, text, after = layout.context(explanation, unit, max(4, (width - row.cell_len) // 3))
+        source = Text(wording.source(explanation, unit), FAINT)
+        source.truncate(SOURCE, overflow="ellipsis")
+        row.append_text(source)
+        row.append(" " * bool(source))
+        indent = row.cell_len
+        before, text, after = layout.context(explanation, unit, max(4, (width - indent) // 3))
         row.append(before, FAINT)
         row.append(text, "bold")
         row.append(after, FAINT)
         rows.append(row)
+        if near := wording.near(explanation, unit, NEAR):
+            rows.append(Text(" " * indent + near, FAINT))
     for row in rows:
         row.truncate(width, overflow="ellipsis")
     if not chosen and not against:
-        rows.append(Text("      no unit supports the answer", FAINT))
+        rows.append(Text(f"      no unit {measure.high}{measure.object}", FAINT))
     return rows
 
 
 def _targets(explanation: Explanation, width: int) -> list[Text]:
     """Several targets with their probability when nothing is suppressed, the likeliest first."""
-    if not layout.several(explanation):
+    if not layout.several(explanation) or explanation.contrast:
         return []
     logprobs = explanation.answer_logprobs.tolist()
     order = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])
@@ -219,22 +235,47 @@ def _targets(explanation: Explanation, width: int) -> list[Text]:
     return rows
 
 
-def _coarser(explanation: Explanation, target: int | None, width: int) -> list[Text]:
+def _parts(explanation: Explanation, width: int) -> list[Text]:
+    """The parts of the target, if they are more than whole targets, and what supports each most."""
+    if len(explanation.parts) == len(explanation.target_stops):
+        return []
+    logprobs = explanation.part_logprobs.tolist()
+    rows = [Text(), Text("part   p         part of the target ← its first unit", FAINT)]
+    for index, part in list(enumerate(explanation.parts))[:TARGETS]:
+        row = Text(f"{index:>4}   {math.exp(logprobs[index]):<8.3g}  ")
+        row.append(layout.visible(part.text), "bold")
+        values = layout.in_sight(explanation, part=index)
+        best = layout.ranking(values)[:1]
+        if best and values[best[0]] > 0:
+            source = wording.source(explanation, best[0])
+            row.append(f" ← {layout.in_word(explanation, best[0])} {source}".rstrip(), FAINT)
+        rows.append(row)
+    if len(explanation.parts) > TARGETS:
+        rows.append(Text(f"       and {len(explanation.parts) - TARGETS} more", FAINT))
+    for row in rows:
+        row.truncate(width, overflow="ellipsis")
+    return rows
+
+
+def _coarser(
+    explanation: Explanation, target: int | None, part: int | None, width: int
+) -> list[Text]:
     """What larger units of the prompt said that were refined: the largest ones first."""
     rows = []
     for place, coarse in enumerate(layout.by_size(explanation)[:0:-1]):
         prompt = layout.of_prompt(coarse)
-        values = layout.in_sight(coarse, target)
+        values = layout.in_sight(coarse, target, part)
         ranking = [prompt[i] for i in layout.ranking([values[unit] for unit in prompt])]
-        digits = layout.decimals(values[unit] for unit in prompt)
+        digits = wording.decimals(values[unit] for unit in prompt)
         kind = "direct effect" if coarse.effect == "direct" else "total effect"
         if coarse.effect == "mixed":
             kind = "total and direct effect"
         when = "Then" if place else "First"
-        head = f"{when} by {layout.levels(coarse)} ({len(prompt)}, {kind}):"
+        measure = wording.scale(coarse)
+        head = f"{when} by {wording.levels(coarse)} ({len(prompt)}, {kind}):"
         rows += [Text(), Text(head, FAINT)]
         for unit in ranking[:COARSE]:
-            row = Text(f"{layout.signed(values[unit], digits):>10}  ")
+            row = Text(f"{measure.number(values[unit], digits):>10}  ")
             row.append(layout.visible(coarse.units[unit].text))
             rows.append(row)
     for row in rows:
@@ -244,34 +285,37 @@ def _coarser(explanation: Explanation, target: int | None, width: int) -> list[T
 
 def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
     """What the marks and the numbers mean, what was left out, the settings."""
-    key = Text()
+    key, measure = Text(), wording.scale(explanation)
     if coloured:
-        key.append("supports", _style(1.0))
-        key.append(" ")
-        key.append("opposes", _style(-1.0))
-        key.append(" the answer", FAINT)
+        key.append(measure.high, _style(1.0))
+        key.append(" " * measure.signed)
+        key.append(measure.low, _style(-1.0))
+        key.append(measure.object, FAINT)
     else:
         opening, closing = SUPPORT_MARK
         against, end = OPPOSE_MARK
-        key.append(f"{opening}supports{closing} {against}opposes{end} the answer", FAINT)
+        low = f" {against}{measure.low}{end}" if measure.signed else ""
+        key.append(f"{opening}{measure.high}{closing}{low}{measure.object}", FAINT)
+    if explanation.normalize:
+        key.append(f" · {wording.SCALED}", FAINT)
     if layout.several(explanation):
         key.append(" · only the prompt is shown", FAINT)
     elif any(math.isnan(value) for value in explanation.relevance.tolist()):
         key.append(" · units at or after a target were not measured for it", FAINT)
     mark = f"in italics or with {DIRECT_MARK}" if coloured else f"marked {DIRECT_MARK}"
-    notes = [key, Text(f"Scores: {layout.effect(explanation, mark)}.", FAINT)]
+    notes = [key, Text(f"Scores: {wording.effect(explanation, mark)}.", FAINT)]
     if explanation.effect == "mixed":
-        notes.append(Text(layout.DIFFERENCE, FAINT))
-    if complete := layout.completeness(explanation):
+        notes.append(Text(wording.DIFFERENCE, FAINT))
+    if complete := wording.completeness(explanation):
         notes.append(Text(complete, FAINT))
     if explanation.left_out:
-        words = [
+        pieces = [
             f"{layout.visible(piece.text)} ({layout.printable(piece.reason)})"
             for piece in explanation.left_out[:LEFT_OUT]
         ]
         more = len(explanation.left_out) - LEFT_OUT
         notes.append(
-            Text("Left out: " + ", ".join(words) + (f" and {more} more" * (more > 0)), FAINT)
+            Text("Left out: " + ", ".join(pieces) + (f" and {more} more" * (more > 0)), FAINT)
         )
-    notes.append(Text(layout.settings(explanation), FAINT))
+    notes.append(Text(wording.settings(explanation), FAINT))
     return notes

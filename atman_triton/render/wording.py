@@ -1,0 +1,201 @@
+"""The words and numbers that every picture of an explanation shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from ..pieces import LEVELS, Neighbour
+from .layout import of_prompt, printable, several, visible
+
+if TYPE_CHECKING:
+    from ..explanation import Explanation
+
+_PLURALS = {"delimited": "delimited pieces"}
+NAME = 24  # characters of a target in a phrase
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the numbers in sight are.
+
+    Args:
+        unit: ``nats``, ``nats²``, or ``0 to 1``.
+        signed: Whether some may lie below 0.
+        high: What the largest do.
+        low: What the smallest do; empty where none does the opposite.
+        object: What they do it to.
+    """
+
+    unit: str
+    signed: bool
+    high: str
+    low: str
+    object: str
+
+    @property
+    def suffix(self) -> str:
+        """The unit behind a number; nothing where there is none."""
+        return f" {self.unit}" if self.unit.startswith("nats") else ""
+
+    def number(self, value: float, digits: int) -> str:
+        """With its sign, where there are both; NaN is a dash."""
+        text = signed(value, digits)
+        return text if self.signed else text.removeprefix("+")
+
+
+def scale(explanation: Explanation) -> Scale:
+    """What ``relevance`` and its like are."""
+    how = explanation.postprocessing
+    unit = "0 to 1" if explanation.normalize else "nats²" if how == "square" else "nats"
+    if how != "none":
+        what = "choice" if explanation.contrast else "answer"
+        return Scale(unit, False, "matters", "", f" for the {what}, one way or the other")
+    high, low, to = "supports", "opposes", " the answer"
+    if explanation.contrast:
+        high, low = (f"for “{name}”" for name in map(name_of, explanation.answers))
+        to = ""
+    if explanation.normalize:
+        return Scale(unit, False, high, "", f"{to} the most")
+    return Scale(unit, True, high, low, to)
+
+
+SCALED = "scaled: 0 is the smallest of the measured values, 1 the largest"
+
+
+def name_of(answer: str) -> str:
+    """A target in a phrase: on one line, and short."""
+    text = visible(answer)
+    return text if len(text) <= NAME else text[: NAME - 1] + "…"
+
+
+def question(explanation: Explanation) -> str:
+    """What a contrast asks."""
+    this, that = map(visible, explanation.answers)
+    return f"Why “{this}” rather than “{that}”"
+
+
+def near(explanation: Explanation, unit: int, limit: int) -> str:
+    """The tokens suppressed along with a unit, the most suppressed first; nothing without any."""
+    found = by_weight(explanation.units[unit].neighbours)
+    if not found:
+        return ""
+    shown = [f"{neighbour_text(explanation, each)} ×{each.factor:.2g}" for each in found[:limit]]
+    more = len(found) - limit
+    return "with: " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def by_weight(neighbours: Iterable[Neighbour]) -> list[Neighbour]:
+    """The most manipulated first; ties stay in order."""
+    return sorted(neighbours, key=lambda each: -abs(1 - each.factor))
+
+
+def neighbour_text(explanation: Explanation, neighbour: Neighbour) -> str:
+    """What stands there, or the token's number where it has no place in the text."""
+    if neighbour.start is None:
+        return f"token {neighbour.token}"
+    return visible(explanation.text[neighbour.start : neighbour.stop])
+
+
+def source(explanation: Explanation, unit: int) -> str:
+    """The id of the document that a unit stands in, in brackets; nothing outside of them."""
+    index = explanation.units[unit].document
+    return "" if index is None else f"[{visible(explanation.documents[index].id)}]"
+
+
+DIFFERENCE = (
+    "A total effect includes what later pieces took over from a suppressed one, a direct effect "
+    "only what the answer itself reads from it."
+)
+
+
+def effect(explanation: Explanation, mark: str) -> str:
+    """Which effect the numbers are; ``mark`` says how direct ones look among total ones."""
+    direct = "direct effect: only the answer's own rows are manipulated"
+    return {
+        "total": "total effect",
+        "direct": direct,
+        "path": "share in suppressing all units together, from gradients on the way there",
+        "gradient": "first-order estimate of suppressing all units together, usually a poor one",
+        "mixed": f"total effect, but where {mark} a {direct}",
+    }[explanation.effect]
+
+
+def completeness(explanation: Explanation) -> str:
+    """Whether the scores of a gradient method add up; nothing of other methods."""
+    found = explanation.completeness
+    return "" if found is None else f"Completeness: {found}."
+
+
+def levels(explanation: Explanation) -> str:
+    """What the prompt's units are: ``words``, ``words and sentences``."""
+    known = {explanation.units[unit].level for unit in of_prompt(explanation)}
+    named = [_PLURALS.get(level, f"{level}s") for level in LEVELS if level in known]
+    *names, last = named or ["units"]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def decimals(values: Iterable[float]) -> int:
+    """Digits after the point that show the largest value with three significant digits."""
+    peak = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+    return max(0, min(8, 2 - math.floor(math.log10(peak)))) if peak else 2
+
+
+def signed(value: float, digits: int) -> str:
+    """``+1.23``, with a true minus sign; NaN is a dash."""
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "+∞" if value > 0 else "−∞"
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
+
+
+def settings(explanation: Explanation) -> str:
+    """The settings in one line: what was run, and how the numbers are to be read."""
+    known = explanation.provenance
+    words = [
+        *([_model_name(str(known["model"]))] if known.get("model") else []),
+        *([] if explanation.method == "exact" else [f"method {explanation.method}"]),
+        *([f"steps {known['steps']}"] if known.get("steps") is not None else []),
+        *(
+            f"{name} {known[name]}"
+            for name in ("preset", "mode", "factor", "similarity", "rule")
+            if known.get(name) is not None
+        ),
+        *(
+            f"{name} {_indices(known[name])}"
+            for name in ("layers", "heads")
+            if known.get(name) is not None
+        ),
+        _count(len(explanation.units), "unit"),
+        *([_count(len(explanation.target_stops), "target")] if several(explanation) else []),
+        _count(len(explanation.targets), "target token")
+        + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
+        *([] if explanation.postprocessing == "none" else [explanation.postprocessing]),
+        *(["normalized"] if explanation.normalize else []),
+    ]
+    if explanation.completeness is not None and isinstance(known.get("forwards"), int | float):
+        words.append(f"cost of {known['forwards']:.3g} forwards")
+    elif isinstance(known.get("runs"), int):
+        words.append(_count(known["runs"], "run"))
+    if isinstance(known.get("seconds"), int | float):
+        words.append(f"{known['seconds']:.3g} s")
+    return printable(" · ".join(words)).replace("\n", " ")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _model_name(model: str) -> str:
+    """A hub id as it is, of a folder the last two parts."""
+    path = PurePath(model)
+    return "/".join(path.parts[1:][-2:]) if path.is_absolute() else model
+
+
+def _indices(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
