@@ -288,7 +288,7 @@ def draw(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 7.2), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.9))
+    grid = figure.add_gridspec(3, len(METHODS), height_ratios=(1, 1, 1.9))
     for index, (question, answer, text, characters) in enumerate(coloured):
         axes = figure.add_subplot(grid[index, :])
         kind = ("answered", "not answered")[index]
