@@ -2,16 +2,22 @@
 
 from ._version import __version__
 from .attention import attention
+from .controls import ImageControl, TextControl, TokenControl
 from .explain import Explainer
 from .explanation import Explanation, load
 from .integration import UnsupportedModelError, manipulate
+from .steer import steer
 
 __all__ = [
     "Explainer",
     "Explanation",
+    "ImageControl",
+    "TextControl",
+    "TokenControl",
     "UnsupportedModelError",
     "__version__",
     "attention",
     "load",
     "manipulate",
+    "steer",
 ]

@@ -1,4 +1,4 @@
-"""The command ``atman``: explain an answer, view a saved explanation.
+"""The command ``atman``: explain an answer, steer one, view a saved explanation.
 
 Exit codes: 0 done, 1 the run failed, 2 bad usage. Every failure is one line on standard error.
 Libraries are imported where they are needed, so that ``atman --help`` is quick.
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from .cli_explain import EXPLAIN, explain
+from .cli_steer import STEER, steer
 from .cli_view import VIEW, view
 from .loading import BadUsage, Failed
 
@@ -30,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(help=EXPLAIN)(explain)
+app.command(help=STEER)(steer)
 app.command(help=VIEW)(view)
 
 

@@ -17,13 +17,14 @@ from .cli_shared import (
     Plot,
     Quiet,
     TopK,
+    check_one_of,
     check_outputs,
-    is_ours,
+    our_errors,
     print_explanation,
     read_prompt,
     write_files,
 )
-from .loading import BadUsage, Failed, load_model, pick_device
+from .loading import BadUsage, load_model, pick_device
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -47,7 +48,11 @@ def explain(
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a causal language model; the shipped one if none."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or hub id of a causal language model; the shipped one if none.",
+        ),
     ] = None,
     target: Annotated[
         list[str] | None,
@@ -157,8 +162,8 @@ def _check_settings(**given: str | None) -> None:
         "granularity": GRANULARITIES,
     }
     for name, value in given.items():
-        if value is not None and value not in known[name]:
-            raise BadUsage(f"--{name} must be one of {', '.join(known[name])}, got {value!r}.")
+        if value is not None:
+            check_one_of(name, value, known[name])
 
 
 def _budget(text: str | None) -> float | int | None:
@@ -192,12 +197,9 @@ def _explain(
     granularity: Any,
     max_new_tokens: int | None,
 ) -> Explanation:
-    import torch
-
-    from .engine import RunFailed
     from .explain import Explainer
 
-    try:
+    with our_errors():
         explainer = Explainer(model, tokenizer, progress=progress, **settings)
         given: dict[str, Any] = {"target": targets[0] if targets else None}
         if len(targets) > 1:
@@ -205,14 +207,3 @@ def _explain(
         return explainer.explain(
             prompt, granularity=granularity, max_new_tokens=max_new_tokens, **given
         )
-    except RunFailed as error:
-        raise Failed(str(error)) from error
-    except ValueError as error:
-        if not is_ours(error):
-            raise
-        raise BadUsage(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise Failed(
-            "the device has not enough memory, even for one perturbation at a time; shorten the "
-            "prompt, or try --dtype bfloat16 or --device cpu."
-        ) from error

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import stat
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import BadUsage
+from .loading import BadUsage, Failed
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -98,7 +100,49 @@ def check_outputs(**paths: Path | None) -> None:
         import_extra("matplotlib", "plot")
 
 
-def is_ours(error: Exception) -> bool:
+def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Refuse a value of an option that is not among the known ones."""
+    if value not in known:
+        raise BadUsage(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def parse_indices(name: str, text: str | None) -> list[int] | None:
+    """Numbers and ranges of them, ends included: ``0,2-5``; None is None, for all."""
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal()) or int(last) < int(first):
+            raise BadUsage(f"--{name} must be numbers and ranges such as 0,2-5, got {text!r}.")
+        found += range(int(first), int(last) + 1)
+    return found
+
+
+@contextlib.contextmanager
+def our_errors() -> Iterator[None]:
+    """Tell apart what the user gave wrongly, which this package finds, and runs that fail."""
+    import torch
+
+    from .engine import RunFailed
+
+    try:
+        yield
+    except RunFailed as error:
+        raise Failed(str(error)) from error
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        raise BadUsage(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise Failed(
+            "the device has not enough memory, even for one perturbation at a time; shorten the "
+            "prompt, or try --dtype bfloat16 or --device cpu."
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
     """Whether this package found the error, as it does with wrong arguments, or a library did."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -293,6 +293,21 @@ def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Token
     return Tokens(tokens.ids, tokens.text, tokens.spans, tokens.names, reasons)
 
 
+def spans_of_encoding(encoding: Any) -> list[Span | None]:
+    """Spans of the tokens in what a fast tokenizer recorded of one text: ``tokenizers.Encoding``.
+
+    The text itself is not recorded, so every character between two tokens counts as whitespace.
+    """
+    spans: list[Span | None] = [
+        None if mark or not seen else (start, stop)
+        for (start, stop), mark, seen in zip(
+            encoding.offsets, encoding.special_tokens_mask, encoding.attention_mask, strict=True
+        )
+    ]
+    length = max((span[1] for span in spans if span is not None), default=0)
+    return _filled(" " * length, spans, encoding.tokens)
+
+
 # --- ids → text ---------------------------------------------------------------------------------
 
 

@@ -1,0 +1,249 @@
+"""``atman steer``: what a model says while parts of its prompt are suppressed or amplified."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_shared import DTYPES, AsJson, Debug, check_one_of, our_errors, parse_indices, read_prompt
+from .loading import BadUsage, load_model, pick_device
+
+if TYPE_CHECKING:
+    from .controls import Control
+    from .tokens import Tokens
+
+STEER = (
+    "Show what a model says while parts of its prompt are suppressed or amplified.\n\n"
+    "A control names what to change, and the factor of its attention scores: below 1 suppresses, "
+    "above 1 amplifies. The plain and the steered continuation stand side by side, with the "
+    "probabilities of the next token. Without --model the shipped model reads; without a prompt, "
+    "the shipped contract.\n\n"
+    "[bold]text:WORDS=FACTOR[/bold]  these words, which must occur once in the prompt; "
+    "text:WORDS#2=FACTOR takes the second place where they do. The factor stands behind the last "
+    "equals sign, so the words may hold others; write text:C#1#1=2 for the words 'C#1'.\n\n"
+    "[bold]token:7=FACTOR[/bold]  the token at position 7, from 0, special tokens included."
+)
+
+_NEW_TOKENS = 40
+_PLACE = re.compile(r"#(\d+)$")
+
+
+def steer(
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="The text to continue; - reads standard input, nothing takes the shipped "
+            "contract.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder or hub id of a causal language model; the shipped one if none.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Annotated[
+        str,
+        typer.Option(
+            help="What a token gets of which the words take in only a part (a space in front of "
+            "them counts): complete, the whole factor | partial, as much of it as the share."
+        ),
+    ] = "complete",
+    similarity: Annotated[
+        float | None,
+        typer.Option(
+            help="Take along tokens whose embeddings are at least this similar to the controlled "
+            "ones, above 0 to 1."
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option(help="min_shift | multiplicative | log_additive")
+    ] = "min_shift",
+    layers: Annotated[
+        str | None, typer.Option(help="In these layers only, such as 0,2-5.", show_default="all")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="In these query heads only.", show_default="all")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, show_default=str(_NEW_TOKENS), help="The longest continuation."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sample at this temperature.", show_default="the likeliest token"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of sampling; the same both times.", show_default="0")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Next tokens to list of each.")] = 5,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
+    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a model says while parts of its prompt are suppressed or amplified."""
+    from .attention import MODES
+
+    # min_shift_full looks at future keys, so it cannot generate with a cache.
+    check_one_of("mode", mode, [known for known in MODES if known != "min_shift_full"])
+    check_one_of("dtype", dtype, DTYPES)
+    check_one_of("overlap", overlap, ("partial", "complete"))
+    if not control:
+        raise BadUsage("give at least one --control, such as --control 'text:some words=0.1'.")
+    if temperature is None and seed is not None:
+        raise BadUsage("--seed is for sampling; give --temperature too.")
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise BadUsage(f"--temperature must be above 0, got {temperature}.")
+    wanted = [_split(given) for given in control]
+    where = {"layers": parse_indices("layers", layers), "heads": parse_indices("heads", heads)}
+    text = read_prompt(prompt, file, shipped=model is None)
+    place = pick_device(device)
+    with contextlib.redirect_stdout(sys.stderr):
+        reader, tokenizer = load_model(model, place, dtype)
+        with our_errors():
+            from .capabilities import vocabulary_size
+            from .steered import compare
+            from .tokens import encode_prompt
+
+            words = encode_prompt(text, tokenizer, vocabulary_size(reader))
+            controls = [
+                _control(words.text, *each, overlap, similarity)
+                for each in zip(control, wanted, strict=True)
+            ]
+            generation = _generation(reader, tokenizer, len(words), max_new_tokens, temperature)
+            result = compare(
+                reader,
+                tokenizer,
+                words,
+                controls,
+                generation=generation,
+                seed=None if temperature is None else seed or 0,
+                top_k=top_k,
+                mode=mode,
+                **where,
+            )
+    if not as_json:
+        from .render.steered import show_steered
+
+        said = [_said(words, one, result.factors) for one in controls]
+        return show_steered(result, said)
+    data = {
+        "prompt": words.text,
+        "controls": [{"kind": type(one).__name__} | dataclasses.asdict(one) for one in controls],
+        "settings": {"mode": mode} | where,
+        "generation": generation,
+        "factors": [
+            {"position": position, "text": name, "factor": factor}
+            for position, (name, factor) in enumerate(zip(words.names, result.factors, strict=True))
+            if factor != 1
+        ],
+        "plain": result.plain,
+        "steered": result.steered,
+        "next_tokens": [dataclasses.asdict(token) for token in result.next_tokens],
+    }
+    print(json.dumps(data, ensure_ascii=False, allow_nan=False))
+    return None
+
+
+def _split(given: str) -> tuple[str, str, float]:
+    """What kind of control is meant, what it names and its factor; from ``kind:name=factor``."""
+    head, equals, number = given.rpartition("=")
+    kind, colon, name = head.partition(":")
+    if not equals or not colon or kind not in ("text", "token") or not name:
+        raise BadUsage(
+            f"--control must be text:WORDS=FACTOR or token:POSITION=FACTOR, got {given!r}."
+        )
+    try:
+        factor = float(number)
+    except ValueError as error:
+        raise BadUsage(
+            f"--control {given!r}: the factor behind the last = must be a number, got {number!r}."
+        ) from error
+    if not math.isfinite(factor) or factor < 0:
+        raise BadUsage(f"--control {given!r}: the factor must be at least 0, got {number}.")
+    if kind == "token" and not name.isdecimal():
+        raise BadUsage(f"--control {given!r}: the position must be a number from 0, got {name!r}.")
+    return kind, name, factor
+
+
+def _control(
+    text: str, given: str, wanted: tuple[str, str, float], overlap: Any, similarity: float | None
+) -> Control:
+    from .controls import TextControl, TokenControl
+
+    kind, name, factor = wanted
+    if kind == "token":
+        return TokenControl(int(name), factor, similarity=similarity)
+    number = _PLACE.search(name)
+    sought = name[: number.start()] if number else name
+    found = [at for at in range(len(text)) if sought and text.startswith(sought, at)]
+    if not found:
+        raise BadUsage(f"--control {given!r}: {sought!r} does not occur in the prompt.")
+    if number is None and len(found) > 1:
+        raise BadUsage(
+            f"--control {given!r}: {sought!r} occurs {len(found)} times in the prompt; say which, "
+            f"such as text:{sought}#1={factor:g}."
+        )
+    chosen = 1 if number is None else int(number[1])
+    if not 1 <= chosen <= len(found):
+        raise BadUsage(
+            f"--control {given!r}: {sought!r} occurs {len(found)} times in the prompt, so the "
+            f"number must be from 1 to {len(found)}."
+        )
+    return TextControl(found[chosen - 1], len(sought), factor, overlap, similarity=similarity)
+
+
+def _generation(
+    model: Any, tokenizer: Any, prompt_tokens: int, max_new_tokens: int | None, heat: float | None
+) -> dict[str, Any]:
+    from .capabilities import context_window
+
+    limit = context_window(model)
+    room = None if limit is None else limit - prompt_tokens + 1
+    if room is not None and room < (max_new_tokens or 1):
+        raise BadUsage(
+            f"the prompt's {prompt_tokens} tokens and the continuation must fit into the context "
+            f"window of {limit}; "
+            + (f"lower --max-new-tokens to {room}." if room > 0 else "shorten the prompt.")
+        )
+    count = min(_NEW_TOKENS, room or _NEW_TOKENS) if max_new_tokens is None else max_new_tokens
+    generation: dict[str, Any] = {"max_new_tokens": count, "num_beams": 1, "do_sample": False}
+    if heat is not None:
+        generation |= {"do_sample": True, "temperature": heat}
+    if model.generation_config.pad_token_id is None:
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id)  # there is nothing to pad
+        generation["pad_token_id"] = next((one for one in known if one is not None), 0)
+    return generation
+
+
+def _said(words: Tokens, control: Any, factors: list[float]) -> str:
+    """One control in words."""
+    if hasattr(control, "pos"):
+        what = f"token {control.pos}, {words.names[control.pos]!r}"
+    else:
+        what = repr(words.text[control.start : control.start + control.length])
+    verb = "Amplified" if control.factor > 1 else "Suppressed"
+    also = ""
+    if control.similarity is not None:
+        also = f", and what is {control.similarity:g} similar"
+    return f"{verb}, factor {control.factor:g}: {what}{also}"

@@ -1,0 +1,111 @@
+"""A plain and a steered continuation of one prompt, and what steering did to the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .controls import Control
+from .engine import undisturbed
+from .steer import steer
+from .tokens import Tokens, tokens_of_ids
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """A candidate for the token behind the prompt, with its probability in both cases."""
+
+    id: int
+    text: str
+    plain: float
+    steered: float
+
+
+@dataclass(frozen=True)
+class Steered:
+    """What ``compare`` finds.
+
+    Args:
+        plain: The continuation without controls.
+        steered: That under them.
+        next_tokens: The most probable next tokens of both, the most probable under controls first.
+        factors: Of every token of the prompt.
+    """
+
+    plain: str
+    steered: str
+    next_tokens: list[NextToken]
+    factors: list[float]
+
+
+def compare(
+    model: Any,
+    tokenizer: Any,
+    words: Tokens,
+    controls: Sequence[Control],
+    *,
+    generation: dict[str, Any],
+    seed: int | None = None,
+    top_k: int = 5,
+    **settings: Any,
+) -> Steered:
+    """Continue a prompt with and without controls (paper, Fig. 4).
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        words: The prompt.
+        controls: What acts on it.
+        generation: For ``model.generate``, both times the same.
+        seed: Of sampling, both times the same; None leaves torch's generator alone.
+        top_k: How many next tokens of each case to list.
+        **settings: ``mode``, ``layers``, ``heads`` and ``backend`` of ``steer``.
+    """
+    ids = torch.tensor([words.ids], device=model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    texts, rows, factors = [], [], [1.0] * len(words)
+    with undisturbed(model):
+        for steering in (False, True):
+            if seed is not None:
+                torch.manual_seed(seed)
+            context: Any = nullcontext()
+            if steering:
+                context = steer(model, controls, inputs=words, **settings)
+            with context as found:
+                output = model.generate(**inputs, **generation)
+                rows.append(model(**inputs).logits[0, -1].float().softmax(-1))
+            if steering:
+                factors = found[0].tolist()
+            texts.append(_continuation(output[0, len(words) :].tolist(), words, tokenizer))
+    return Steered(*texts, _next_tokens(*rows, words, tokenizer, top_k), factors)
+
+
+def _continuation(ids: list[int], words: Tokens, tokenizer: Any) -> str:
+    """Generated tokens as text, without the end-of-text token."""
+    special = set(tokenizer.all_special_ids)
+    while ids and ids[-1] in special:
+        ids = ids[:-1]
+    return tokens_of_ids(ids, tokenizer, after=words).text if ids else ""
+
+
+def _next_tokens(
+    plain: Tensor, steered: Tensor, words: Tokens, tokenizer: Any, top_k: int
+) -> list[NextToken]:
+    """The most probable tokens of two distributions ``[V]``."""
+    count = min(top_k, len(plain))
+    ids = {int(token) for row in (plain, steered) for token in row.topk(count).indices}
+    order = sorted(ids, key=lambda token: (-float(steered[token]), -float(plain[token]), token))
+    return [
+        NextToken(
+            token,
+            tokens_of_ids([token], tokenizer, after=words).names[0],
+            float(plain[token]),
+            float(steered[token]),
+        )
+        for token in order
+    ]
