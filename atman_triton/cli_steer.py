@@ -159,6 +159,7 @@ def steer(
         ],
         "plain": result.plain,
         "steered": result.steered,
+        "next_tokens_behind": result.behind,
         "next_tokens": [dataclasses.asdict(token) for token in result.next_tokens],
     }
     print(json.dumps(data, ensure_ascii=False, allow_nan=False))

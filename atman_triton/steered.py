@@ -1,4 +1,4 @@
-"""A plain and a steered continuation of one prompt, and what steering did to the next token."""
+"""A plain and a steered continuation of one prompt, and the probabilities where they part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .tokens import Tokens, tokens_of_ids
 
 @dataclass(frozen=True)
 class NextToken:
-    """A candidate for the token behind the prompt, with its probability in both cases."""
+    """A candidate for the token where two continuations part, with its probability in both."""
 
     id: int
     text: str
@@ -33,12 +33,15 @@ class Steered:
     Args:
         plain: The continuation without controls.
         steered: That under them.
-        next_tokens: The most probable next tokens of both, the most probable under controls first.
+        behind: What both begin with, where they part; empty where they are the same.
+        next_tokens: The most probable tokens of both behind that, the most probable under controls
+            first.
         factors: Of every token of the prompt.
     """
 
     plain: str
     steered: str
+    behind: str
     next_tokens: list[NextToken]
     factors: list[float]
 
@@ -67,22 +70,31 @@ def compare(
         **settings: ``mode``, ``layers``, ``heads`` and ``backend`` of ``steer``.
     """
     ids = torch.tensor([words.ids], device=model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    texts, rows, factors = [], [], [1.0] * len(words)
+    asked = {
+        "attention_mask": torch.ones_like(ids),
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    outputs, factors = [], torch.ones(1, len(words))
     with undisturbed(model):
         for steering in (False, True):
             if seed is not None:
                 torch.manual_seed(seed)
-            context: Any = nullcontext()
-            if steering:
-                context = steer(model, controls, inputs=words, **settings)
-            with context as found:
-                output = model.generate(**inputs, **generation)
-                rows.append(model(**inputs).logits[0, -1].float().softmax(-1))
-            if steering:
-                factors = found[0].tolist()
-            texts.append(_continuation(output[0, len(words) :].tolist(), words, tokenizer))
-    return Steered(*texts, _next_tokens(*rows, words, tokenizer, top_k), factors)
+            context: Any = steer(model, controls, inputs=words, **settings)
+            with context if steering else nullcontext(factors) as factors:
+                outputs.append(model.generate(input_ids=ids, **asked, **generation))
+    plain, steered = (output.sequences[0, len(words) :].tolist() for output in outputs)
+    same = next(
+        (place for place, (a, b) in enumerate(zip(plain, steered, strict=False)) if a != b), 0
+    )
+    rows = [output.logits[same][0].float().softmax(-1) for output in outputs]
+    return Steered(
+        _continuation(plain, words, tokenizer),
+        _continuation(steered, words, tokenizer),
+        _continuation(plain[:same], words, tokenizer),
+        _next_tokens(rows[0], rows[1], words, tokenizer, top_k),
+        factors[0].tolist(),
+    )
 
 
 def _continuation(ids: list[int], words: Tokens, tokenizer: Any) -> str:

@@ -87,6 +87,7 @@ def test_help_and_version():
         assert result.exit_code == 0
         assert "explain" in result.output
         assert "view" in result.output
+        assert "steer" in result.output
     result = runner.invoke(cli.app, ["explain", "--help"], env={"COLUMNS": "120"})
     for option in (
         *("file", "model", "target", "preset", "factor", "mode", "device", "dtype", "batch-size"),

@@ -186,7 +186,8 @@ def test_an_early_exit_is_refused_and_undone() -> None:
 
 
 def test_a_stream_is_steered_in_the_thread_of_the_context() -> None:
-    model, tokenizer = toy_llama(), byte_level()
+    model: Any = toy_llama()
+    tokenizer = byte_level()
     prompts = tokenizer("The pay per hour is 23 euros.", return_tensors="pt")
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -299,7 +300,7 @@ def test_chat_encodings_know_their_text() -> None:
 
 
 def test_similarity_reads_the_models_embeddings() -> None:
-    model = toy_llama()
+    model: Any = toy_llama()
     ids = torch.tensor([[7, 5, 9, 7, 8], [0, 7, 7, 5, 6]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     inputs = {"input_ids": ids, "attention_mask": mask}

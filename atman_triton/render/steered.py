@@ -42,7 +42,10 @@ def show_steered(result: Steered, what: list[str], console: Console | None = Non
         console.print(Text("The continuation is the same.", FAINT))
         console.print()
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(Text("Next token"), overflow="fold")
+    place = (
+        f"Next token behind {layout.visible(result.behind)!r}" if result.behind else "Next token"
+    )
+    table.add_column(Text(place), overflow="fold")
     for name in ("plain", "steered", "change"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     table.add_column(Text(""), no_wrap=True)
