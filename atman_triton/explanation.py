@@ -338,11 +338,14 @@ class Explanation:
     def to_dataframe(self, top_k: int | None = None) -> pandas.DataFrame:
         """One row per unit: text, part, start, stop, relevance, rank (1 = best), effect, level.
 
-        With several target tokens, a column for each one's scores follows: ``"0: text"``,
+        With several target tokens, a column for each one's values follows: ``"0: text"``,
         ``"1: text"`` and so on. With several targets these columns are the ``relevances`` for each
         target instead (``branch(k).to_dataframe()`` tells its tokens apart), and ``branch`` says
-        which target a unit belongs to. The index is the unit's number. Of gradient methods,
-        ``attrs["completeness_error"]`` is that of ``completeness``.
+        which target a unit belongs to. Where there are more parts than targets, ``"part 0: text"``
+        and so on are the ``part_relevances``. With documents, ``document`` is the id of a unit's,
+        and with correlated suppression ``neighbours`` counts what was suppressed along with it.
+        The index is the unit's number. Of gradient methods, ``attrs["completeness_error"]`` is
+        that of ``completeness``.
 
         Args:
             top_k: Keep so many units, the most relevant first; None keeps all in text order.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     import pandas
 
@@ -32,15 +34,24 @@ def dataframe(explanation: Explanation, top_k: int | None = None) -> pandas.Data
         "effect": [unit.effect for unit in explanation.units],
         "level": [unit.level for unit in explanation.units],
     }
-    if len(explanation.target_stops) > 1:
-        owners = [unit.branch for unit in explanation.units]
-        columns["branch"] = pandas.array(owners, dtype="Int64")
-        names, rows = explanation.answers, explanation.relevances
+    e = explanation
+    if e.documents:
+        owners = [unit.document for unit in e.units]
+        ids = [None if owner is None else e.documents[owner].id for owner in owners]
+        columns["document"] = pandas.array(ids, dtype="string")
+    if any(unit.neighbours for unit in e.units):
+        columns["neighbours"] = [len(unit.neighbours) for unit in e.units]
+    rows: list[tuple[str, Tensor]]
+    if len(e.target_stops) > 1:
+        columns["branch"] = pandas.array([unit.branch for unit in e.units], dtype="Int64")
+        rows = list(zip(e.answers, e.relevances, strict=True))
     else:
-        names, rows = [target.text for target in explanation.targets], explanation.scores
-    if len(names) > 1:
-        for index, (name, row) in enumerate(zip(names, rows, strict=True)):
-            columns[f"{index}: {name}"] = row.numpy()
+        rows = [(target.text, e.values(row)) for row, target in enumerate(e.targets)]
+    if len(rows) > 1:
+        columns |= {f"{index}: {name}": row.numpy() for index, (name, row) in enumerate(rows)}
+    if len(e.parts) > len(e.target_stops):
+        parts = zip(e.parts, e.part_relevances, strict=True)
+        columns |= {f"part {i}: {part.text}": row.numpy() for i, (part, row) in enumerate(parts)}
     frame = pandas.DataFrame(columns, index=pandas.RangeIndex(len(explanation.units), name="unit"))
     if explanation.completeness is not None:
         frame.attrs["completeness_error"] = explanation.completeness.error

@@ -19,36 +19,56 @@ FILTERED = 8  # targets from which on they can be filtered and put in order
 def choices(explanation: Explanation) -> str:
     """Radio buttons that choose units of another size, a target and a target token.
 
-    The value of a target token is its number from 1, that of a whole target -1 minus its number,
-    that of all 0.
+    The value of a target token is its number from 1, that of a part of a target comes behind those
+    of all tokens, that of a whole target is -1 minus its number, that of all 0.
     """
     parts = [_levels(explanation)]
     reduction = explanation.reduction
     if not layout.several(explanation):
         if len(explanation.targets) > 1:
             chips = [_chip("target", 0, f"all ({reduction})", checked=True)]
+            if pieces := _parts(explanation, "target", 0):
+                parts.append(_fieldset(PART, chips + pieces))
+                chips = []
             chips += [_token(explanation, "target", row) for row in range(len(explanation.targets))]
             parts.append(_fieldset("Which target token to explain", chips))
         return "".join(parts)
     rows: list[list[int]] = [[] for _ in explanation.target_stops]
     for row, target in enumerate(explanation.targets):
         rows[target.branch].append(row)
-    chips = [_chip("branch", 0, "all (mean)", checked=True)]
+    whole = "the difference" if explanation.contrast else "all (mean)"
+    chips = [_chip("branch", 0, whole, checked=True)]
     logprobs = explanation.answer_logprobs.tolist()
     for branch, answer in enumerate(explanation.answers):
         text = layout.visible(answer)
         chips.append(_chip("branch", -1 - branch, text, math.exp(logprobs[branch])))
-    parts.append(
-        _fieldset(f"Which of {len(rows)} targets to explain", chips, "", _tools(len(rows)))
-    )
+    legend = f"Which of {len(rows)} targets to explain"
+    if explanation.contrast:
+        legend = "The difference between both targets, or one of them"
+    parts.append(_fieldset(legend, chips, "", _tools(len(rows))))
     for branch, own in enumerate(rows):
         if len(own) > 1:
             name = f"target{branch}"
             chips = [_chip(name, -1 - branch, f"all ({reduction})", checked=True)]
+            attributes = f' data-of="{branch}" hidden'
+            if pieces := _parts(explanation, name, branch):
+                parts.append(_fieldset(PART, chips + pieces, attributes))
+                chips = []
             chips += [_token(explanation, name, row) for row in own]
-            legend = "Which token of this target to explain"
-            parts.append(_fieldset(legend, chips, f' data-of="{branch}" hidden'))
+            parts.append(_fieldset("Which token of this target to explain", chips, attributes))
     return "".join(parts)
+
+
+PART = "Which part of the target to explain"
+
+
+def _parts(explanation: Explanation, name: str, branch: int) -> list[str]:
+    """A choice for each part of a target; none if they are its tokens, or it is only one."""
+    logprobs, first = explanation.part_logprobs.tolist(), len(explanation.targets) + 1
+    return [
+        _chip(name, first + index, layout.visible(part.text), math.exp(logprobs[index]))
+        for index, part in layout.parts_of(explanation, branch)
+    ]
 
 
 def _levels(explanation: Explanation) -> str:
@@ -122,8 +142,11 @@ def _options(explanation: Explanation) -> list[tuple[int, str]]:
     names = [layout.visible(target.text) for target in explanation.targets]
     if not layout.several(explanation):
         options = [(0, f"all target tokens ({explanation.reduction})")]
+        first = len(names) + 1
+        for index, part in layout.parts_of(explanation, 0):
+            options.append((first + index, f"part {layout.visible(part.text)}"))
         return options + [(row + 1, name) for row, name in enumerate(names)]
-    options = [(0, "all targets (mean)")]
+    options = [(0, "the difference" if explanation.contrast else "all targets (mean)")]
     last = -1
     for row, (target, name) in enumerate(zip(explanation.targets, names, strict=True)):
         if target.branch != last:
@@ -135,6 +158,8 @@ def _options(explanation: Explanation) -> list[tuple[int, str]]:
 
 def headline(explanation: Explanation) -> str:
     """What was explained, on one line."""
+    if explanation.contrast:
+        return wording.question(explanation)
     if layout.several(explanation):
         return f"{len(explanation.target_stops)} targets"
     return layout.visible(explanation.answer)

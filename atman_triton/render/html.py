@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -20,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import layout, wording
 from .controls import cards, choices, headline, label, letter
-from .numbers import INFINITY, numbers
+from .marked import FAINT, STRONG, WEAK, marked_text
+from .numbers import INFINITY, neighbour_spans, numbers
 from .palette import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
 
 ASSETS = __name__.rpartition(".")[0]
-WEAK = 0.02  # of the strongest: below it nothing is coloured
-FAINT = 0.15  # the same where several explanations lie over each other
-STRONG = 0.35  # of the strongest: what is marked besides by a line or listed as opposing
 TELLING = 0.01  # of the strongest: what is listed at first
 SHARED = 0.5  # of every prompt, at least: less in common, and the documents are different ones
 
@@ -64,15 +61,21 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         label(explanation, start, length)
         for explanation, start in zip(explanations, starts, strict=True)
     ]
-    marked, pieces = _marked_text(explanations, text, prompt_stop, spans, targets, overlay)
+    # Neighbours are outlined where one text is one explanation's.
+    near = [] if overlay else neighbour_spans(explanations)
+    documents = [(d.start - starts[0], d.stop - starts[0]) for d in first.documents]
+    marked, pieces, near_pieces = marked_text(
+        explanations, text, prompt_stop, spans, targets, near, documents, overlay
+    )
     script, style = _asset("page.js"), _asset("page.css")
     heading = f"{len(explanations)} explanations of one text" if overlay else headline(first)
     data = {
         "explanations": [
-            numbers(explanation, place) | {"letter": letter(index)}
+            numbers(explanation, place, near) | {"letter": letter(index)}
             for index, (explanation, place) in enumerate(zip(explanations, placed, strict=True))
         ],
         "pieces": pieces,
+        "near": near_pieces,
         "overlay": overlay,
         "weak": WEAK,
         "faint": FAINT,
@@ -91,7 +94,7 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         subtitle=escape(_subtitle(explanations, length, overlay)),
         controls=cards(explanations, labels) if overlay else choices(first),
         text=marked,
-        legend="" if overlay else LEGEND + _difference(explanations),
+        legend="" if overlay else _legend(first) + _difference(explanations),
         notes="".join(map(_notes, explanations)),
         data=_json(data),
         script=script,
@@ -109,11 +112,20 @@ def _together(placed: list[layout.Placed], stop: int) -> list[layout.Placed]:
     return [layout.Placed(text, place.units, place.targets) for place in moved]
 
 
-LEGEND = (
-    '<div class="scale"><div class="ramp" role="img" aria-label="Colour scale: blue opposes, '
-    'orange supports"></div><div class="ends" id="scale"><span>opposes</span>'
-    "<span>supports</span></div></div>"
-)
+def _legend(explanation: Explanation) -> str:
+    """The colour scale; the script adds its numbers."""
+    scale = wording.scale(explanation)
+    high, low = escape(scale.high), escape(scale.low)
+    if scale.signed:
+        kind, label = "ramp", f"Colour scale: blue {low}, orange {high}"
+        ends = f"<span>{low}</span><span>{high}</span>"
+    else:
+        kind, label = "ramp single", f"Colour scale: the more orange, the more it {high}"
+        ends = f"<span>0</span><span>{high}</span>"
+    return (
+        f'<div class="scale"><div class="{kind}" role="img" aria-label="{label}"></div>'
+        f'<div class="ends" id="scale">{ends}</div></div>'
+    )
 
 
 def _difference(explanations: Sequence[Explanation]) -> str:
@@ -162,100 +174,6 @@ def _common(texts: Sequence[str]) -> int:
     return len(low)
 
 
-def _marked_text(
-    explanations: Sequence[Explanation],
-    text: str,
-    prompt_stop: int,
-    spans: list[list[layout.Span]],
-    targets: list[layout.Span | None],
-    overlay: bool,
-) -> tuple[str, list[list[list[int]]]]:
-    """The text as spans, one per piece, and for each the units of every explanation over it.
-
-    Of several targets all stand behind the prompt, hidden until one is chosen.
-    """
-    branches: list[layout.Span] = []
-    if not overlay and layout.several(explanations[0]):
-        branches = list(itertools.pairwise([prompt_stop, *explanations[0].target_stops]))
-    cuts = layout.cut(len(text), *spans, targets, branches)
-    stop = len(explanations[0].text)
-    strength = []
-    for index, explanation in enumerate(explanations):
-        # Colours are scaled by what is in sight: a question outside the shared text takes no part.
-        seen = {unit for piece in cuts for unit in piece.covers[index]}
-        values = layout.in_sight(explanation)
-        strength.append(
-            layout.strengths(v if unit in seen else math.nan for unit, v in enumerate(values))
-        )
-    marks = layout.marks(explanations[0])
-    html: list[str] = []
-    pieces: list[list[list[int]]] = []
-
-    def write(words: str, units: list[list[int]], chosen: tuple[int, ...], answer: bool) -> None:
-        levels = [layout.strongest(s, u) for s, u in zip(strength, units, strict=True)]
-        classes, style = _layers(levels) if overlay else _colour(levels[0])
-        top = layout.strongest_unit(strength[0], units[0])
-        if style and not overlay and top is not None and marks[top]:
-            classes.append("d")
-        classes = ["u"] * any(units) + classes + ["t"] * bool(chosen) + ["answer"] * answer
-        mark = '<i class="nl" aria-hidden="true"></i>\n'
-        html.append(
-            f'<span class="{" ".join(classes)}" data-p="{len(pieces)}"'
-            + (f' data-t="{chosen[0]}"' if chosen else "")
-            + (f' style="{style}"' if style else "")
-            + f">{escape(words).replace(chr(10), mark)}</span>"
-        )
-        pieces.append(units)
-
-    inside: tuple[int, ...] = ()
-    for piece in cuts:
-        *covers, chosen, branch = piece.covers
-        if branch != inside:
-            html.append("</span>" if inside else "")
-            html += [f'<span class="branch" data-b="{b}" hidden>' for b in branch]
-            inside = branch
-        part = text[piece.start : piece.stop]
-        if not any(covers) and not chosen:
-            html.append(escape(part))
-            continue
-        # The space that opens a token stays outside, so that colours sit on words; within a larger
-        # unit it is part of that one only.
-        core = part.lstrip(" ") or part
-        space = part[: len(part) - len(core)]
-        within = [
-            [unit for unit in members if own[unit][0] < piece.start]
-            for own, members in zip(spans, covers, strict=True)
-        ]
-        answer = prompt_stop <= piece.start < stop
-        if space and any(within):
-            write(space, within, (), answer)
-        else:
-            html.append(space)
-        write(core, [list(members) for members in covers], chosen, answer)
-    html.append("</span>" if inside else "")
-    return "".join(html), pieces
-
-
-def _colour(level: float) -> tuple[list[str], str]:
-    if abs(level) < WEAK:
-        return [], ""
-    return ["p" if level > 0 else "n"], f"--v:{abs(level):.3f}"
-
-
-def _layers(levels: list[float]) -> tuple[list[str], str]:
-    layers = [(level, index) for index, level in enumerate(levels) if level >= FAINT]
-    if not layers:
-        return [], ""
-    share = 100 / len(layers)
-    bands = ", ".join(
-        f"rgb(var(--overlay{index % len(LIGHT.overlays)}) / {level:.3f}) "
-        f"{place * share:.4g}% {(place + 1) * share:.4g}%"
-        for place, (level, index) in enumerate(layers)
-    )
-    top, index = max(layers)
-    return [f"m{index % 6}"] if top >= STRONG else [], f"background-image:linear-gradient({bands})"
-
-
 def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -> str:
     mark = "a line is dashed"
     effects = {wording.effect(explanation, mark) for explanation in explanations}
@@ -271,19 +189,42 @@ def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -
             )
         return words + (f" Scores: {effects.pop()}." if len(effects) == 1 else "")
     first = explanations[0]
-    if layout.several(first):
-        words = (
-            "The colour of a piece shows how much the loss of the chosen target, or of all targets "
-            "on average, rises (orange) or falls (blue) when the model's attention to it is "
-            "suppressed. Choose a target to see its own text."
+    words = f"{_what(first)} Scores: {wording.effect(first, mark)}. {wording.completeness(first)}"
+    return words.rstrip()
+
+
+def _what(explanation: Explanation) -> str:
+    """What the colours are."""
+    e, measure = explanation, wording.scale(explanation)
+    scaled = f" Values are {wording.SCALED}." if e.normalize else ""
+    whose = "this answer"
+    if e.contrast:
+        pairs = zip(e.answers, e.answer_logprobs.tolist(), strict=True)
+        ps = [f"“{wording.name_of(text)}” {math.exp(logprob):.3g}" for text, logprob in pairs]
+        start = f"Probability of {ps[0]}, of {ps[1]}."
+        if e.postprocessing == "none":
+            how = "more than that of the second" + " (orange), or less (blue)" * measure.signed
+            words = f"how much the loss of the first target rises {how}"
+            return (
+                f"{start} The colour of a piece shows {words}, when the model's attention to it is "
+                f"suppressed. Choose a target to see what supports it alone.{scaled}"
+            )
+        return (
+            f"{start} The colour of a piece shows how differently the losses of both targets "
+            f"change ({e.postprocessing} difference, the one way or the other) when the model's "
+            f"attention to it is suppressed. Choose a target to see it alone.{scaled}"
         )
-    else:
-        probability = math.exp(float(first.base_logprobs.sum()))
-        words = (
-            f"Probability {probability:.3g}. The colour of a piece shows how much the loss of this "
-            "answer rises (orange) or falls (blue) when the model's attention to it is suppressed."
-        )
-    return f"{words} Scores: {wording.effect(first, mark)}. {wording.completeness(first)}".rstrip()
+    start, end = f"Probability {math.exp(float(e.base_logprobs.sum())):.3g}. ", ""
+    if layout.several(e):
+        whose = "the chosen target, or of all targets on average,"
+        start, end = "", " Choose a target to see its own text."
+    change = "rises (orange) or falls (blue)" if measure.signed else "rises"
+    if e.postprocessing != "none":
+        change = f"changes ({e.postprocessing} change, the one way or the other)"
+    return (
+        f"{start}The colour of a piece shows how much the loss of {whose} {change} when the "
+        f"model's attention to it is suppressed.{scaled}{end}"
+    )
 
 
 def _notes(explanation: Explanation) -> str:

@@ -14,6 +14,7 @@ from rich.cells import get_character_cell_size
 
 if TYPE_CHECKING:
     from ..explanation import Explanation, Target, Unit
+    from ..pieces import TargetPart
 
 Span = tuple[int, int]
 
@@ -248,6 +249,12 @@ def marks(explanation: Explanation) -> list[bool]:
 def of_prompt(explanation: Explanation) -> list[int]:
     """Which units are pieces of the prompt."""
     return [index for index, unit in enumerate(explanation.units) if unit.part == "prompt"]
+
+
+def parts_of(explanation: Explanation, branch: int) -> list[tuple[int, TargetPart]]:
+    """The numbered parts of a target, if they are neither its single tokens nor only one."""
+    own = [(i, part) for i, part in enumerate(explanation.parts) if part.branch == branch]
+    return own if len(own) > 1 and any(len(part.rows) > 1 for _, part in own) else []
 
 
 def by_size(explanation: Explanation) -> list[Explanation]:

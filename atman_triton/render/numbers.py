@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import layout
+from ..pieces import Neighbour
+from . import layout, wording
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -16,8 +19,33 @@ INFINITY = 1e30  # stands for an infinite number of nats
 STEPS = 50_000  # of a packed row from 0 to its largest magnitude
 
 
-def numbers(explanation: Explanation, place: layout.Placed) -> dict[str, Any]:
+NEIGHBOURS = 64  # of a unit on the page, the most manipulated ones
+
+
+def neighbour_spans(explanations: Sequence[Explanation]) -> list[layout.Span]:
+    """Where tokens stand that were suppressed along with some unit, each place once."""
+    found = {
+        (near.start, near.stop)
+        for explanation in explanations
+        for unit in explanation.units
+        for near in _shown(unit.neighbours)
+        if near.start is not None and near.stop is not None
+    }
+    return sorted(found)
+
+
+def _shown(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
+    return wording.by_weight(neighbours)[:NEIGHBOURS]
+
+
+def numbers(
+    explanation: Explanation, place: layout.Placed, near: list[layout.Span]
+) -> dict[str, Any]:
     """Text, spans and values: ``rows[0]`` is what is seen at first, then a row per target token.
+
+    What is seen at first is read (postprocessed, reduced, scaled), target tokens' scores are as
+    measured: the script reads them as is said under ``post``, ``reduction`` and ``scaled``. Parts
+    of targets are given by their tokens. Neighbours refer to places in ``near``.
 
     Of several targets, whose table is large and mostly empty, a token's row holds whole numbers
     of steps for the prompt's units and those of its own target.
@@ -33,6 +61,40 @@ def numbers(explanation: Explanation, place: layout.Placed) -> dict[str, Any]:
         data["direct"] = [i for i, unit in enumerate(explanation.units) if unit.effect == "direct"]
     if any(unit.level != "token" for unit in explanation.units):
         data["levels"] = [unit.level for unit in explanation.units]
+    data |= {
+        "scale": _scale(replace(explanation, contrast=False)),
+        "post": explanation.postprocessing,
+        "scaled": explanation.normalize,
+        "reduction": explanation.reduction,
+    }
+    if explanation.contrast:
+        data["contrast"] = _scale(explanation)
+        data["names"] = [wording.name_of(answer) for answer in explanation.answers]
+    if len(explanation.parts) > len(explanation.target_stops):
+        data["parts"] = [
+            {"text": layout.visible(part.text), "rows": part.rows, "branch": part.branch}
+            for part in explanation.parts
+        ]
+    if explanation.documents:
+        data["documents"] = [layout.visible(document.id) for document in explanation.documents]
+        data["document"] = [unit.document for unit in explanation.units]
+    if any(unit.neighbours for unit in explanation.units):
+        places: dict[Any, int] = {span: index for index, span in enumerate(near)}
+        data["neighbours"] = [
+            {
+                "count": len(unit.neighbours),
+                "shown": [
+                    [
+                        places.get((each.start, each.stop), -1),
+                        wording.neighbour_text(explanation, each),
+                        float(f"{each.factor:.4g}"),
+                        float(f"{each.similarity:.4g}"),
+                    ]
+                    for each in _shown(unit.neighbours)
+                ],
+            }
+            for unit in explanation.units
+        ]
     seen, scores = _row(layout.in_sight(explanation)), explanation.scores
     if not layout.several(explanation):
         return data | {"rows": [seen, *(_row(row) for row in scores.tolist())]}
@@ -46,9 +108,13 @@ def numbers(explanation: Explanation, place: layout.Placed) -> dict[str, Any]:
         "stops": [explanation.prompt_stop, *explanation.target_stops],
         "owner": owners,
         "branch": [target.branch for target in explanation.targets],
-        "reduction": explanation.reduction,
         "rows": [seen, *packed],
     }
+
+
+def _scale(explanation: Explanation) -> dict[str, Any]:
+    scale = wording.scale(explanation)
+    return asdict(scale) | {"suffix": scale.suffix}
 
 
 def _row(values: list[float]) -> list[float | None]:

@@ -33,10 +33,16 @@
     places[k].get(unit).push(index);
   })));
 
-  /* Numbers. A value is a number in nats, or null where nothing was measured. */
+  /* Numbers. A value is a number, or null where nothing was measured. */
 
-  // A row is 0 for all, a target token's number from 1, or -1 minus a whole target's number.
-  const branchOf = (k, row) => (!all[k].stops || row === 0 ? -1 : row < 0 ? -1 - row : all[k].branch[row - 1]);
+  // A row is 0 for all, a target token's number from 1, behind those a part's, or -1 minus a whole
+  // target's number.
+  const partOf = (k, row) => (row > all[k].targets.length ? all[k].parts[row - 1 - all[k].targets.length] : null);
+  const branchOf = (k, row) => {
+    const e = all[k];
+    if (!e.stops || row === 0) return -1;
+    return row < 0 ? -1 - row : (partOf(k, row) || { branch: e.branch[row - 1] }).branch;
+  };
   const unpacked = (e, { step, steps }, branch) => {
     let at = 0;
     return e.owner.map((owner) => {
@@ -45,20 +51,39 @@
       return value === "+" ? data.infinity : value === "-" ? -data.infinity : value === null ? null : value * step;
     });
   };
-  const tokensOf = (e, branch) => e.branch.flatMap((b, t) => (b === branch ? [t + 1] : []));
-  const valuesOf = (k, row) => {
-    const e = all[k];
-    if (!e.stops || row === 0) return e.rows[row];
-    const branch = branchOf(k, row);
-    if (row > 0) return unpacked(e, e.rows[row], branch);
-    const sum = e.owner.map(() => 0), count = e.owner.map(() => 0);
-    for (const token of tokensOf(e, branch)) {
-      unpacked(e, e.rows[token], branch).forEach((value, unit) => {
-        if (value !== null) { sum[unit] += value; count[unit] += 1; }
+  // The target tokens that a row is about, by their numbers from 1.
+  const tokensOf = (k, row) => {
+    const e = all[k], part = partOf(k, row);
+    if (part) return part.rows.map((t) => t + 1);
+    if (row > 0) return [row];
+    return e.targets.flatMap((_, t) => (row === 0 || e.branch[t] === -1 - row ? [t + 1] : []));
+  };
+  // A target token's scores as they were measured, in nats.
+  const measured = (k, token) =>
+    (all[k].stops ? unpacked(all[k], all[k].rows[token], all[k].branch[token - 1]) : all[k].rows[token]);
+  const POST = { none: (v) => v, absolute: Math.abs, square: (v) => v * v };
+  // As ``Explanation`` reads them: processed, reduced, scaled.
+  const reduced = (k, tokens) => {
+    const e = all[k], sum = e.units.map(() => 0), count = e.units.map(() => 0);
+    for (const token of tokens) {
+      measured(k, token).forEach((value, unit) => {
+        if (value !== null) { sum[unit] += POST[e.post](value); count[unit] += 1; }
       });
     }
     return sum.map((total, unit) => (count[unit] ? total / (e.reduction === "mean" ? count[unit] : 1) : null));
   };
+  const scaled = (values) => {
+    const finite = values.filter((v) => v !== null && Math.abs(v) < data.infinity);
+    const low = finite.reduce((a, b) => Math.min(a, b), Infinity), high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+    return values.map((v) => (v === null ? null : v >= data.infinity ? 1 : v <= -data.infinity ? 0 : high > low ? (v - low) / (high - low) : 0));
+  };
+  const valuesOf = (k, row) => {
+    const e = all[k];
+    if (row === 0) return e.rows[0];
+    const values = reduced(k, tokensOf(k, row));
+    return e.scaled ? scaled(values) : values;
+  };
+  const scaleOf = (k, row) => (row === 0 && all[k].contrast) || all[k].scale;
 
   const views = new Map();
   const view = (k) => {
@@ -86,10 +111,10 @@
   // The unit of largest magnitude, and its strength.
   const strongest = (v, units) =>
     units.map((unit) => [strength(v, unit), unit]).reduce((a, b) => (Math.abs(b[0]) > Math.abs(a[0]) ? b : a), [0, -1]);
-  const signed = (value, digits) => {
+  const number = (scale, value, digits) => {
     if (value === null) return "not measured";
     const text = Math.abs(value) >= data.infinity ? "∞" : Math.abs(value).toFixed(digits);
-    return (Number(text) === 0 ? "" : value < 0 ? "−" : "+") + text;
+    return (Number(text) === 0 ? "" : value < 0 ? "−" : scale.signed ? "+" : "") + text;
   };
   const percent = (logprob) => {
     const p = 100 * Math.exp(logprob);
@@ -158,15 +183,34 @@
     });
     const scale = byId("scale");
     if (scale) {
-      const { peak, digits } = shown[front()];
-      scale.replaceChildren(...[`−${peak.toFixed(digits)} opposes`, "0", `supports +${peak.toFixed(digits)} nats`].map((s) => element("span", "", s)));
+      const { peak, digits } = shown[front()], { signed, low, high, suffix } = scaleOf(front(), state.row[front()]);
+      const end = peak.toFixed(digits);
+      const ends = signed ? [`−${end} ${low}`, "0", `${high} +${end}${suffix}`] : ["0", `${high} ${end}${suffix}`];
+      scale.replaceChildren(...ends.map((s) => element("span", "", s)));
     }
   };
 
   /* One unit's numbers. */
 
+  // Tokens that were suppressed along with the units at a place are outlined.
+  const outline = (units) => {
+    for (const span of text.querySelectorAll(".near")) { span.classList.remove("near"); span.removeAttribute("title"); }
+    const k = front();
+    if (overlay || k < 0 || !all[k].neighbours) return;
+    for (const unit of units) {
+      for (const [place, , factor, similarity] of all[k].neighbours[unit].shown) {
+        for (const i of data.near[place] || []) {
+          spans[i].classList.add("near");
+          spans[i].title = `suppressed along: ×${factor}, similarity ${similarity}`;
+        }
+      }
+    }
+  };
+  const NEAR = 6; // in the panel
+
   const describe = (index) => {
     const box = byId("detail");
+    outline(index < 0 ? [] : unitsAt(index)[front()] || []);
     if (index < 0) {
       box.replaceChildren(element("p", "hint", "Point at the text, or focus it and use the arrow keys, to see numbers."));
       return;
@@ -179,22 +223,31 @@
         const value = v.values[unit];
         const list = element("dl", "");
         const add = (term, number) => list.append(element("dt", "", term), element("dd", "", number));
-        add(row > 0 ? `score for “${e.targets[row - 1]}”` : "relevance", signed(value, v.digits) + (value === null ? "" : " nats"));
+        const scale = scaleOf(k, row), part = partOf(k, row);
+        const what = part ? `relevance for “${part.text}”` : row > 0 ? `score for “${e.targets[row - 1]}”` : "relevance";
+        add(what, number(scale, value, v.digits) + (value === null ? "" : scale.suffix));
         if (value !== null) add("rank", `${v.rank.get(unit)} of ${v.order.length}`);
         const average = e.stops && row === 0; // over several targets
-        const rows = row > 0 ? [row] : row < 0 ? tokensOf(e, branchOf(k, row)) : e.targets.map((_, t) => t + 1);
-        const scores = average ? [null] : rows.map((r) => valuesOf(k, r)[unit]);
-        if (average) {
+        const rows = tokensOf(k, row);
+        const scores = average ? [null] : rows.map((r) => measured(k, r)[unit]);
+        if (average && e.contrast) {
+          e.names.forEach((name, b) => add(`for “${name}”`, number(e.scale, valuesOf(k, -1 - b)[unit], v.digits)));
+        } else if (average) {
           add("mean of", `${e.stops.length - 1} targets`);
         } else if (!scores.includes(null)) {
           const base = rows.reduce((sum, r) => sum + e.base[r - 1], 0);
           const loss = scores.reduce((sum, score) => sum + score, 0);
-          add(row > 0 ? "its probability" : "answer’s probability", `${percent(base)} → ${percent(base - loss)}`);
+          add(row > 0 ? (part ? "part’s probability" : "its probability") : "answer’s probability", `${percent(base)} → ${percent(base - loss)}`);
         } else if (value === null) {
           add("why", "stands at or after the target");
         }
         if (e.levels) add("level", e.levels[unit]);
         if (e.effect !== "total") add("effect", e.effect === "direct" || e.direct.has(unit) ? "direct" : "total");
+        if (e.document && e.document[unit] !== null) add("document", e.documents[e.document[unit]]);
+        const { shown, count } = e.neighbours ? e.neighbours[unit] : { shown: [], count: 0 };
+        shown.slice(0, NEAR).forEach(([, word, factor, similarity], i) =>
+          add(i ? "" : "along with it", `${word} ×${factor} (similarity ${similarity})`));
+        if (count > NEAR) add("", `and ${count - Math.min(NEAR, shown.length)} more` + (count > shown.length ? `, ${shown.length} outlined` : ""));
         const title = element("p", "context", ...context(k, unit, 34));
         if (overlay) title.prepend(letter(k), " ");
         blocks.push(title, list);
@@ -215,7 +268,10 @@
 
   /* The ranking. */
 
-  const light = (k, unit, on) => (places[k].get(unit) || []).forEach((i) => spans[i].classList.toggle("lit", on));
+  const light = (k, unit, on) => {
+    (places[k].get(unit) || []).forEach((i) => spans[i].classList.toggle("lit", on));
+    outline(on ? [unit] : state.cursor < 0 ? [] : unitsAt(state.cursor)[front()] || []);
+  };
 
   const entry = (k, unit) => {
     const v = view(k), level = strength(v, unit);
@@ -224,7 +280,9 @@
     if (overlay) fill.style.backgroundColor = `rgb(var(--overlay${k % data.colours}))`;
     const button = element("button", "row",
       element("span", "rank", String(v.rank.get(unit))), element("span", "context", ...context(k, unit, 18)),
-      element("span", "number", ...(all[k].direct.has(unit) ? [element("small", "", "direct"), " "] : []), signed(v.values[unit], v.digits)), element("span", "track", fill));
+      element("span", "number", ...(all[k].direct.has(unit) ? [element("small", "", "direct"), " "] : []), number(scaleOf(k, state.row[k]), v.values[unit], v.digits)), element("span", "track", fill));
+    const owner = all[k].document && all[k].document[unit];
+    if (typeof owner === "number") button.querySelector(".context").prepend(element("small", "source", all[k].documents[owner]), " ");
     button.type = "button";
     for (const name of ["mouseenter", "focus"]) button.addEventListener(name, () => light(k, unit, true));
     for (const name of ["mouseleave", "blur"]) button.addEventListener(name, () => light(k, unit, false));
@@ -243,7 +301,10 @@
       const v = view(k);
       const supporters = v.order.filter((unit) => v.values[unit] > 0);
       const opponents = v.order.filter((unit) => strength(v, unit) <= -data.strong).reverse();
-      const title = element("h2", "", overlay ? "Supports this answer" : several && state.row[k] === 0 ? "Supports the targets most" : "Supports the answer most");
+      const scale = scaleOf(k, state.row[k]);
+      const most = scale.high !== "supports" ? (scale.high === "matters" ? "Matters most" : `Speaks ${scale.high}`)
+        : several && state.row[k] === 0 ? "Supports the targets most" : "Supports the answer most";
+      const title = element("h2", "", overlay && scale.high === "supports" ? "Supports this answer" : most);
       if (overlay) title.prepend(letter(k), " ");
       // At first only those that tell something, but never fewer than three.
       const telling = Math.max(3, supporters.filter((unit) => strength(v, unit) >= data.telling).length);
@@ -257,7 +318,7 @@
         nodes.push(more);
       }
       if (opponents.length && !overlay) {
-        nodes.push(element("h2", "", "Opposes it"), element("ol", "list", ...opponents.slice(0, 5).map((unit) => entry(k, unit))));
+        nodes.push(element("h2", "", scale.low === "opposes" ? "Opposes it" : `Speaks ${scale.low}`), element("ol", "list", ...opponents.slice(0, 5).map((unit) => entry(k, unit))));
       }
     });
     byId("ranking").replaceChildren(...nodes);
@@ -285,7 +346,8 @@
       state.shown[each] = FIRST;
     }
     if (!overlay) {
-      for (const span of spans) span.classList.toggle("sel", span.dataset.t === String(row - 1));
+      const chosen = new Set(row > 0 ? tokensOf(0, row).map((t) => String(t - 1)) : []);
+      for (const span of spans) span.classList.toggle("sel", chosen.has(span.dataset.t));
       check("target", row);
     }
     if (several) {

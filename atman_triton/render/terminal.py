@@ -240,7 +240,7 @@ def _parts(explanation: Explanation, width: int) -> list[Text]:
     if len(explanation.parts) == len(explanation.target_stops):
         return []
     logprobs = explanation.part_logprobs.tolist()
-    rows = [Text(), Text("part   p         part of the target ← its first unit", FAINT)]
+    rows = [Text(), Text("part   p         part of the target ← what supports it most", FAINT)]
     for index, part in list(enumerate(explanation.parts))[:TARGETS]:
         row = Text(f"{index:>4}   {math.exp(logprobs[index]):<8.3g}  ")
         row.append(layout.visible(part.text), "bold")
