@@ -122,6 +122,7 @@ def steer(
         reader, tokenizer = load_model(model, place, dtype)
         with our_errors():
             from .capabilities import vocabulary_size
+            from .controls import plain_control
             from .steered import compare
             from .tokens import encode_prompt
 
@@ -149,7 +150,7 @@ def steer(
         return show_steered(result, said)
     data = {
         "prompt": words.text,
-        "controls": [{"kind": type(one).__name__} | dataclasses.asdict(one) for one in controls],
+        "controls": [plain_control(one) for one in controls],
         "settings": {"mode": mode} | where,
         "generation": generation,
         "factors": [

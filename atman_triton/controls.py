@@ -11,6 +11,7 @@ Legend: P tokens of a prompt, D width of embeddings.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -178,6 +179,11 @@ def checked_controls(name: str, controls: Any) -> list[Control]:
                 f"{control!r}."
             )
     return list(controls)
+
+
+def plain_control(control: Control) -> dict[str, Any]:
+    """A control as JSON values."""
+    return {"kind": type(control).__name__} | dataclasses.asdict(control)
 
 
 def control_factors(

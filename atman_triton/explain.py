@@ -28,6 +28,7 @@ from .arguments import (
 )
 from .attention import BACKENDS, MODES
 from .capabilities import check_causal, vocabulary_size
+from .controls import Control, plain_control
 from .engine import Engine, Record, Settings, undisturbed
 from .explanation import Explanation, LeftOut
 from .methods import (
@@ -44,6 +45,7 @@ from .progress import token_progress
 from .raw_scores import negative_share
 from .reduction import Postprocessing, Reduction
 from .stacks import find_stack
+from .steer import under_controls
 from .suppression import Rule
 from .tokens import encode_prompt
 from .units import Layout, lay_out, token_spans
@@ -221,6 +223,7 @@ class Explainer:
         targets: Sequence[Any] | None = None,
         contrast_target: Any = None,
         explain_only: Sequence[int] | None = None,
+        controls: Sequence[Control] | None = None,
         reduction: Reduction = "mean",
         postprocessing: Postprocessing | None = None,
         normalize: bool = False,
@@ -254,6 +257,11 @@ class Explainer:
                 minus what it does for this one. ``Explanation.relevances`` has either by itself.
             explain_only: Indices of the units to explain, counted as an explanation without this
                 argument counts them; None is all.
+            controls: ``TextControl``, ``TokenControl``: what the explained model says while they
+                act on the prompt, in every layer and head, with the explainer's mode; a target is
+                generated under them too. Characters count in the prompt as it is read (the text
+                before ``Explanation.prompt_stop``), tokens with the special ones. A unit that is
+                suppressed has its factor times that of the controls.
             reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
             postprocessing: What is done to every score before: ``none``, ``absolute`` or
                 ``square``; None is the preset's. ``scores`` stays as measured.
@@ -295,7 +303,11 @@ class Explainer:
             )
         vocabulary = vocabulary_size(self.model)
         words = encode_prompt(prompt, self.tokenizer, vocabulary)
-        with undisturbed(self.model):
+        mode, backend = self.settings.mode, self.settings.backend
+        with (
+            undisturbed(self.model),
+            under_controls(self.model, controls, words, mode, backend) as acting,
+        ):
             if several is None:
                 answers = generated_answer(
                     self.model, self.tokenizer, words, max_new_tokens, generation_kwargs
@@ -314,7 +326,7 @@ class Explainer:
                 answers = contrasted(
                     self.model, self.tokenizer, prompt, words, answers, contrast_target, separator
                 )
-            facts = answers.facts
+            facts = answers.facts | {"controls": [plain_control(one) for one in acting]}
             layout = lay_out(
                 words,
                 answers.tokens,

@@ -20,7 +20,8 @@ from .capabilities import check_causal, vocabulary_size
 from .controls import Control, checked_controls, control_factors
 from .integration import manipulate
 from .stacks import find_stack
-from .steer_inputs import Prompts, read_inputs
+from .steer_inputs import Prompts, prompts_of, read_inputs
+from .tokens import Tokens
 
 DEFAULT_MODE = "min_shift"
 
@@ -83,6 +84,20 @@ def steer(
         manipulate(model, factors, mode, layers, heads, backend=backend),
     ):
         yield factors
+
+
+@contextmanager
+def under_controls(
+    model: nn.Module, controls: Sequence[Control] | None, words: Tokens, mode: str, backend: str
+) -> Iterator[list[Control]]:
+    """Let controls act on a prompt that is explained; yields them, checked. None is none."""
+    if controls is None:
+        yield []
+        return
+    checked = checked_controls("controls", controls)
+    factors = control_rows(model, checked, prompts_of(words))
+    with manipulate(model, factors, mode, backend=backend):
+        yield checked
 
 
 def control_rows(model: nn.Module, controls: Any, prompts: Prompts) -> Tensor:
