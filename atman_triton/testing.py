@@ -16,7 +16,7 @@ from torch import Tensor
 ATTENTION_KERNELS = (
     "_attention_fwd_kernel",
     "_shared_prefix_fwd_kernel",
-    "_packed_prefix_fwd_kernel",
+    "_packed_fwd_kernel",
 )
 """One of them is launched once per call of the fused attention."""
 
@@ -92,7 +92,8 @@ class LaunchCount(Counter[str]):
 class _CountingKernel:
     """Stands in for a jit kernel: counts ``kernel[grid](...)`` and passes everything on.
 
-    A second launch that merges the partial results of the first is counted as ``name.merge``.
+    Further launches that go on with the partial results of the first count as ``name.merge`` and
+    ``name.deferred``.
     """
 
     def __init__(self, kernel: Any, name: str, count: LaunchCount) -> None:
@@ -105,8 +106,9 @@ class _CountingKernel:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             result = launch(*args, **kwargs)
-            merges = getattr(kwargs.get("SPEC"), "stage", None) == "merge"
-            self._count[f"{self._name}.merge" if merges else self._name] += 1
+            stage = getattr(kwargs.get("SPEC"), "stage", None)
+            follows = stage in ("merge", "deferred")
+            self._count[f"{self._name}.{stage}" if follows else self._name] += 1
             return result
 
         return counted
@@ -128,11 +130,11 @@ def count_launches() -> Iterator[LaunchCount]:
     Raises: LookupError: if a kernel that should be counted no longer exists.
     """
     # these need triton, which is optional
-    from .kernels import backward, forward, packed_prefix, prepass, shared_prefix
+    from .kernels import backward, forward, packed_launch, prepass, shared_prefix
 
     count = LaunchCount()
     places = [
-        *zip((forward, shared_prefix, packed_prefix), ATTENTION_KERNELS, strict=True),
+        *zip((forward, shared_prefix, packed_launch), ATTENTION_KERNELS, strict=True),
         *((backward, name) for name in BACKWARD_KERNELS),
         (prepass, "_factor_tiles_kernel"),
         (prepass, "_key_range_kernel"),

@@ -56,7 +56,8 @@ def attention_triton(
         backward pass needs them and else ``[0]``, what ``launch.RowNumbers`` holds.
     """
     # triton is optional, so what needs it is imported here
-    from .kernels.configs import packs_queries
+    from .kernels.configs import decodes, packs_queries
+    from .kernels.decode import decode_fwd
     from .kernels.forward import attention_fwd
     from .kernels.launch import RowNumbers
     from .kernels.packed_prefix import packed_prefix_fwd
@@ -80,12 +81,16 @@ def attention_triton(
         "dropout_seed": dropout_seed,
         "saves": RowNumbers(*_present(*numbers)),
     }
-    if prefix_key is None or prefix_value is None:
-        output, lse = attention_fwd(query, key, value, key_factor, **features, **training)
-        return output, lse, *numbers
     batch, heads, queries, _ = query.shape
+    trains = differentiable or dropout > 0  # which the packed kernel saves and knows nothing for
+    if prefix_key is None or prefix_value is None:
+        if decodes(queries) and not trains:
+            output, lse = decode_fwd(query, key, value, key_factor, **features)
+        else:
+            output, lse = attention_fwd(query, key, value, key_factor, **features, **training)
+        return output, lse, *numbers
     prefix = (prefix_key, prefix_value)
-    if packs_queries(queries, batch * heads // key.shape[1]) and not (differentiable or dropout):
+    if packs_queries(queries, batch * heads // key.shape[1]) and not trains:
         output, lse = packed_prefix_fwd(query, key, value, *prefix, key_factor, **features)
     else:
         output, lse = shared_prefix_fwd(

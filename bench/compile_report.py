@@ -51,12 +51,12 @@ class Case:
 
     architecture: str
     head_dim: int
-    kernel: str = "attention"  # | shared_prefix | packed_prefix | backward_rows, _queries ...
-    stage: str = ""  # of packed_prefix: whole | partial | merge; of the first two: training
+    kernel: str = "attention"  # | shared_prefix | packed_prefix | decode | backward_rows ...
+    stage: str = ""  # of the packed two: whole | partial | deferred | merge; else: training
     dtype: str = "bfloat16"
     mode: str = "multiplicative"
     value_dim: int | None = None
-    queries: int = 4096  # rows per head; of packed_prefix, all rows that read the same keys
+    queries: int = 4096  # rows per head; of the packed two, all rows that read the same keys
     features: tuple[str, ...] = ("causal",)
     tiles: tuple[int, int, int, int, int] | None = None  # TileConfig's numbers, in order
     skip_plain: bool | None = None
@@ -127,6 +127,8 @@ def signature(
         "query_offset": "*i64" if spec.offset_in_memory else "i32",
     }
     packed = hasattr(spec, "stage")
+    if packed and not spec.has_own:
+        pointers["key_ptr"] = pointers["value_ptr"] = None
     backward = kernel.__name__.startswith("_attention_bwd")
     saves = (backward and spec.mode == "min_shift") or getattr(spec, "save_minimum", False)
     pointers["minimum_ptr"] = pointers["d_minimum_ptr"] = "*fp32" if saves else None
@@ -134,7 +136,7 @@ def signature(
     pointers["d_factor_ptr"] = pointers["factor_ptr"]
     dense = backward and "_bias_" in kernel.__name__
     pointers["d_bias_ptr"] = short if dense else ("*fp32" if spec.has_bias else None)
-    listed = packed or spec.mode == "min_shift" or spec.skip_plain
+    listed = spec.lists_tiles if packed else spec.mode == "min_shift" or spec.skip_plain
     lists = "*i32" if spec.has_key_factor and listed else None
     for name in ("before_ptr", "flagged_ptr", "tiles_ptr"):
         pointers[name] = pointers[f"prefix_{name}"] = lists
@@ -143,8 +145,10 @@ def signature(
     if packed:
         pointers["partial_ptr"] = pointers["stats_ptr"] = "*fp32" if spec.stage != "whole" else None
     counts = (
-        "batch rows keys prefix_keys own_keys heads group splits factor_start window threshold "
-        "first_column batches bias_heads shared_batches shared_heads"
+        "batch rows keys prefix_keys own_keys heads group splits state_rows factor_start window "
+        "threshold first_column batches bias_heads shared_batches shared_heads "
+        "stride_factor_batch stride_factor_head stride_bias_batch stride_bias_head stride_bias_row "
+        "stride_padding_batch stride_mask_batch stride_mask_head stride_mask_row"
     )
     scalars = dict.fromkeys(counts.split(), "i32")
     scalars |= dict.fromkeys(("unit", "inner_scale", "keep_scale", "scale"), "fp32")
@@ -179,6 +183,7 @@ def signature(
     types: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
+    unspecialised = {p.num for p in kernel.params if p.do_not_specialize}
     for index, name in enumerate(kernel.arg_names):
         if name in ("SPEC", "PREFIX"):
             types[name] = "constexpr"
@@ -186,6 +191,14 @@ def signature(
         elif name in flags:
             types[name] = "constexpr"
             constants[(index,)] = flags[name]
+        elif name == "key_strides":  # 1 of what is there, else 0
+            present = (spec.has_key_factor, spec.has_bias, spec.has_padding, spec.has_mask)
+            types[name] = tuple("constexpr" if there else "i32" for there in present)
+            for i, there in enumerate(present):
+                (constants if there else attributes)[(index, i)] = 1 if there else aligned
+        elif name in strides and pointers[name.replace("stride_", "") + "_ptr"] is None and packed:
+            types[name] = ("i32",) * strides[name]
+            attributes |= {(index, i): aligned for i in range(strides[name])}
         elif name in strides:
             inner = strides[name] - 1
             types[name] = ("i32",) * inner + ("constexpr",)
@@ -199,7 +212,7 @@ def signature(
             types[name] = pointer or "constexpr"
             if pointer is None:
                 constants[(index,)] = None
-            elif pointer.startswith("*"):
+            elif pointer.startswith("*") and index not in unspecialised:
                 attributes[(index,)] = aligned
     return types, constants, attributes
 
@@ -224,7 +237,7 @@ def family(name: str) -> Family:
         configs,
         forward,
         launch,
-        packed_prefix,
+        packed_launch,
         shared_prefix,
     )
 
@@ -248,9 +261,15 @@ def family(name: str) -> Family:
             2,
         ),
         "packed_prefix": Family(
-            packed_prefix._packed_prefix_fwd_kernel,
-            packed_prefix.packed_config,
-            packed_prefix.packed_variant,
+            packed_launch._packed_fwd_kernel,
+            packed_launch.packed_config,
+            packed_launch.packed_variant,
+            1,
+        ),
+        "decode": Family(
+            packed_launch._packed_fwd_kernel,
+            packed_launch.packed_config,
+            partial(packed_launch.packed_variant, one_batch=True, has_own=False),
             1,
         ),
     }
@@ -341,7 +360,7 @@ def compile_case(case: Case) -> Report:
         report.problems.append(f"spills {spills}")
     if report.shared > SHARED_LIMIT[case.architecture]:
         report.problems.append(f"shared memory above {SHARED_LIMIT[case.architecture]}")
-    if not matrix and case.dtype != "float32":
+    if not matrix and case.dtype != "float32" and case.stage != "merge":
         report.problems.append("no matrix instructions")
     return report
 

@@ -157,7 +157,16 @@ def packs_queries(queries: int, sharing: int) -> bool:
         queries: query rows per head.
         sharing: batch rows times query heads that read the same prefix keys.
     """
-    return queries <= 16 and sharing > 1
+    return decodes(queries) and sharing > 1
+
+
+def decodes(queries: int) -> bool:
+    """Whether so few query rows per head fill no tile of their own: then reading keys is the work.
+
+    The heads of a group then share a tile, so that their keys are read once, and the keys are
+    split over programs.
+    """
+    return queries <= 16
 
 
 def shared_prefix_config(

@@ -25,8 +25,8 @@ from .dropout import dropout_threshold
 from .prepass import factor_tiles
 from .tiles import Variant
 
-_LOG2_E = math.log2(math.e)
-_FAR = 1 << 30  # a window that hides nothing; position + window stays within int32
+LOG2_E = math.log2(math.e)
+FAR = 1 << 30  # a window that hides nothing; position + window stays within int32
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def prepare(
         block_mask = block_mask.view(torch.uint8).expand(batch, heads, rows, keys)
     if scale is None:
         scale = head_dim**-0.5
-    unit = (scale if softcap is None else softcap) * _LOG2_E
+    unit = (scale if softcap is None else softcap) * LOG2_E
     tiled = (*matrices, key_factor, position_bias, block_mask)
     longest = max(abs(stride) for t in tiled if t is not None for stride in t.stride()[-2:])
     return Call(
@@ -249,7 +249,7 @@ def prepare(
         threshold=dropout_threshold(dropout),
         keep_scale=1.0 / (1.0 - dropout),
         query_offset=keys - rows if query_offset is None else query_offset,
-        window=_FAR if window is None else min(window, _FAR),
+        window=FAR if window is None else min(window, FAR),
         unit=unit,
         inner_scale=0.0 if softcap is None else scale / softcap,
     )

@@ -1,4 +1,4 @@
-"""One visit of packed query rows to a tile of keys; derived in packed_prefix.py.
+"""One visit of packed query rows to a tile of keys; see packed_kernel.py.
 
 Legend: B batch, Hq/Hk query/key heads, Tq query tokens, Tp/Tk keys of the prefix and of a row's
 own, D head dim, Dv value dim. BLOCK_M packed rows and BLOCK_N keys make a tile.
@@ -18,13 +18,16 @@ from .primitives import dot, in_band, softmax_step, tanh
 class PackedVariant:
     """Everything the kernel knows at compile time; head dims are split as D = d0 + d1."""
 
-    stage: str  # whole, or with split keys first partial, then merge
+    stage: str  # whole; or with split keys partial, in min_shift deferred, then merge
     mode: str
     causal: bool
     has_window: bool
     has_key_factor: bool
     prefix_factor: bool  # the factors span the prefix too
     factor_per_head: bool
+    one_batch: bool  # all rows of a tile are of one batch row, which has a prefix of its own
+    has_own: bool  # keys behind the prefix
+    lists_tiles: bool  # tiles of the prefix in which some m is not 1 are known beforehand
     has_softcap: bool
     has_bias: bool
     has_padding: bool
@@ -36,6 +39,8 @@ class PackedVariant:
     block_m: int
     block_n: int
     edge_n: int
+    defer_n: int  # keys of a deferred tile that was not listed,
+    scan_n: int  # and keys that are searched for them at once
     head_dim: int
     d0: int
     d1: int
@@ -95,7 +100,7 @@ def scatter_columns(
 
 @triton.jit
 def _manipulate_each(scores, factor, row_min, MODE: tl.constexpr, VISIT: tl.constexpr):
-    """``primitives.manipulate`` with a factor of its own for every row and key of the tile."""
+    """``primitives.manipulate`` with factors ``[BLOCK_M or 1, BLOCK_N]``."""
     if MODE == "multiplicative":
         return scores * factor
     elif MODE == "log_additive":
@@ -122,7 +127,7 @@ def visit_tile(
     pointers,
     strides,
     features,
-    feature_strides,
+    key_strides,
     sizes,
     units,
     SPEC: tl.constexpr,
@@ -136,15 +141,16 @@ def visit_tile(
     VISIT says which columns: ``every``, or for ``min_shift`` first the ``ones`` (while tracking
     the row minimum of all visible columns), then the ``deferred`` rest. OWN tiles lay the keys of
     the block's batch rows end to end, each seen by its own rows only. Tiles that are no EDGE are
-    prefix tiles whose factors are all 1, seen by every row entirely.
+    prefix tiles seen by every row entirely; where tiles are listed, their factors are all 1.
     """
     BLOCK_M: tl.constexpr = SPEC.block_m
     MASKED: tl.constexpr = EDGE or SPEC.has_mask
-    FACTORS: tl.constexpr = EDGE and (SPEC.prefix_factor or (OWN and SPEC.has_key_factor))
+    READS: tl.constexpr = SPEC.prefix_factor or (OWN and SPEC.has_key_factor)
+    FACTORS: tl.constexpr = READS and (EDGE or not SPEC.lists_tiles)
     key_ptr, value_ptr = pointers
     stride_key, stride_value = strides
     factor_ptr, before_ptr, bias_ptr, padding_ptr, mask_ptr = features
-    stride_factor, stride_bias, stride_padding, stride_mask = feature_strides
+    stride_factor, stride_bias, stride_padding, stride_mask = key_strides
     positions, row_batch, factor_rows, bias_rows, padding_rows, mask_rows = packed
     prefix_keys, own_keys, own_columns, factor_start, window = sizes
     unit, inner_scale = units
@@ -192,12 +198,12 @@ def visit_tile(
         if OWN:
             visible = visible & (row_batch[:, None] == key_batch[None, :]) & inside[None, :]
         if SPEC.has_padding:
-            padding_ptr += start_k * stride_padding[1]
-            offs = padding_rows[:, None] + (offs_n * stride_padding[1])[None, :]
+            padding_ptr += start_k * stride_padding
+            offs = padding_rows[:, None] + (offs_n * stride_padding)[None, :]
             visible = visible & (tl.load(padding_ptr + offs, mask=inside[None, :], other=0) != 0)
     if SPEC.has_mask:
-        mask_ptr += start_k * stride_mask[3]
-        offs = mask_rows[:, None] + (offs_n * stride_mask[3])[None, :]
+        mask_ptr += start_k * stride_mask
+        offs = mask_rows[:, None] + (offs_n * stride_mask)[None, :]
         shown = tl.load(mask_ptr + offs, mask=inside[None, :], other=0) != 0  # [BLOCK_M, BLOCK_N]
         if EDGE:
             visible = visible & shown
@@ -212,20 +218,20 @@ def visit_tile(
     elif VISIT == "ones":
         row_min = tl.minimum(row_min, tl.min(scores, 1))
     if SPEC.has_bias:
-        bias_ptr += start_k * stride_bias[3]
+        bias_ptr += start_k * stride_bias
     if FACTORS:
         needed = inside[None, :]
         if OWN:
             start_k -= factor_start
-        else:  # nothing is read of an edge tile whose factors are all 1
+        elif SPEC.lists_tiles:  # nothing is read of an edge tile whose factors are all 1
             before_ptr += tile * BLOCK_N // SPEC.block_n
             needed = needed & (tl.load(before_ptr + 1) != tl.load(before_ptr))
-        factor_ptr += start_k * stride_factor[2]
-        offs = factor_rows[:, None] + (offs_n * stride_factor[2])[None, :]
-        factor = tl.load(factor_ptr + offs, mask=needed, other=1.0)  # [BLOCK_M, BLOCK_N]
+        factor_ptr += start_k * stride_factor
+        offs = factor_rows[:, None] + (offs_n * stride_factor)[None, :]
+        factor = tl.load(factor_ptr + offs, mask=needed, other=1.0)  # [BLOCK_M or 1, BLOCK_N]
         scores = _manipulate_each(scores, factor, row_min, SPEC.mode, VISIT)
     if SPEC.has_bias:
-        offs = bias_rows[:, None] + (offs_n * stride_bias[3])[None, :]
+        offs = bias_rows[:, None] + (offs_n * stride_bias)[None, :]
         bias = tl.load(bias_ptr + offs, mask=inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         scores += bias.to(tl.float32) * 1.4426950408889634  # log2(e)
     if MASKED and not HIDE_FIRST:

@@ -1,5 +1,7 @@
 """What the attention kernels read instead of asking the host: flagged tiles, visible key ranges.
 
+What grows with the number of keys is not specialised: a growing cache compiles nothing again.
+
 Legend: B batch, H heads, Tk key tokens.
 """
 
@@ -11,25 +13,27 @@ import triton.language as tl
 from torch import Tensor
 
 _TILES_PER_STEP = 16
-_KEYS_PER_STEP = 1024
+_KEYS_PER_STEP = 4096
 
 
-@triton.jit(do_not_specialize=["keys", "heads"])
+@triton.jit(do_not_specialize=["keys", "heads", "factor_ptr", "stride_batch", "stride_head"])
 def _factor_tiles_kernel(
     factor_ptr,  # [B, H, Tk]
     before_ptr,  # [B * H, tiles + 1]
     flagged_ptr,  # [B * H, tiles]
     keys,
     heads,
-    stride_factor,
+    stride_batch,
+    stride_head,
+    stride_key,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """One factor row: list its flagged tiles and count them before each tile."""
     row = tl.program_id(0)
     tiles = tl.cdiv(keys, BLOCK_N)
-    factor_ptr += (row // heads).to(tl.int64) * stride_factor[0]
-    factor_ptr += (row % heads).to(tl.int64) * stride_factor[1]
+    factor_ptr += (row // heads).to(tl.int64) * stride_batch
+    factor_ptr += (row % heads).to(tl.int64) * stride_head
     before_ptr += row.to(tl.int64) * (tiles + 1)
     flagged_ptr += row.to(tl.int64) * tiles
     count = tl.zeros([], tl.int32)
@@ -37,7 +41,7 @@ def _factor_tiles_kernel(
     for first in range(0, tiles, BLOCK_T):
         offs_t = first + tl.arange(0, BLOCK_T)
         offs_n = offs_t[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        pointers = factor_ptr + offs_n.to(tl.int64) * stride_factor[2]
+        pointers = factor_ptr + offs_n.to(tl.int64) * stride_key
         factor = tl.load(pointers, mask=offs_n < keys, other=1.0)  # [BLOCK_T, BLOCK_N]
         flag = tl.max((factor != 1.0).to(tl.int32), 1)
         upto = count + tl.cumsum(flag, 0)  # [BLOCK_T], each tile included
@@ -67,7 +71,7 @@ def factor_tiles(key_factor: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
             flagged,
             keys,
             heads,
-            key_factor.stride(),
+            *key_factor.stride(),
             BLOCK_N=block_n,
             BLOCK_T=_TILES_PER_STEP,
             num_warps=4,
@@ -76,17 +80,24 @@ def factor_tiles(key_factor: Tensor, block_n: int) -> tuple[Tensor, Tensor]:
     return before, flagged
 
 
-@triton.jit(do_not_specialize=["keys"])
-def _key_range_kernel(padding_ptr, range_ptr, keys, stride_padding, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=["keys", "padding_ptr", "stride_batch"])
+def _key_range_kernel(
+    padding_ptr,  # [B, Tk]
+    range_ptr,  # [B, 3]
+    keys,
+    stride_batch,
+    stride_key,
+    BLOCK_N: tl.constexpr,
+):
     """One row of a padding mask: its first visible key, the end, and whether it has no holes."""
     row = tl.program_id(0).to(tl.int64)
-    padding_ptr += row * stride_padding[0]
+    padding_ptr += row * stride_batch
     first = tl.zeros([], tl.int32) + keys
     stop = tl.zeros([], tl.int32)
     count = tl.zeros([], tl.int32)
     for start in range(0, keys, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        pointers = padding_ptr + offs_n.to(tl.int64) * stride_padding[1]
+        pointers = padding_ptr + offs_n.to(tl.int64) * stride_key
         shown = tl.load(pointers, mask=offs_n < keys, other=0) != 0
         first = tl.minimum(first, tl.min(tl.where(shown, offs_n, keys), 0))
         stop = tl.maximum(stop, tl.max(tl.where(shown, offs_n + 1, 0), 0))
@@ -110,7 +121,7 @@ def key_ranges(key_padding: Tensor) -> Tensor:
         key_padding,
         ranges,
         keys,
-        key_padding.stride(),
+        *key_padding.stride(),
         BLOCK_N=_KEYS_PER_STEP,
         num_warps=4,
         enable_fp_fusion=True,

@@ -326,7 +326,7 @@ def test_backends_agree(mode, causal):
 
 
 # more queries than are packed, so that each kernel for a shared prefix is launched
-PREFIX_KERNELS = {6: "_packed_prefix_fwd_kernel", 20: "_shared_prefix_fwd_kernel"}
+PREFIX_KERNELS = {6: "_packed_fwd_kernel", 20: "_shared_prefix_fwd_kernel"}
 
 
 @pytest.mark.parametrize("mode", MODES)

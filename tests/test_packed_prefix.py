@@ -26,7 +26,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from packed_cases import DEVICE, MODES, Case, double, make_inputs, reference
 
-from atman_triton.kernels import packed_prefix
+from atman_triton.kernels import packed_launch
 from atman_triton.kernels.packed_prefix import packed_prefix_fwd
 
 
@@ -47,19 +47,20 @@ def launch(tensors: list, options: dict, splits: int = 1) -> tuple[Tensor, Tenso
     mask = options.pop("mask", None)
     if mask is not None:
         options["key_padding" if mask.dim() == 2 else "block_mask"] = mask
-    stages = []
+    seen = []
 
     def variant(*args, stage, **kwargs):
-        stages.append(stage)
+        seen.append(stage)
         return build(*args, stage=stage, **kwargs)
 
-    build = packed_prefix.packed_variant
+    build = packed_launch.packed_variant
     with (
-        patch.object(packed_prefix, "split_count", lambda *_: splits),
-        patch.object(packed_prefix, "packed_variant", variant),
+        patch.object(packed_launch, "split_count", lambda *_: splits),
+        patch.object(packed_launch, "packed_variant", variant),
     ):
         result = packed_prefix_fwd(*tensors, **options)
-    assert not stages or stages == (["whole"] if splits == 1 else ["partial", "merge"])
+    kind = "plain" if tensors[5] is None else options["mode"]
+    assert not seen or seen == [*packed_launch.stages(splits, kind)]
     return result
 
 
@@ -337,7 +338,7 @@ def test_rows_far_apart_use_wide_offsets():
     far = torch.zeros(5 << 22, device=DEVICE).as_strided((1, 1, 5, 16), (0, 0, 1 << 22, 1))
     far.copy_(tensors[3])
     tensors[3] = far
-    with patch.object(packed_prefix, "_spans_beyond_int32") as wide:
+    with patch.object(packed_launch, "_spans_beyond_int32") as wide:
         wide.return_value = True
         forced = launch(tensors, options)
     got = launch(tensors, options)

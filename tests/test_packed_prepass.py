@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from atman_triton.kernels import packed_prefix
+from atman_triton.kernels import packed_launch
 from atman_triton.kernels.packed_configs import PackedConfig, packed_config, split_count
 from atman_triton.kernels.packed_prepass import packed_tiles
 
@@ -69,7 +69,7 @@ def test_tiles_fit_the_kernel(architecture):
 def test_which_spans_need_64_bits():
     config = PackedConfig(64, 64, 32, num_warps=4, num_stages=1)
     near = torch.zeros(1, 1, 1, 1)
-    spans = packed_prefix._spans_beyond_int32
+    spans = packed_launch._spans_beyond_int32
     big = torch.empty(0).as_strided((0, 3), (1 << 26, 1))
     assert not spans((big, None), (near,), config)  # no row, no span
     meta = torch.empty(1, device="meta")

@@ -39,16 +39,16 @@ def test_factor_tiles_of_a_broadcast_row():
 
 
 def test_key_ranges():
-    padding = torch.zeros(5, 2100, dtype=torch.bool)
+    padding = torch.zeros(5, 9000, dtype=torch.bool)
     padding[0] = True
-    padding[1, 1030:] = True
+    padding[1, 4100:] = True
     padding[2, :7] = True
-    padding[3, [3, 5, 2050]] = True
+    padding[3, [3, 5, 8500]] = True
     ranges = key_ranges(padding.to(DEVICE))
     assert ranges.tolist() == [
-        [0, 2100, 1],
-        [1030, 2100, 1],
+        [0, 9000, 1],
+        [4100, 9000, 1],
         [0, 7, 1],
-        [3, 2051, 0],
-        [2100, 0, 0],
+        [3, 8501, 0],
+        [9000, 0, 0],
     ]
