@@ -131,6 +131,16 @@ def test_rows_are_those_of_a_plain_loop(vectors, threshold, factor, rule, block,
     torch.testing.assert_close(found, torch.tensor(hand), rtol=0, atol=1e-6)
 
 
+def test_autocast_does_not_blur_similarities():
+    """In bfloat16 they would be off by some thousandths."""
+    vectors = torch.randn(30, 64, generator=torch.Generator().manual_seed(1))
+    (expected,) = neighbourhoods(vectors, [[0]], 0.01)
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = neighbourhoods(vectors, [[0]], 0.01)
+    assert len(found.columns) > 10
+    torch.testing.assert_close(found.similarity, expected.similarity, rtol=0, atol=1e-6)
+
+
 # --- memory -------------------------------------------------------------------------------------
 
 
