@@ -67,7 +67,7 @@ def explain(
     method: Annotated[
         str | None,
         typer.Option(
-            show_default="direct, preset paper: exact",
+            show_default="direct; exact of the other presets",
             help="exact: total effects, a run per unit | direct: direct effects, for the price of "
             "a few forward passes | hybrid: direct, then exact for the best | hierarchical: pieces "
             "by direct effects, tokens of the best exactly | path: gradients summed while all "
@@ -87,7 +87,7 @@ def explain(
             min=1, show_default="8", help="Parts of the way at which path takes gradients."
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="default | paper")] = "default",
+    preset: Annotated[str, typer.Option(help="default | paper | released")] = "default",
     factor: Annotated[
         float | None,
         typer.Option(
@@ -98,6 +98,22 @@ def explain(
         str | None,
         typer.Option(
             help="min_shift | min_shift_full | multiplicative | log_additive (the preset's)."
+        ),
+    ] = None,
+    similarity: Annotated[
+        str | None,
+        typer.Option(
+            show_default="off, preset released: 0.6",
+            help="Suppress tokens along with a unit whose input embeddings are at least so similar "
+            "to one of its own: 0.6 | preset (the preset's) | off.",
+        ),
+    ] = None,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            show_default="released, preset paper: paper",
+            help="By how much: released (in proportion to the similarity) | paper (its formula to "
+            "the letter, which suppresses what is unlike the unit too).",
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
@@ -122,7 +138,9 @@ def explain(
     size = _batch_size(batch_size)
     if target and max_new_tokens is not None:
         raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
-    _check_settings(preset=preset, mode=mode, dtype=dtype, method=method, granularity=granularity)
+    _check_settings(
+        preset=preset, mode=mode, rule=rule, dtype=dtype, method=method, granularity=granularity
+    )
     words = read_prompt(prompt, file, shipped=model is None)
     place = pick_device(device)
     # What libraries print belongs to the notes, never to the result.
@@ -137,6 +155,8 @@ def explain(
                 "preset": preset,
                 "factor": factor,
                 "mode": mode,
+                "similarity": _similarity(similarity),
+                "rule": rule,
                 "method": method,
                 "budget": _budget(budget),
                 "steps": steps,
@@ -153,10 +173,12 @@ def explain(
 def _check_settings(**given: str | None) -> None:
     from .attention import MODES
     from .explain import GRANULARITIES, METHODS, PRESETS
+    from .suppression import RULES
 
     known = {
         "preset": PRESETS,
         "mode": MODES,
+        "rule": RULES,
         "dtype": DTYPES,
         "method": METHODS,
         "granularity": GRANULARITIES,
@@ -175,6 +197,17 @@ def _budget(text: str | None) -> float | int | None:
     except ValueError as error:
         raise BadUsage(
             f"--budget must be a share such as 0.2, or a number of runs, got {text!r}."
+        ) from error
+
+
+def _similarity(text: str | None) -> float | bool | None:
+    if text is None or text in ("preset", "off"):
+        return None if text is None else text == "preset"
+    try:
+        return float(text)
+    except ValueError as error:
+        raise BadUsage(
+            f"--similarity must be a number in (0, 1], preset or off, got {text!r}."
         ) from error
 
 

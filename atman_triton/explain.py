@@ -88,8 +88,9 @@ class Explainer:
     Args:
         model: A transformers causal language model, on any device, in any dtype.
         tokenizer: Its tokenizer; None if prompts and targets are token ids.
-        preset: ``default`` (``min_shift``, factor 0.1, ``direct``) or ``paper``
-            (``multiplicative``, factor 0.1, ``exact``).
+        preset: ``default`` (``min_shift``, factor 0.1, ``direct``), ``paper`` (``multiplicative``,
+            factor 0.1, ``exact``) or ``released`` (the authors' released code: ``min_shift``,
+            factor 0.1, ``exact``, similarity 0.6, squared scores).
         factor: What a suppressed token's attention scores are manipulated with, in ``[0, 1)``; the
             paper's suppression factor is 1 - factor. None is the preset's.
         mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
@@ -97,7 +98,8 @@ class Explainer:
         similarity: κ, in ``(0, 1]``: tokens whose input embeddings have a cosine of at least κ with
             one of a unit's are suppressed along with it (``Unit.neighbours`` names them), because
             where something is said twice, suppressing one mention changes little. True is the
-            preset's κ: 0.7 in ``paper``, else 0.6. None and False suppress units alone.
+            preset's κ: 0.7 in ``paper``, else 0.6. False suppresses units alone, and so does None
+            but in the preset ``released``.
         rule: What the tokens outside of a unit are suppressed with, S being their similarity:
 
             - ``released`` (None, but in ``paper``): from κ on with 1 - (1 - factor) · S, and others

@@ -37,4 +37,8 @@ PRESETS = {
     "default": Preset(mode="min_shift", factor=0.1, method="direct"),
     # as in the paper
     "paper": Preset(mode="multiplicative", factor=0.1, method="exact", threshold=0.7, rule="paper"),
+    # as the authors' released code does, made causal
+    "released": Preset(
+        mode="min_shift", factor=0.1, method="exact", correlated=True, postprocessing="square"
+    ),
 }

@@ -98,6 +98,25 @@ def test_help_and_version():
     assert runner.invoke(cli.app, ["--version"]).output == f"atman {__version__}\n"
 
 
+def test_similar_tokens_are_suppressed_along(run, folder, tmp_path):
+    saved = tmp_path / "a.json"
+    words = ("explain", PROMPT, "--model", folder, "--quiet", "--save", saved, "--target", "23")
+    for options, expected in [
+        ((), (None, None)),
+        (("--similarity", 0.3), (0.3, "released")),
+        (("--similarity", 0.3, "--rule", "paper"), (0.3, "paper")),
+        (("--similarity", "preset", "--preset", "paper"), (0.7, "paper")),
+        (("--preset", "released"), (0.6, "released")),
+        (("--preset", "released", "--similarity", "off"), (None, None)),
+    ]:
+        assert run(*words, *options)[0] == 0
+        known = load(saved).provenance
+        assert (known["similarity"], known["rule"]) == expected
+    code, _, error = run(*words, "--similarity", 2)
+    assert code == 2
+    assert "similarity must lie in (0, 1]" in error
+
+
 def test_methods_and_several_targets(run, folder, tmp_path):
     saved = tmp_path / "a.json"
     words = ("explain", PROMPT, "--model", folder, "--quiet", "--save", saved)
@@ -275,8 +294,10 @@ def check(result, code, message):
     [
         (["explain", ""], "the prompt is empty: give a text to explain."),
         (["explain", " \n"], "the prompt is empty"),
-        (["explain", "x", "--preset", "best"], "--preset must be one of default, paper"),
+        (["explain", "x", "--preset", "best"], "--preset must be one of default, paper, released"),
         (["explain", "x", "--mode", "add"], "--mode must be one of multiplicative, min_shift"),
+        (["explain", "x", "--rule", "own"], "--rule must be one of released, paper, got 'own'"),
+        (["explain", "x", "--similarity", "high"], "--similarity must be a number in (0, 1], pre"),
         (["explain", "x", "--dtype", "int8"], "--dtype must be one of auto, float32"),
         (["explain", "x", "--batch-size", "0"], "--batch-size must be auto or a number"),
         (["explain", "x", "--device", "tpu9"], "--device must be auto, cpu, cuda, cuda:1 or mps"),

@@ -333,6 +333,9 @@ def test_methods_that_choose_units_suppress_neighbourhoods(method):
         ({"similarity": 0.4, "rule": "paper"}, 0.4, "paper", None),
         ({"preset": "paper"}, None, None, 0.1),
         ({"preset": "paper", "similarity": True}, 0.7, "paper", None),
+        ({"preset": "released"}, 0.6, "released", 0.1),
+        ({"preset": "released", "similarity": False}, None, None, 0.1),
+        ({"preset": "released", "similarity": 0.9}, 0.9, "released", 0.1),
         ({"preset": "paper", "similarity": 1, "rule": "released"}, 1.0, "released", 0.1),
     ],
     ids=str,
@@ -341,6 +344,21 @@ def test_what_is_asked_for_is_what_is_done(given, similarity, rule, factor):
     e = Explainer(MODELS["llama"](), None, **given).explain([5, 6, 7], [8])
     known = [e.provenance[name] for name in ("similarity", "rule", "factor")]
     assert known == [similarity, rule, factor]
+
+
+def test_the_preset_of_the_released_code():
+    """Its numbers are those of the same settings, one by one."""
+    model = MODELS["llama"]()
+    e = Explainer(model, None, preset="released").explain(PROMPT, [59, 7])
+    plain = Explainer(model, None, method="exact", similarity=0.6).explain(PROMPT, [59, 7])
+    torch.testing.assert_close(e.scores, plain.scores, rtol=0, atol=1e-6, equal_nan=True)
+    assert (e.method, e.provenance["mode"], e.postprocessing) == ("exact", "min_shift", "square")
+    squares = plain.scores.double().square().nanmean(0).float()
+    torch.testing.assert_close(e.relevance, squares)
+    again = Explainer(model, None, preset="released").explain(
+        PROMPT, [59, 7], postprocessing="none"
+    )
+    assert again.postprocessing == "none"
 
 
 @pytest.mark.parametrize(
@@ -363,6 +381,7 @@ def test_what_is_asked_for_is_what_is_done(given, similarity, rule, factor):
             r"method='path' cannot take similarity.*; take method='exact' or 'direct'",
         ),
         ({"method": "score_gradient", "similarity": True}, ValueError, "cannot take similarity"),
+        ({"method": "path", "preset": "released"}, ValueError, "or similarity=False"),
     ],
     ids=str,
 )

@@ -326,9 +326,9 @@ def test_on_triton_with_launches_counted():
     ("changes", "error", "message"),
     [
         (
-            {"preset": "released"},
+            {"preset": "best"},
             ValueError,
-            "preset must be one of default, paper, got",
+            "preset must be one of default, paper, released, got",
         ),
         ({"mode": "subtract"}, ValueError, "mode must be one of multiplicative, min_shift"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
