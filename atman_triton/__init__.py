@@ -6,17 +6,20 @@ from .controls import ImageControl, TextControl, TokenControl
 from .explain import Explainer
 from .explanation import Explanation, load
 from .integration import UnsupportedModelError, manipulate
+from .live import LiveToken, generate_explained
 from .steer import steer
 
 __all__ = [
     "Explainer",
     "Explanation",
     "ImageControl",
+    "LiveToken",
     "TextControl",
     "TokenControl",
     "UnsupportedModelError",
     "__version__",
     "attention",
+    "generate_explained",
     "load",
     "manipulate",
     "steer",

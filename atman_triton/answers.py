@@ -64,7 +64,7 @@ def given_answers(
         answer = encode_target(target, words, tokenizer, vocabulary, between)
         if isinstance(target, str):
             separators.append(between)
-        _check_length(model, len(words), len(answer), "the target's")
+        check_length(model, len(words), len(answer), "the target's")
         answers.append(answer)
     facts: dict[str, Any] = {"target": "given"}
     if separators:
@@ -92,8 +92,8 @@ def generated_answer(
         ValueError: if it might not fit into the context window, or is not one.
     """
     if max_new_tokens is None:
-        max_new_tokens = _default_new_tokens(model, len(words))
-    _check_length(model, len(words), max_new_tokens, "max_new_tokens")
+        max_new_tokens = default_new_tokens(model, len(words))
+    check_length(model, len(words), max_new_tokens, "max_new_tokens")
     arguments = {"max_new_tokens": max_new_tokens} | generation_kwargs
     answer, end = _generate(model, tokenizer, words, arguments)
     given = {name: plain(value) for name, value in arguments.items()}
@@ -132,7 +132,7 @@ def _generate(
 ) -> tuple[Tokens, list[LeftOut]]:
     ids = torch.tensor(prompt.ids, device=model.device)[None]
     config = arguments.get("generation_config") or model.generation_config
-    ends = _end_tokens(tokenizer, config, arguments)
+    ends = end_tokens(tokenizer, config, arguments)
     defaults: dict[str, Any] = {}
     if "generation_config" not in arguments:
         defaults = {"do_sample": False, "num_beams": 1}
@@ -161,7 +161,8 @@ def _generate(
     return answer, [LeftOut("".join(rest.names), (), END_OF_TEXT)]
 
 
-def _check_length(model: Any, prompt_tokens: int, target_tokens: int, whose: str) -> None:
+def check_length(model: Any, prompt_tokens: int, target_tokens: int, whose: str) -> None:
+    """Refuse, by a ValueError, what does not fit into the context window."""
     limit = context_window(model)
     needed = prompt_tokens + target_tokens - 1  # the last target token is never read
     if limit is not None and needed > limit:
@@ -175,13 +176,14 @@ def _check_length(model: Any, prompt_tokens: int, target_tokens: int, whose: str
         )
 
 
-def _default_new_tokens(model: Any, prompt_tokens: int) -> int:
+def default_new_tokens(model: Any, prompt_tokens: int) -> int:
+    """How many tokens are generated where nothing is said."""
     limit = context_window(model)
     room = _NEW_TOKENS if limit is None else limit - prompt_tokens + 1
     return max(1, min(_NEW_TOKENS, room))
 
 
-def _end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[int]:
+def end_tokens(tokenizer: Any, config: Any, arguments: dict[str, Any]) -> set[int]:
     """Ids that end a completion."""
     given = arguments.get("eos_token_id", config.eos_token_id)
     several = given if isinstance(given, (list, tuple)) else [given]

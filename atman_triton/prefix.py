@@ -77,7 +77,7 @@ class PrefixStore:
         self.looks_ahead = bool((mask.dense & later).any())
 
 
-class _Layer(CacheLayerMixin):
+class PrefixLayer(CacheLayerMixin):
     """The cache of one layer: it counts the prefix and keeps nothing."""
 
     is_sliding = False
@@ -122,4 +122,4 @@ class PrefixCache(Cache):
     """
 
     def __init__(self, tokens: int, layers: int) -> None:
-        super().__init__(layers=[_Layer(tokens) for _ in range(layers)])
+        super().__init__(layers=[PrefixLayer(tokens) for _ in range(layers)])

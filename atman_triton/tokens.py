@@ -20,8 +20,8 @@ TEMPLATE = "chat template"
 
 # What a continuation is cut from when the tokenizer treats the start of a text specially.
 _ANCHORS = ("\n", ".", "a", "0")
-# A character is at most four bytes, so at most four tokens.
-_LONGEST_CHARACTER = 4
+LONGEST_CHARACTER = 4
+"""Tokens of one character at most: it has at most four bytes."""
 _SPACES = "Ġ▁ "  # a space as byte-level and as sentencepiece tokens write it
 # How Unicode's names of characters begin in scripts written without spaces.
 _UNSPACED_SCRIPTS = (
@@ -247,13 +247,13 @@ def _continuation(text: str, prompt: Tokens, tokenizer: Any) -> tuple[list[int],
     Read on its own first. Tokenizers that put a space in front of every text would then give the
     target one more, so next it is read behind an anchor that is cut off again.
     """
-    before = _decode(tokenizer, prompt.ids)
+    before = decode(tokenizer, prompt.ids)
     whole, _, _ = _encode(prompt.text + text, tokenizer, special_tokens=False)
     opening = [token for token, span in zip(prompt.ids, prompt.spans, strict=True) if span is None]
     # What the prompt and the target decode to together, also where decoding loses something.
-    wanted = (before + text, _decode(tokenizer, opening + whole))
+    wanted = (before + text, decode(tokenizer, opening + whole))
     for ids, spans in _readings(text, tokenizer):
-        if ids and _decode(tokenizer, prompt.ids + ids) in wanted:
+        if ids and decode(tokenizer, prompt.ids + ids) in wanted:
             if not getattr(tokenizer, "is_fast", False):
                 _, spans = _decoded_spans(ids, tokenizer, prompt.ids)
             return ids, spans
@@ -391,7 +391,8 @@ def _row_of(name: str, encoding: Mapping[str, Any], length: int) -> list[Any] | 
     return row
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What ids decode to, nothing skipped or cleaned up."""
     return tokenizer.decode(
         list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -415,13 +416,13 @@ def _decoded_spans(
             spans.append(None)
             continue
         waiting.append(token_id)
-        known = len(_decode(tokenizer, context))
-        piece = _decode(tokenizer, context + waiting)[known:]
+        known = len(decode(tokenizer, context))
+        piece = decode(tokenizer, context + waiting)[known:]
         unfinished = not piece or piece.endswith("\ufffd")
-        if unfinished and len(waiting) < _LONGEST_CHARACTER and index + 1 < len(ids):
+        if unfinished and len(waiting) < LONGEST_CHARACTER and index + 1 < len(ids):
             continue
         for count in range(len(waiting)):
-            read = _decode(tokenizer, context + waiting[:count])[known:].rstrip("\ufffd")
+            read = decode(tokenizer, context + waiting[:count])[known:].rstrip("\ufffd")
             spans.append((len(text) + min(len(read), len(piece)), len(text) + len(piece)))
         text += piece
         # Whole characters only: half of one would spoil what follows it.
@@ -436,7 +437,7 @@ def _describe(text: str, ids: list[int], spans: list[Span | None], tokenizer: An
     for token_id, span in zip(ids, spans, strict=True):
         shown = "" if span is None else text[span[0] : span[1]]
         # An id beyond the tokenizer's own vocabulary decodes to nothing.
-        names.append(shown or _decode(tokenizer, [token_id]) or f"<{token_id}>")
+        names.append(shown or decode(tokenizer, [token_id]) or f"<{token_id}>")
     reasons: list[str | None] = [SPECIAL if token_id in special else None for token_id in ids]
     return Tokens(ids, text, spans, names, reasons)
 

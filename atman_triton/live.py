@@ -1,0 +1,322 @@
+"""Live citations: every new token of a generation with the score of every unit of the prompt.
+
+Legend: U units, T new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .answers import END_OF_TEXT, check_length, default_new_tokens, end_tokens
+from .arguments import check_generation, check_one_of, check_sequence, plain
+from .capabilities import vocabulary_size, why_not_prefix
+from .engine import undisturbed
+from .explain import GRANULARITIES, Explainer, Granularity, Reading
+from .explanation import Explanation
+from .live_run import Ambient, LiveRun, Scored, check_options, unsupported
+from .lockstep import Lockstep
+from .methods import METHODS, Outcome
+from .perturbations import Record, RunFailed
+from .pieces import LeftOut, Unit
+from .presets import PRESETS
+from .raw_scores import negative_share
+from .reduction import Reduction
+from .token_reader import TokenReader
+from .tokens import Tokens, encode_prompt, tokens_of_ids
+from .units import Layout, lay_out
+
+
+@dataclass(frozen=True)
+class LiveToken:
+    """A new token and what supported it.
+
+    Args:
+        text: The characters that it adds to the text; empty where it ends amid a character (the
+            token that completes it has them all) or ends the text.
+        token_id: Its index in the vocabulary.
+        logprob: Nats, of the model's own distribution: before temperature, penalties and the like.
+        scores: ``[U]`` float32, nats: by how much each unit's direct effect raises ``logprob``;
+            positive means that the unit supports the token.
+    """
+
+    text: str
+    token_id: int
+    logprob: float
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class _How:
+    """What an explanation of the tokens needs to know.
+
+    Args:
+        granularity: How large a unit is.
+        only: Indices of the units, as ``explain_only`` counts them; None is all of the prompt.
+        generation: Keyword arguments of ``generate``.
+        ends: Token ids that end a text.
+        stops: Those of them at which ``generate`` stops.
+    """
+
+    granularity: Granularity
+    only: list[int] | None
+    generation: dict[str, Any]
+    ends: set[int]
+    stops: set[int]
+
+
+class LiveExplanation(Iterator[LiveToken]):
+    """Generates while it is iterated over; see :func:`generate_explained`.
+
+    The model runs only while the next token is waited for. Between tokens it is in evaluation
+    mode, and other threads (or this one) may use it. It is as it was before once the iteration has
+    come to its end or failed, or was ended by ``close``, by leaving ``with`` or by dropping this
+    object, as a ``for`` over the call does on ``break``.
+    """
+
+    def __init__(
+        self, explainer: Explainer, words: Tokens, layout: Layout, run: LiveRun, how: _How
+    ) -> None:
+        self.units: list[Unit] = layout.units
+        """``U`` units of the prompt, in text order."""
+        self.tokens: list[LiveToken] = []
+        """What came so far."""
+        self._explainer = explainer
+        self._words = words
+        self._record = run.record
+        self._how = how
+        self._reader = TokenReader(explainer.tokenizer, words)
+        self._rows: list[Tensor] = []  # [1 + U] log-probabilities of each token
+        self._steps: Lockstep[Scored] = Lockstep(run)
+
+    def __next__(self) -> LiveToken:
+        """The next token.
+
+        Raises:
+            UnsupportedModelError: if the model has no direct effects, or its attention cannot be
+                manipulated.
+            torch.OutOfMemoryError: if a step does not fit in memory.
+            RunFailed: if the model gives NaN.
+        """
+        token_id, logprobs = next(self._steps)
+        self._rows.append(logprobs)
+        text = "" if token_id in self._how.stops else self._reader.read(token_id)
+        token = LiveToken(text, token_id, float(logprobs[0]), logprobs[0] - logprobs[1:])
+        self.tokens.append(token)
+        return token
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without the token that ends it."""
+        ids = self._answer_ids()
+        if not ids:
+            return ""
+        return tokens_of_ids(ids, self._explainer.tokenizer, after=self._words).text
+
+    def explanation(self, reduction: Reduction = "mean") -> Explanation:
+        """All that came so far as one explanation.
+
+        It is what ``Explainer(method="direct")`` gives for these tokens as the target, of the units
+        of the prompt: units of the answer itself are not measured.
+
+        Args:
+            reduction: As in ``Explainer.explain``.
+        Raises: RunFailed: if there is no token yet, or only one that ends the text.
+        """
+        check_one_of("reduction", reduction, get_args(Reduction))
+        explainer, how = self._explainer, self._how
+        ids = self._answer_ids()
+        if not ids:
+            raise RunFailed("the model's answer is empty so far: nothing to explain.")
+        answer = tokens_of_ids(ids, explainer.tokenizer, after=self._words)
+        only = list(range(len(self.units))) if how.only is None else how.only
+        layout = lay_out(
+            self._words, [answer], how.granularity, only, is_text=explainer.tokenizer is not None
+        )
+        rows = torch.stack(self._rows[: len(ids)])  # [T, 1 + U]
+        rest = [token.token_id for token in self.tokens[len(ids) :]]
+        left_out = list(layout.left_out)
+        if rest:
+            names = tokens_of_ids(rest, explainer.tokenizer, after=self._words).names
+            left_out.append(LeftOut("".join(names), (), END_OF_TEXT))
+        facts: dict[str, Any] = {
+            "target": "generated",
+            "generation": {name: plain(value) for name, value in how.generation.items()},
+            "method_choice": "given",
+            "live": True,
+        }
+        if explainer.settings.mode == "multiplicative":
+            facts["negative_scores"] = self._negative_share(layout.prompt_ids + ids[:-1])
+        provenance = explainer._provenance(
+            "direct", self._record, how.granularity, len(layout.prompt_ids)
+        )
+        return explainer._explanation(
+            layout,
+            Outcome([_direct(unit) for unit in layout.units], rows[:, 1:].contiguous()),
+            rows[:, 0].contiguous(),
+            Reading(reduction, PRESETS[explainer.preset].postprocessing, False, False),
+            left_out,
+            provenance | facts,
+        )
+
+    def close(self) -> None:
+        """End the generation here; what came stays."""
+        self._steps.close()
+
+    def __enter__(self) -> LiveExplanation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _answer_ids(self) -> list[int]:
+        """The new tokens without those at the end that end the text."""
+        ids = [token.token_id for token in self.tokens]
+        while ids and ids[-1] in self._how.ends:
+            ids.pop()
+        return ids
+
+    def _negative_share(self, ids: list[int]) -> float:
+        settings = self._explainer.settings
+        model = self._explainer.model
+        with undisturbed(model):
+            return negative_share(model, ids, settings.layers, settings.heads, settings.backend)
+
+
+def generate_explained(
+    model: Any,
+    inputs: Any,
+    *,
+    tokenizer: Any = None,
+    units: Granularity = "token",
+    explain_only: Sequence[int] | None = None,
+    method: str = "direct",
+    preset: str = "default",
+    factor: float | None = None,
+    mode: str | None = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    backend: str = "auto",
+    max_new_tokens: int | None = None,
+    streamer: Any = None,
+    **generation_kwargs: Any,
+) -> LiveExplanation:
+    """Generate, and get each new token together with what every unit of the prompt did for it.
+
+    ::
+
+        for token in atman.generate_explained(model, prompt, tokenizer=tokenizer):
+            print(token.text, token.scores)
+
+    The text is that of ``model.generate`` with the same options: greedy, sampled, or whatever the
+    model's generation config says. Nothing is run twice: beside the plain row, each step runs one
+    row per unit with that unit suppressed, all of them fed the plain row's token. They read the
+    prompt's keys and values in one place and keep their own of the new tokens only, so the scores
+    are *direct* effects. (In a batch sums are rounded otherwise than alone: where the model gives
+    two tokens the same probability to the last bits, another of them may win.)
+
+    ``generate`` runs in a thread of its own, but only while the next token is waited for.
+    Streamers, logits processors and stopping criteria are called there. What is around the call
+    counts: ``manipulate``, autocast, the current CUDA stream.
+
+    Args:
+        model: A transformers causal language model.
+        inputs: The prompt: str | chat messages | token ids | an encoding, as ``Explainer.explain``
+            takes it.
+        tokenizer: Its tokenizer; None is enough for token ids.
+        units: What one unit is, as ``granularity`` in ``Explainer.explain``.
+        explain_only: Indices of the units to score, as in ``Explainer.explain``; None is all.
+        method: ``direct``, the only one that needs no second pass over the prompt.
+        preset, factor, mode, layers, heads, backend: As in ``Explainer``.
+        batch_size: Units per forward pass. ``"auto"`` takes what memory holds: usually all.
+        max_new_tokens: The most tokens. None is 32, or what the context window has room for, where
+            ``generation_kwargs`` set no other end.
+        streamer: A streamer of transformers that is to get the tokens too.
+        **generation_kwargs: Passed on to ``model.generate``.
+    Returns: an iterator of :class:`LiveToken`, which also has ``units``, ``text`` and
+        ``explanation()``.
+    Raises:
+        TypeError: if an argument is not of the type above.
+        ValueError: if the prompt is empty or too long, a name or index is unknown, or an option of
+            ``generate`` leaves no one plain row: beams, several sequences, assisted decoding.
+        UnsupportedModelError: if the model has no direct effects, or its attention cannot be
+            manipulated; some models only tell when the first token is asked for.
+    Source: AtMan, Eq. 3, measured at every step of a generation.
+    """
+    if method != "direct":
+        check_one_of("method", method, METHODS)
+        raise ValueError(
+            f"method must be 'direct', got {method!r}: any other runs the prompt again for the "
+            "finished text; generate first and give the text to Explainer.explain as target."
+        )
+    if mode == "min_shift_full":
+        raise ValueError(
+            "mode='min_shift_full' looks at future keys, so it has no direct effects; take "
+            "mode='min_shift'."
+        )
+    explainer = Explainer(
+        model,
+        tokenizer,
+        preset=preset,
+        factor=factor,
+        mode=mode,
+        method="direct",
+        layers=layers,
+        heads=heads,
+        batch_size=batch_size,
+        progress=False,
+        backend=backend,
+    )
+    if explainer.settings.similarity is not None:
+        raise ValueError(
+            f"preset={preset!r} suppresses similar tokens of the answer too, which are not known "
+            "before they are written; take preset='default'."
+        )
+    check_one_of("units", units, GRANULARITIES)
+    check_sequence("explain_only", explain_only)
+    check_generation(None, max_new_tokens, generation_kwargs)
+    check_options(model, generation_kwargs)
+    words = encode_prompt(inputs, tokenizer, vocabulary_size(model))
+    ended = any(generation_kwargs.get(name) for name in ("max_length", "generation_config"))
+    if max_new_tokens is None and not ended:
+        max_new_tokens = default_new_tokens(model, len(words))
+    generation = dict(generation_kwargs)
+    if max_new_tokens is not None:
+        check_length(model, len(words), max_new_tokens, "max_new_tokens")
+        generation["max_new_tokens"] = max_new_tokens
+    reason = why_not_prefix(model, len(words) + (max_new_tokens or 1) - 1)
+    if reason is not None:
+        raise unsupported(reason)
+    layout = lay_out(words, [], units, explain_only, is_text=tokenizer is not None)
+    config = generation.get("generation_config") or model.generation_config
+    ends = end_tokens(tokenizer, config, generation)
+    quiet: dict[str, Any] = {}
+    if config.pad_token_id is None and "pad_token_id" not in generation and ends:
+        quiet["pad_token_id"] = min(ends)  # there is nothing to pad; spares a warning
+    run = LiveRun(
+        model,
+        words.ids,
+        [unit.tokens for unit in layout.units],
+        explainer.settings,
+        quiet | generation,
+        streamer,
+        Record(runs={"total": 0, "direct": len(layout.units)}),
+        Ambient.of_this_thread(model),
+    )
+    how = _How(
+        units,
+        None if explain_only is None else list(explain_only),
+        generation,
+        ends,
+        end_tokens(None, config, generation),
+    )
+    return LiveExplanation(explainer, words, layout, run, how)
+
+
+def _direct(unit: Unit) -> Unit:
+    return replace(unit, effect="direct")
