@@ -57,6 +57,7 @@ class _ThreadState(threading.local):
         self.stacks = ""  # names the manipulated stacks, see `_watch`
         self.by_config: dict[int, Manipulation] = {}
         self.switched: dict[int, bool] = {}  # ids of the configs that answer "atman" here
+        self.serves = threading.get_ident()  # the thread whose call runs here, itself mostly
 
 
 THREAD = _ThreadState()

@@ -20,7 +20,7 @@ from .branches import Branches
 from .capabilities import device_of, dtype_of, text_config
 from .engine import undisturbed
 from .integration import UnsupportedModelError
-from .layers import Manipulation
+from .layers import THREAD, Manipulation
 from .lockstep import Handover
 from .perturbations import Record, RunFailed, Settings
 from .runner import Runner, check_nan, target_logprobs
@@ -234,11 +234,13 @@ class Ambient(NamedTuple):
         manipulation: That of the contexts around the call.
         autocast: The dtype of the model's device, None where it is off.
         stream: The CUDA stream that is current, None without one.
+        thread: Itself, whose contexts hold for the new one too.
     """
 
     manipulation: Manipulation | None
     autocast: torch.dtype | None
     stream: Any
+    thread: int
 
     @classmethod
     def of_this_thread(cls, model: Any) -> Ambient:
@@ -258,7 +260,7 @@ class Ambient(NamedTuple):
         if torch.is_autocast_enabled(device.type):
             autocast = torch.get_autocast_dtype(device.type)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        return cls(manipulation, autocast, stream)
+        return cls(manipulation, autocast, stream, THREAD.serves)
 
     @contextmanager
     def entered(self, model: Any) -> Iterator[None]:
@@ -269,7 +271,7 @@ class Ambient(NamedTuple):
                 stack.enter_context(torch.cuda.stream(self.stream))
             if self.autocast is not None:
                 stack.enter_context(torch.autocast(device_of(model).type, dtype=self.autocast))
-            current.manipulation = self.manipulation
+            current.manipulation, THREAD.serves = self.manipulation, self.thread
             try:
                 yield
             finally:

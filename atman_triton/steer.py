@@ -19,6 +19,7 @@ from .attention import BACKENDS, MODES
 from .capabilities import check_causal, vocabulary_size
 from .controls import Control, checked_controls, control_factors
 from .integration import manipulate
+from .layers import THREAD
 from .stacks import find_stack
 from .steer_inputs import Prompts, prompts_of, read_inputs
 from .tokens import Tokens
@@ -150,10 +151,10 @@ def _only_on(model: nn.Module, ids: Tensor) -> Iterator[None]:
     module, _ = find_stack(model)
     config: Any = module.config
     layers = config.num_hidden_layers
-    thread = threading.get_ident()
+    thread = THREAD.serves
 
     def check(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != thread or kwargs is None:
+        if torch.compiler.is_compiling() or THREAD.serves != thread or kwargs is None:
             return
         if config.num_hidden_layers != layers:
             raise ValueError(

@@ -353,6 +353,19 @@ def test_a_manipulation_around_counts(model):
     torch.testing.assert_close(token.scores, steered.scores[-1], rtol=0, atol=1e-6)
 
 
+def test_steering_around_counts(model):
+    controls = [atman.TokenControl(4, 5.0), atman.TokenControl(9, 0.2)]
+    _, free = check(model)
+    with atman.steer(model, controls, inputs=[PROMPT]):
+        _, steered = check(model)
+    assert float((free.base_logprobs - steered.base_logprobs).abs().max()) > 0.1
+    with (
+        atman.steer(model, controls, inputs=[PROMPT[::-1]]),
+        pytest.raises(ValueError, match="runs on other tokens than the inputs of steer"),
+    ):
+        next(atman.generate_explained(model, PROMPT))
+
+
 def test_a_manipulation_of_another_kind_is_refused(model):
     with (
         atman.manipulate(model, torch.full((1, 3), 0.5), mode="log_additive"),
@@ -381,7 +394,7 @@ def test_a_new_thread_gets_what_is_around_the_call(model):
     thread.start()
     thread.join()
     assert seen == [(True, torch.bfloat16), False]
-    assert Ambient.of_this_thread(model) == (None, None, None)
+    assert Ambient.of_this_thread(model)[:3] == (None, None, None)
 
 
 def test_inference_mode_around_changes_nothing(model):
