@@ -66,6 +66,27 @@ KEYWORD = "key_factor"
 
 
 def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers' interface wants it: ``[B, Hq|Hk, T, D]`` to ``[B, Tq, Hq, D]``.
+
+    Under autocast in its dtype, as PyTorch's own attention; sums inside stay what they are.
+
+    Raises:
+        ValueError: for attention weights, a paged cache, and a mask that does not say which keys
+            are visible.
+    """
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return _attention_forward(module, query, key, value, *args, **kwargs)
+    dtype = torch.get_autocast_dtype(device)
+    if query.dtype != torch.float64:
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def _attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -81,12 +102,7 @@ def attention_forward(
     key_factor: Manipulation | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' interface wants it: ``[B, Hq|Hk, T, D]`` to ``[B, Tq, Hq, D]``.
-
-    Raises:
-        ValueError: for attention weights, a paged cache, and a mask that does not say which keys
-            are visible.
-    """
+    """The same with what transformers names, in the dtypes given."""
     _watch()
     if kwargs.get("output_attentions"):
         adapters.refuse_weights()
