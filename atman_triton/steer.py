@@ -24,6 +24,8 @@ from .stacks import find_stack
 from .steer_inputs import Prompts, prompts_of, read_inputs
 from .tokens import Tokens
 
+# By `python -m bench.steering`: at factor 2 another fact takes over 61% of answers (multiplicative
+# 14%, log_additive none), and at 0.1 almost none survives (log_additive: 96%).
 DEFAULT_MODE = "min_shift"
 
 
@@ -61,7 +63,7 @@ def steer(
             row's smallest one, or away from it, so that amplification always means more attention.
             ``multiplicative`` takes attention away where it amplifies a negative score.
             ``log_additive`` multiplies the attention that a token gets against the others by m:
-            exact, but gentle, where scores lie far apart; try 0, or 30.
+            gentle where scores lie far apart, but 0 removes the token.
         layers: In these layers only; None is all.
         heads: In these query heads only; None is all.
         backend: ``auto``, ``triton``, ``torch`` or ``reference``.
