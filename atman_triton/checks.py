@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -188,37 +189,55 @@ def check_documents(explanation: Explanation) -> None:
 
 def check_neighbours(explanation: Explanation) -> None:
     """Raise unless neighbours are other tokens that the unit's own run can suppress."""
-    count = len(explanation.target_stops)
-    for index, unit in enumerate(explanation.units):
+    e = explanation
+    bounds = [*pairwise([e.prompt_stop, *e.target_stops]), (0, e.prompt_stop)]
+    for index, unit in enumerate(e.units):
         seen: set[tuple[int | None, int]] = {(unit.branch, token) for token in unit.tokens}
         for place, near in enumerate(unit.neighbours):
-            name = f"units[{index}].neighbours[{place}]"
-            if not isinstance(near, Neighbour):
-                raise TypeError(f"{name} must be a Neighbour, got {type(near).__name__}.")
-            for field in ("factor", "similarity"):
-                value = getattr(near, field)
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"{name}.{field} must be a number, got {value!r}.")
-                if not math.isfinite(value):
-                    raise ValueError(f"{name}.{field} must be finite, got {value}.")
-            if near.branch is not None and not _is_index(near.branch, count):
-                raise ValueError(
-                    f"{name}.branch must be None in the prompt, else lie in [0, {count - 1}], "
-                    f"got {near.branch!r}."
-                )
-            if None not in (unit.branch, near.branch) and near.branch != unit.branch:
-                raise ValueError(
-                    f"{name}.branch must be None or the unit's own target {unit.branch}, "
-                    f"got {near.branch}."
-                )
-            if (near.branch, near.token) in seen:
-                raise ValueError(
-                    f"{name}.token must be a token outside of the unit that was not named before, "
-                    f"got {near.token}."
-                )
+            _check_neighbour((index, place), near, seen, bounds, e)
             seen.add((near.branch, near.token))
-            _check_span(name, near, len(explanation.text))
-            _check_place(name, near, explanation)
+
+
+def _check_neighbour(
+    at: tuple[int, int],
+    near: Any,
+    seen: set[tuple[int | None, int]],
+    bounds: list[tuple[int, int]],
+    explanation: Explanation,
+) -> None:
+    """One neighbour, ``at`` its unit and its place there; the prompt's bounds are the last ones."""
+
+    def name() -> str:  # made up only where something is wrong: there can be very many neighbours
+        return f"units[{at[0]}].neighbours[{at[1]}]"
+
+    unit, count = explanation.units[at[0]], len(explanation.target_stops)
+    if not isinstance(near, Neighbour):
+        raise TypeError(f"{name()} must be a Neighbour, got {type(near).__name__}.")
+    for field, value in (("factor", near.factor), ("similarity", near.similarity)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name()}.{field} must be a number, got {value!r}.")
+        if not math.isfinite(value):
+            raise ValueError(f"{name()}.{field} must be finite, got {value}.")
+    if near.branch is not None and not _is_index(near.branch, count):
+        raise ValueError(
+            f"{name()}.branch must be None in the prompt, else lie in [0, {count - 1}], "
+            f"got {near.branch!r}."
+        )
+    if None not in (unit.branch, near.branch) and near.branch != unit.branch:
+        raise ValueError(
+            f"{name()}.branch must be None or the unit's own target {unit.branch}, "
+            f"got {near.branch}."
+        )
+    if (near.branch, near.token) in seen:
+        raise ValueError(
+            f"{name()}.token must be a token outside of the unit that was not named "
+            f"before, got {near.token}."
+        )
+    low, high = bounds[-1 if near.branch is None else near.branch]
+    start, stop = near.start, near.stop
+    if start is None or stop is None or not low <= start <= stop <= high:
+        _check_span(name(), near, len(explanation.text))
+        _check_place(name(), near, explanation)
 
 
 def check_parts(explanation: Explanation) -> None:

@@ -37,11 +37,34 @@ def unit(name: str, data: Any, version: int) -> Unit:
         effect=cast(Any, string(f"{name}.effect", piece["effect"])),
         level=cast(Any, string(f"{name}.level", piece["level"])),
         document=place(f"{name}.document", piece["document"]),
-        neighbours=tuple(
-            _neighbour(f"{name}.neighbours[{i}]", item)
-            for i, item in enumerate(listed(f"{name}.neighbours", piece["neighbours"]))
-        ),
+        neighbours=_neighbours(f"{name}.neighbours", piece["neighbours"]),
     )
+
+
+def _neighbours(name: str, data: Any) -> tuple[Neighbour, ...]:
+    """There can be very many, so they get a name for messages only where something is wrong."""
+    return tuple(
+        Neighbour(*item) if _is_neighbour(item) else _neighbour(f"{name}[{i}]", item)
+        for i, item in enumerate(listed(name, data))
+    )
+
+
+def _is_neighbour(data: Any) -> bool:
+    if type(data) is not list or len(data) != len(NEIGHBOUR):
+        return False
+    token, factor, similarity, start, stop, branch = data
+    return (
+        type(factor) is type(similarity) is float
+        and token is not None
+        and _is_place(token)
+        and _is_place(start)
+        and _is_place(stop)
+        and _is_place(branch)
+    )
+
+
+def _is_place(value: Any) -> bool:
+    return value is None or (type(value) is int and value >= 0)
 
 
 def _neighbour(name: str, data: Any) -> Neighbour:

@@ -1,11 +1,19 @@
 """Saved explanations: exact, strict, old files still load, damage is named."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
 import torch
-from toy_explanations import HOSTILE, as_version, explain_several, hierarchical, with_effects
+from toy_explanations import (
+    HOSTILE,
+    as_version,
+    explain_several,
+    hierarchical,
+    sourced,
+    with_effects,
+)
 
 from atman_triton.explanation import Explanation, LeftOut, Target, Unit, from_json, load, to_json
 
@@ -237,3 +245,104 @@ def test_other_files_cannot_be_loaded(tmp_path):
         load(path)
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "missing.json")
+
+
+def test_documents_neighbours_and_parts_come_back(tmp_path):
+    explanation = sourced(explain_several())
+    ways = {"postprocessing": "square", "normalize": True}
+    explanation = dataclasses.replace(explanation, **ways)
+    explanation.save(tmp_path / "saved.json")
+    loaded = load(tmp_path / "saved.json")
+    assert loaded == explanation
+    for name in ("units", "documents", "parts", *ways):
+        assert getattr(loaded, name) == getattr(explanation, name)
+    assert loaded.units[1].neighbours == explanation.units[1].neighbours != ()
+    changes = {"postprocessing": "absolute", "normalize": False, "documents": [], "parts": []}
+    plain = [dataclasses.replace(u, document=None) for u in explanation.units]
+    assert dataclasses.replace(explanation, units=plain) != explanation
+    for change in changes.items():
+        other = dict([change]) | ({"units": plain} if change[0] == "documents" else {})
+        assert dataclasses.replace(explanation, **other) != explanation
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["documents"], None, "documents must be a list, got None."),
+        (["documents", 0], "a", "documents[0] must be an object, got 'a'."),
+        (["documents", 0, "id"], 5, "documents[0].id must be a str, got 5."),
+        (["documents", 0, "start"], None, "documents[0].start must be an int, got None."),
+        (["documents", 1, "stop"], 2.5, "documents[1].stop must be an int, got 2.5."),
+        (["documents", 1, "title"], "a", "documents[1] has the unknown field 'title'."),
+        (["documents", 1, "stop"], 2000, "documents[1] must span characters of the prompt"),
+        (["parts"], {}, "parts must be a list, got {}."),
+        (["parts", 1, "text"], None, "parts[1].text must be a str, got None."),
+        (["parts", 1, "rows"], [True], "parts[1].rows[0] must be an int, got True."),
+        (["parts", 1, "rows"], [0], "parts[1].rows must be target tokens that no part before"),
+        (["parts", 1, "start"], "1", "parts[1].start must be an int or null, got '1'."),
+        (["parts", 1, "branch"], None, "parts[1].branch must be an int, got None."),
+        (["postprocessing"], 1, "postprocessing must be a str, got 1."),
+        (["postprocessing"], "cube", "postprocessing must be 'none', 'absolute' or 'square'"),
+        (["normalize"], 1, "normalize must be true or false, got 1."),
+        (["contrast"], None, "contrast must be true or false, got None."),
+        (["contrast"], True, "contrast is between two targets"),
+        (["units", 0, "document"], "pay", "units[0].document must be an int or null, got 'pay'."),
+        (["units", 0, "document"], 2, "units[0].document must be None or one of the 2 documents"),
+        (["units", 1, "neighbours"], None, "units[1].neighbours must be a list, got None."),
+        (["units", 1, "neighbours", 0], {}, "units[1].neighbours[0] must be a list, got {}."),
+        (["units", 1, "neighbours", 0], [1], "units[1].neighbours[0] must have length 6, got 1."),
+        (
+            ["units", 1, "neighbours", 0, 0],
+            -1,
+            "units[1].neighbours[0].token must be at least 0, got -1.",
+        ),
+        (
+            ["units", 1, "neighbours", 0, 0],
+            None,
+            "units[1].neighbours[0].token must be an int, got None.",
+        ),
+        (
+            ["units", 1, "neighbours", 1, 1],
+            "0.1",
+            "units[1].neighbours[1].factor must be a number, got '0.1'.",
+        ),
+        (
+            ["units", 1, "neighbours", 1, 2],
+            True,
+            "units[1].neighbours[1].similarity must be a number, got True.",
+        ),
+        (
+            ["units", 1, "neighbours", 1, 3],
+            True,
+            "units[1].neighbours[1].start must be an int or null, got True.",
+        ),
+        (
+            ["units", 1, "neighbours", 1, 4],
+            1.5,
+            "units[1].neighbours[1].stop must be an int or null, got 1.5.",
+        ),
+        (
+            ["units", 1, "neighbours", 0, 5],
+            "0",
+            "units[1].neighbours[0].branch must be an int or null, got '0'.",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_document_neighbour_or_part_is_named(path, value, message):
+    data = json.loads(json.dumps(to_json(sourced(explain_several()))))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is looked at below
+        from_json(data)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_factor_that_is_a_whole_number_is_one():
+    data = to_json(sourced(explain_several()))
+    data["units"][1]["neighbours"][0][1:3] = [0, 1]
+    near = from_json(data).units[1].neighbours[0]
+    assert (near.factor, near.similarity) == (0.0, 1.0)
+    assert type(near.factor) is float
