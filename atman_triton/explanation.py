@@ -456,6 +456,8 @@ class Explanation:
     def __repr__(self) -> str:
         count = len(self.target_stops)
         what = f"answer={self.answer!r}" if count == 1 else f"answers={count}"
+        if self.contrast:
+            what = f"answer={self.answers[0]!r}, rather_than={self.answers[1]!r}"
         return (
             f"Explanation({what}, units={len(self.units)}, targets={len(self.targets)}, "
             f"reduction={self.reduction!r}, method={self.method!r})"

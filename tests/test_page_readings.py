@@ -361,3 +361,31 @@ def test_several_targets_keep_documents_in_the_prompt():
     overlay = Page(explain_several().to_html(others=[sourced(explain())]))
     assert not spans_of(overlay, "doc")
     assert len(spans_of(Page(one().to_html(others=[explain()])), "doc")) == 2
+
+
+@browser
+def test_of_a_unit_as_large_as_a_document_its_ends_are_named(tmp_path):
+    words = " ".join(f"w{i}" for i in range(400))
+    made = explain(words + "\nQ: which?", scores={})
+    by_line = coarser(made, "document", r"[^\n]+\n?")
+    scores = torch.tensor([[1.0, 0.5]] * len(made.targets))
+    suppressed = by_line.base_logprobs[:, None] - scores
+    document = Document("all", 0, len(words))
+    units = [change(by_line.units[0], document=0), by_line.units[1]]
+    explanation = change(by_line, suppressed_logprobs=suppressed, documents=[document], units=units)
+    result = drive(
+        tmp_path,
+        explanation.to_html(),
+        """
+        key("ArrowDown"); result.panel = byId("detail").innerText.split("\\n")[0];
+        result.row = document.querySelector(".row b").textContent;
+        result.text = byId("text").textContent;
+        """,
+    )
+    assert "error" not in result
+    assert result["panel"].startswith("w0 w1 w2 ")
+    assert " … " in result["panel"]
+    assert "w399" in result["panel"]
+    assert len(result["panel"]) < 320
+    assert len(result["row"]) < 160
+    assert result["text"] == explanation.text

@@ -202,6 +202,9 @@ def test_a_contrast_is_the_difference():
     assert explanation.relevance.isnan().tolist() == owned
     same(explanation.relevances, both().relevances.tolist())  # of either target alone
     same(explanation.values(branch=1), both().values(branch=1).tolist())
+    assert repr(explanation).startswith(
+        "Explanation(answer=' 34 dollars', rather_than=' 51', units=17, targets=3, "
+    )
 
 
 def test_the_difference_is_of_sums_or_of_means():

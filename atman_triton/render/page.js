@@ -128,6 +128,13 @@
     const core = line.replace(/^ +| +$/g, "");
     return core || "␣".repeat(line.length) || "∅";
   };
+  // Units may be whole documents: what is named of them is their start and their end.
+  const shortened = (string, limit) => {
+    const characters = Array.from(string);
+    if (characters.length <= limit) return string;
+    const end = Math.floor(limit / 4);
+    return characters.slice(0, limit - end).join("") + " … " + characters.slice(-end).join("");
+  };
   // The text in which the model read a unit, without other targets, and the unit's span there.
   const texts = new Map();
   const placed = (k, unit) => {
@@ -150,7 +157,7 @@
     // Cut at whole words.
     if (start > size) before = "…" + before.replace(/^\S*\s+(?=\S)/, "");
     if (stop + size < characters.length) after = after.replace(/(\S)\s+\S*$/, "$1") + "…";
-    return [before, element("b", "", visible(piece)), after];
+    return [before, element("b", "", shortened(visible(piece), 8 * size)), after];
   };
 
   /* Colours. */
