@@ -38,8 +38,9 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -261,6 +262,17 @@ def _start() -> None:
     _worker["model"], _worker["tokenizer"] = load_demo_model()
 
 
+@contextmanager
+def _mapping(processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """``map`` over some processes of one thread each, or in this one."""
+    if not processes:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _start) as pool:
+        yield pool.map
+
+
 def examine_all(stands: str, restated: Restated) -> dict[str, dict[Setting, Found]]:
     """One document, by kind; of ``twice``, the control as well."""
     several = {stands: (restated.sentences, sorted((restated.first, restated.twin)))}
@@ -354,7 +366,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     colours = dict(zip(STANDS, ("#2166ac", "#67a9cf", "0.7"), strict=True))
     figure = Figure(figsize=(12, 6), layout="constrained")
-    panels = figure.subplots(1, len(EFFECTS))
+    panels = figure.subplots(1, len(EFFECTS), squeeze=False)[0]
     for method, axes in zip(EFFECTS, panels, strict=True):
         own = by_setting(rows, method)
         for index, (stands, colour) in enumerate(colours.items()):
@@ -385,7 +397,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--documents", type=int, default=100, help="of each kind, from 2")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument("--processes", type=int, default=2, help="0: in this one")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
     options = parser.parse_args(arguments)
     if options.documents < 2:
@@ -394,14 +406,13 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=150)
     facts = provenance()
     rows: list[Row] = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, context, _start) as pool:
+    with _mapping(options.processes) as mapped:
         for stands, relation in _RELATIONS.items():
             cases, tried = redundant_cases(
                 _worker["model"], _worker["tokenizer"], relation, options.documents
             )
             console.print(f"{stands}: {len(cases)} of {tried} documents are redundant and needed")
-            done = pool.map(functools.partial(examine_all, stands), cases)
+            done = mapped(functools.partial(examine_all, stands), cases)
             found = list(track(done, stands, len(cases), console=Console(stderr=True)))
             for kind in found[0]:
                 rows += summarise(kind, [each[kind] for each in found], facts)

@@ -5,10 +5,11 @@ the items and controls that prompts of either are made of.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from toy_models import llama, plain_loop
+from toy_models import llama, plain_logits, plain_loop
 from toy_tokenizers import byte_level
 
 import atman_triton as atman
@@ -110,23 +111,19 @@ def test_control_log_additive_adds_the_logarithm_or_multiplies_shifted_scores():
 
 
 def test_contextual_control_threshold_takes_similar_tokens_along():
+    """At 1, equal tokens: suppressed together with the unit, in the target too."""
     repeated = "hello world, hello there"
     alone = explain(repeated, explainer={"mode": "min_shift"})
     along = explain(repeated, explainer={"mode": "min_shift", "similarity": 1.0})
-    tokens = ids(repeated)
-    for one, other, (unit, value) in zip(
-        in_prompt(alone), in_prompt(along), in_prompt(along), strict=True
-    ):
-        same = tuple(place for place, token in enumerate(tokens) if token == tokens[unit.tokens[0]])
-        target = [
-            place
-            for place, token in enumerate(ids(TARGET)[:-1])
-            if token in (tokens[unit.tokens[0]],)
-        ]
-        both = (*same, *(len(tokens) + place for place in target))
-        (expected,) = by_hand([both], 0.1, "min_shift", repeated).tolist()
+    tokens = ids(repeated) + ids(TARGET)[:-1]
+    pairs = zip(in_prompt(alone), in_prompt(along), strict=True)
+    for (_, before), (unit, value) in pairs:
+        (own,) = unit.tokens
+        equal = [place for place, token in enumerate(tokens) if token == tokens[own]]
+        (expected,) = by_hand([equal], 0.1, "min_shift", repeated).tolist()
         assert value == pytest.approx(expected, abs=1e-5)
-        assert (one == other) == (len(both) == 1)
+        assert (abs(value - before) < 1e-6) == (len(equal) == 1)
+    assert len(set(tokens)) < len(tokens)
 
 
 # --- explanation: postprocessing, normalize, target_granularity -----------------------------------
@@ -145,3 +142,124 @@ def test_normalize_after_postprocessing():
     found = explain(postprocessing="square", normalize=True).relevance
     close(found, (squared - squared.min()) / (squared.max() - squared.min()))
     assert (float(found.min()), float(found.max())) == (0, 1)
+
+
+# --- completion, and explanation, under controls ----------------------------------------------
+
+
+def factors(controls, prompt="soccer is fun", **arguments):
+    """The factor that each token of a prompt gets, and the tokens."""
+    inputs = byte_level()(prompt, return_tensors="pt")
+    model = llama()
+    with atman.steer(model, controls, inputs=inputs, **arguments) as found:
+        model(**inputs)
+    return found[0].tolist(), inputs["input_ids"][0].tolist()
+
+
+def spans(prompt):
+    """Each token's characters, its leading space among them."""
+    stops = [0]
+    for token in ids(prompt):
+        stops.append(stops[-1] + len(byte_level().decode([token])))
+    return list(pairwise(stops))
+
+
+@pytest.mark.parametrize("factor", [0.1, 2.0])
+def test_text_controls_count_characters(factor):
+    prompt, first, end = "hello world", 2, 8
+    shares = [
+        max(0, min(stop, end) - max(start, first)) / (stop - start) for start, stop in spans(prompt)
+    ]
+    assert 1.0 in shares and any(0 < share < 1 for share in shares)
+    found, _ = factors([atman.TextControl(first, end - first, factor)], prompt)
+    assert found == pytest.approx([1 + (factor - 1) * share for share in shares])
+
+
+def test_control_token_overlap_is_partial_or_complete():
+    """The interface's own example: 2.0 on two of a token's four characters is 1.5."""
+    prompt = "hello world, The pay"
+    (index,) = (i for i, span in enumerate(spans(prompt)) if prompt[slice(*span)] == " pay")
+    start = spans(prompt)[index][0]
+    found = factors([atman.TextControl(start, 2, 2.0)], prompt)[0]
+    assert found == [1.5 if place == index else 1.0 for place in range(len(found))]
+    found = factors([atman.TextControl(start, 2, 2.0, overlap="complete")], prompt)[0]
+    assert found == [2.0 if place == index else 1.0 for place in range(len(found))]
+
+
+def test_token_controls_count_tokens():
+    found, tokens = factors([atman.TokenControl(1, 0.5), atman.TokenControl(2, 3.0)])
+    assert found == [1.0, 0.5, 3.0] + [1.0] * (len(tokens) - 3)
+
+
+def test_image_controls_are_rectangles_in_shares_and_need_an_image():
+    control = atman.ImageControl(0.25, 0.5, 0.5, 0.5, 0.1)
+    assert (control.left, control.top, control.width, control.height) == (0.25, 0.5, 0.5, 0.5)
+    assert (control.factor, control.overlap) == (0.1, "partial")
+    with pytest.raises(ValueError, match="end within the image"):
+        atman.ImageControl(0.0, 0.5, 0.5, 0.6, 0.1)
+    with pytest.raises(ValueError, match="needs an image in the prompt"):
+        factors([control])
+
+
+def test_contextual_control_threshold_in_completion():
+    prompt = "hello world, hello there, hello"
+    tokens = byte_level()(prompt)["input_ids"]
+    twice = next(t for t in tokens if tokens.count(t) > 1)
+    found, _ = factors([atman.TokenControl(tokens.index(twice), 0.25, similarity=1.0)], prompt)
+    assert found == [0.25 if token == twice else 1.0 for token in tokens]
+    alone, _ = factors([atman.TokenControl(tokens.index(twice), 0.25)], prompt)
+    assert alone.count(0.25) == 1
+
+
+@pytest.mark.parametrize("mode", ["log_additive", "min_shift"])
+def test_control_log_additive_in_completion(mode):
+    """One forward pass under a control against a modifier matrix in plain attention."""
+    model, tokens = llama(), ids("hello world, hello there")
+    matrix = torch.ones(len(tokens), len(tokens))
+    matrix[:, 2] = 3.0
+    expected = plain_logits(model, tokens, matrix, mode)
+    inputs, control = torch.tensor([tokens]), atman.TokenControl(2, 3.0)
+    with torch.no_grad(), atman.steer(model, [control], inputs=inputs, mode=mode):
+        close(model(inputs).logits[0], expected)
+
+
+def test_a_completion_keeps_its_controls(demo):
+    """Suppressing the sentence that was used, or amplifying the other, changes what is written."""
+    model, tokenizer = demo
+    text = "The team is led by David Schmidt. Daily instructions are given by Ida Abel. "
+    text += "The substitute is Clara Becker. Q: Whose orders must be followed? A:"
+    inputs = tokenizer(text, return_tensors="pt")
+
+    def complete(*controls):
+        with atman.steer(model, controls, inputs=inputs, mode="min_shift"):
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    first, second = text.index("The team"), text.index(" Daily")
+    length = text.index(" The substitute") - second
+    said = complete(atman.TokenControl(0, 1.0))
+    places = {" David Schmidt": (first, second - first), " Ida Abel": (second, length)}
+    other = next(answer for answer in places if answer != said)
+    assert said in places
+    assert complete(atman.TextControl(*places[said], factor=0.1)) == other
+    assert complete(atman.TextControl(*places[other], factor=1.5)) == other
+    assert complete(atman.TextControl(*places[said], factor=1.0)) == said
+
+
+def test_controls_in_an_explanation():
+    """What the steered model says is explained: factors of unit and control multiply."""
+    control = atman.TokenControl(2, 3.0)
+    explainer = {"mode": "log_additive"}
+    found = explain(explainer=explainer, controls=[control])
+    prompt, target = ids(TEXT), ids(TARGET)
+    tokens = prompt + target[:-1]
+    (unit,) = found.units[1].tokens
+    rows = []
+    for suppressed in (1.0, 0.1):
+        matrix = torch.ones(len(tokens), len(tokens))
+        matrix[:, 2] = 3.0
+        matrix[:, unit] *= suppressed
+        logprobs = plain_logits(llama(), tokens, matrix, "log_additive").log_softmax(-1)
+        rows.append(logprobs[-len(target) :][range(len(target)), target])
+    close(found.base_logprobs, rows[0])
+    close(found.scores[:, 1], rows[0] - rows[1])
