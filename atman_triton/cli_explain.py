@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from .cli_controls import OVERLAPS, WRITTEN, Overlap, Written, place_control, split_control
 from .cli_shared import (
     DTYPES,
     AsJson,
@@ -24,6 +26,7 @@ from .cli_shared import (
     read_prompt,
     write_files,
 )
+from .cli_values import parse_batch_size, parse_budget, parse_similarity
 from .loading import BadUsage, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -33,8 +36,10 @@ EXPLAIN = (
     "Show which words of a text made a model give its answer.\n\n"
     "Every token of the prompt is suppressed in turn inside the model's attention: the more the "
     "loss of the answer rises, the more that token supported it. Without a prompt the shipped "
-    "model answers a question about the shipped contract."
-)
+    "model answers a question about the shipped contract.\n\n"
+    "With --control, what the model says while parts of the prompt are suppressed or amplified is "
+    "explained:\n\n"
+) + WRITTEN
 
 
 def explain(
@@ -60,6 +65,9 @@ def explain(
             help="The answer to explain; generated if not given. Give several, one --target each, "
             "to explain all of them in one pass."
         ),
+    ] = None,
+    contrast_target: Annotated[
+        str | None, typer.Option(help="Why the answer, rather than this one?", show_default=False)
     ] = None,
     granularity: Annotated[
         str, typer.Option(help="What one unit is: token | sentence | paragraph")
@@ -116,6 +124,24 @@ def explain(
             "the letter, which suppresses what is unlike the unit too).",
         ),
     ] = None,
+    postprocessing: Annotated[
+        str | None,
+        typer.Option(
+            show_default="none, preset released: square",
+            help="What is done to every score before the ranking: none | absolute | square.",
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale the ranking's values to 0 to 1.")
+    ] = False,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
+            show_default=False,
+        ),
+    ] = None,
+    overlap: Overlap = "complete",
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
     dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or perturbations per pass.")] = "auto",
@@ -135,12 +161,22 @@ def explain(
 ) -> None:
     """Show which words of a text made a model give its answer."""
     check_outputs(save=save, html=html, plot=plot)
-    size = _batch_size(batch_size)
+    size = parse_batch_size(batch_size)
     if target and max_new_tokens is not None:
         raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
+    if contrast_target is not None and len(target or ()) > 1:
+        raise BadUsage("--contrast-target is beside one answer; give one --target, or none.")
     _check_settings(
-        preset=preset, mode=mode, rule=rule, dtype=dtype, method=method, granularity=granularity
+        preset=preset,
+        mode=mode,
+        rule=rule,
+        dtype=dtype,
+        method=method,
+        granularity=granularity,
+        postprocessing=postprocessing,
+        overlap=overlap,
     )
+    controls = [split_control(given) for given in control or ()]
     words = read_prompt(prompt, file, shipped=model is None)
     place = pick_device(device)
     # What libraries print belongs to the notes, never to the result.
@@ -155,15 +191,20 @@ def explain(
                 "preset": preset,
                 "factor": factor,
                 "mode": mode,
-                "similarity": _similarity(similarity),
+                "similarity": parse_similarity(similarity),
                 "rule": rule,
                 "method": method,
-                "budget": _budget(budget),
+                "budget": parse_budget(budget),
                 "steps": steps,
                 "batch_size": size,
             },
+            controls=controls,
+            overlap=overlap,
             progress=not quiet,
             granularity=granularity,
+            contrast_target=contrast_target,
+            postprocessing=postprocessing,
+            normalize=normalize,
             max_new_tokens=max_new_tokens,
         )
     write_files([explanation], html=html, plot=plot, save=save, quiet=quiet)
@@ -173,6 +214,7 @@ def explain(
 def _check_settings(**given: str | None) -> None:
     from .attention import MODES
     from .explain import GRANULARITIES, METHODS, PRESETS
+    from .reduction import Postprocessing
     from .suppression import RULES
 
     known = {
@@ -182,41 +224,12 @@ def _check_settings(**given: str | None) -> None:
         "dtype": DTYPES,
         "method": METHODS,
         "granularity": GRANULARITIES,
+        "postprocessing": get_args(Postprocessing),
+        "overlap": OVERLAPS,
     }
     for name, value in given.items():
         if value is not None:
             check_one_of(name, value, known[name])
-
-
-def _budget(text: str | None) -> float | int | None:
-    """A share or a number of runs; whether it fits the method is for the explainer to say."""
-    if text is None:
-        return None
-    try:
-        return int(text) if text.isdecimal() else float(text)
-    except ValueError as error:
-        raise BadUsage(
-            f"--budget must be a share such as 0.2, or a number of runs, got {text!r}."
-        ) from error
-
-
-def _similarity(text: str | None) -> float | bool | None:
-    if text is None or text in ("preset", "off"):
-        return None if text is None else text == "preset"
-    try:
-        return float(text)
-    except ValueError as error:
-        raise BadUsage(
-            f"--similarity must be a number in (0, 1], preset or off, got {text!r}."
-        ) from error
-
-
-def _batch_size(text: str) -> Any:
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise BadUsage(f"--batch-size must be auto or a number from 1 up, got {text!r}.")
-    return int(text)
 
 
 def _explain(
@@ -226,17 +239,22 @@ def _explain(
     targets: list[str],
     *,
     settings: dict[str, Any],
+    controls: Sequence[Written],
+    overlap: str,
     progress: bool,
-    granularity: Any,
-    max_new_tokens: int | None,
+    **asked: Any,
 ) -> Explanation:
+    from .capabilities import vocabulary_size
     from .explain import Explainer
+    from .tokens import encode_prompt
 
     with our_errors():
         explainer = Explainer(model, tokenizer, progress=progress, **settings)
-        given: dict[str, Any] = {"target": targets[0] if targets else None}
+        if controls:
+            text = encode_prompt(prompt, tokenizer, vocabulary_size(model)).text
+            asked["controls"] = [place_control(text, one, overlap) for one in controls]
         if len(targets) > 1:
-            given = {"targets": targets}
-        return explainer.explain(
-            prompt, granularity=granularity, max_new_tokens=max_new_tokens, **given
-        )
+            asked["targets"] = targets
+        elif targets:
+            asked["target"] = targets[0]
+        return explainer.explain(prompt, **asked)

@@ -6,18 +6,17 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_controls import OVERLAPS, WRITTEN, Overlap, place_control, split_control
 from .cli_shared import DTYPES, AsJson, Debug, check_one_of, our_errors, parse_indices, read_prompt
 from .loading import BadUsage, load_model, pick_device
 
 if TYPE_CHECKING:
-    from .controls import Control
     from .tokens import Tokens
 
 STEER = (
@@ -26,14 +25,9 @@ STEER = (
     "above 1 amplifies. The plain and the steered continuation stand side by side, with the "
     "probabilities of the next token. Without --model the shipped model reads; without a prompt, "
     "the shipped contract.\n\n"
-    "[bold]text:WORDS=FACTOR[/bold]  these words, which must occur once in the prompt; "
-    "text:WORDS#2=FACTOR takes the second place where they do. The factor stands behind the last "
-    "equals sign, so the words may hold others; write text:C#1#1=2 for the words 'C#1'.\n\n"
-    "[bold]token:7=FACTOR[/bold]  the token at position 7, from 0, special tokens included."
-)
+) + WRITTEN
 
 _NEW_TOKENS = 40
-_PLACE = re.compile(r"#(\d+)$")
 
 
 def steer(
@@ -61,13 +55,7 @@ def steer(
             show_default=False,
         ),
     ] = None,
-    overlap: Annotated[
-        str,
-        typer.Option(
-            help="What a token gets of which the words take in only a part (a space in front of "
-            "them counts): complete, the whole factor | partial, as much of it as the share."
-        ),
-    ] = "complete",
+    overlap: Overlap = "complete",
     similarity: Annotated[
         float | None,
         typer.Option(
@@ -107,14 +95,14 @@ def steer(
     # min_shift_full looks at future keys, so it cannot generate with a cache.
     check_one_of("mode", mode, [known for known in MODES if known != "min_shift_full"])
     check_one_of("dtype", dtype, DTYPES)
-    check_one_of("overlap", overlap, ("partial", "complete"))
+    check_one_of("overlap", overlap, OVERLAPS)
     if not control:
         raise BadUsage("give at least one --control, such as --control 'text:some words=0.1'.")
     if temperature is None and seed is not None:
         raise BadUsage("--seed is for sampling; give --temperature too.")
     if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
         raise BadUsage(f"--temperature must be above 0, got {temperature}.")
-    wanted = [_split(given) for given in control]
+    wanted = [split_control(given) for given in control]
     where = {"layers": parse_indices("layers", layers), "heads": parse_indices("heads", heads)}
     text = read_prompt(prompt, file, shipped=model is None)
     place = pick_device(device)
@@ -127,10 +115,7 @@ def steer(
             from .tokens import encode_prompt
 
             words = encode_prompt(text, tokenizer, vocabulary_size(reader))
-            controls = [
-                _control(words.text, *each, overlap, similarity)
-                for each in zip(control, wanted, strict=True)
-            ]
+            controls = [place_control(words.text, one, overlap, similarity) for one in wanted]
             generation = _generation(reader, tokenizer, len(words), max_new_tokens, temperature)
             result = compare(
                 reader,
@@ -165,54 +150,6 @@ def steer(
     }
     print(json.dumps(data, ensure_ascii=False, allow_nan=False))
     return None
-
-
-def _split(given: str) -> tuple[str, str, float]:
-    """What kind of control is meant, what it names and its factor; from ``kind:name=factor``."""
-    head, equals, number = given.rpartition("=")
-    kind, colon, name = head.partition(":")
-    if not equals or not colon or kind not in ("text", "token") or not name:
-        raise BadUsage(
-            f"--control must be text:WORDS=FACTOR or token:POSITION=FACTOR, got {given!r}."
-        )
-    try:
-        factor = float(number)
-    except ValueError as error:
-        raise BadUsage(
-            f"--control {given!r}: the factor behind the last = must be a number, got {number!r}."
-        ) from error
-    if not math.isfinite(factor) or factor < 0:
-        raise BadUsage(f"--control {given!r}: the factor must be at least 0, got {number}.")
-    if kind == "token" and not name.isdecimal():
-        raise BadUsage(f"--control {given!r}: the position must be a number from 0, got {name!r}.")
-    return kind, name, factor
-
-
-def _control(
-    text: str, given: str, wanted: tuple[str, str, float], overlap: Any, similarity: float | None
-) -> Control:
-    from .controls import TextControl, TokenControl
-
-    kind, name, factor = wanted
-    if kind == "token":
-        return TokenControl(int(name), factor, similarity=similarity)
-    number = _PLACE.search(name)
-    sought = name[: number.start()] if number else name
-    found = [at for at in range(len(text)) if sought and text.startswith(sought, at)]
-    if not found:
-        raise BadUsage(f"--control {given!r}: {sought!r} does not occur in the prompt.")
-    if number is None and len(found) > 1:
-        raise BadUsage(
-            f"--control {given!r}: {sought!r} occurs {len(found)} times in the prompt; say which, "
-            f"such as text:{sought}#1={factor:g}."
-        )
-    chosen = 1 if number is None else int(number[1])
-    if not 1 <= chosen <= len(found):
-        raise BadUsage(
-            f"--control {given!r}: {sought!r} occurs {len(found)} times in the prompt, so the "
-            f"number must be from 1 to {len(found)}."
-        )
-    return TextControl(found[chosen - 1], len(sought), factor, overlap, similarity=similarity)
 
 
 def _generation(

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_cli import PROMPT, check, folder, reader, run  # noqa: F401 - fixtures
 
-from atman_triton import TextControl, cli_steer, steer
+from atman_triton import TextControl, steer
+from atman_triton.cli_controls import place_control, split_control
 from atman_triton.demo import demo_prompt
 
 AMPLIFIED = "Extra hours bring $33.80 each."
@@ -95,8 +96,7 @@ def test_samples_are_drawn_alike(run, folder):  # noqa: F811
     ],
 )
 def test_how_a_control_is_written(given, start, length, factor):
-    wanted = cli_steer._split(given)
-    control = cli_steer._control(PROMPT, given, wanted, "partial", 0.5)
+    control = place_control(PROMPT, split_control(given), "partial", 0.5)
     assert control == TextControl(start, length, factor, "partial", similarity=0.5)
 
 
@@ -107,10 +107,10 @@ def test_words_may_hold_signs_that_controls_use():
         ("text:C#1#2=2", text.rindex("C#1"), 3),
         ("text:and C=2", 4, 5),
     ):
-        control = cli_steer._control(text, given, cli_steer._split(given), "complete", None)
+        control = place_control(text, split_control(given), "complete")
         assert control == TextControl(start, length, 2.0, "complete")
     # Places may overlap.
-    control = cli_steer._control("aaa", "", cli_steer._split("text:aa#2=2"), "complete", None)
+    control = place_control("aaa", split_control("text:aa#2=2"), "complete")
     assert control == TextControl(1, 2, 2.0, "complete")
 
 
