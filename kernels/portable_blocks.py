@@ -36,6 +36,8 @@ _SCORES_PER_BLOCK = 1 << 21
 _CAUSAL_ROWS = 64
 # Changed columns are gathered if there is one or less in so many, else all are manipulated.
 _COLUMNS_PER_CHANGE = 16
+# In calls with so few scores, as in decoding, looking for them takes longer than manipulating all.
+_SCORES_TO_SEARCH = 1 << 17
 
 
 def serves_blocks(*tensors: Tensor | None) -> bool:
@@ -93,7 +95,8 @@ def attention_blocks(
     buffer = query.new_empty(
         batch_rows * query_heads * query_rows * (key_tokens + extra), dtype=dtype
     )
-    factors = _Factors.of(key_factor, mode, key_heads, group, key_tokens, dtype)
+    search = batch * query_heads * query_tokens * key_tokens > _SCORES_TO_SEARCH
+    factors = _Factors.of(key_factor, mode, key_heads, group, key_tokens, dtype, search=search)
     no_dead_row = sinks is None and position_bias is None and visibility.always_some_key()
     find_peak = return_lse or not no_dead_row or (factors is not None and factors.removes_keys())
     limits_of: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
@@ -260,7 +263,7 @@ class _Factors:
     mode: str
     factor: Tensor  # [n, Hk|1, g|1, F], of the last F keys
     offset: int  # key of column 0
-    changed: Tensor  # [changes, 4]: indices into ``factor``, in order
+    changed: Tensor | None  # [changes, 4]: indices into ``factor``, in order; None: any may be
 
     @classmethod
     def of(
@@ -271,8 +274,10 @@ class _Factors:
         group: int,
         key_tokens: int,
         dtype: torch.dtype,
+        *,
+        search: bool,
     ) -> _Factors | None:
-        """From ``[B, F]`` or ``[B, Hq, F]``; ``None`` if all factors are 1."""
+        """From ``[B, F]`` or ``[B, Hq, F]``; ``None`` if a search finds all of them to be 1."""
         if key_factor is None:
             return None
         factor = key_factor.to(dtype)
@@ -280,8 +285,8 @@ class _Factors:
             factor = factor.unflatten(1, (key_heads, group))
         else:
             factor = factor[:, None, None]
-        changed = (factor != 1).nonzero()
-        if not len(changed):
+        changed = (factor != 1).nonzero() if search else None
+        if changed is not None and not len(changed):
             return None
         return cls(mode, factor, key_tokens - factor.shape[-1], changed)
 
@@ -290,7 +295,9 @@ class _Factors:
         return self.mode == "log_additive" and bool((self.factor <= 0).any())
 
     def batch_rows(self, first: int, last: int) -> _Factors | None:
-        """The same for some rows of the batch; ``None`` if their factors are 1."""
+        """The same for some rows of the batch; ``None`` if their factors are known to be 1."""
+        if self.changed is None:
+            return _Factors(self.mode, self.factor[first:last], self.offset, None)
         borders = torch.searchsorted(
             self.changed[:, 0].contiguous(), torch.tensor([first, last])
         ).tolist()
@@ -301,7 +308,8 @@ class _Factors:
 
     def between(self, low: int, high: int) -> _Changes | None:
         """The changes among keys ``low..high``, counted from ``low``; ``None`` if none."""
-        if len(self.changed) * _COLUMNS_PER_CHANGE > self.factor.numel():
+        changed = self.changed
+        if changed is None or len(changed) * _COLUMNS_PER_CHANGE > self.factor.numel():
             start = max(low, self.offset)
             if start >= high:
                 return None
@@ -309,8 +317,8 @@ class _Factors:
             columns = (*[slice(None)] * 4, slice(start - low, None))
             return _Changes(columns, factor, gathered=False)
         first, last = low - self.offset, high - self.offset
-        column = self.changed[:, 3]
-        changed = self.changed[(column >= first) & (column < last)]
+        column = changed[:, 3]
+        changed = changed[(column >= first) & (column < last)]
         if not len(changed):
             return None
         row, head, member, column = changed.unbind(1)

@@ -127,7 +127,9 @@ def call(tensors, features, **more):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_combinations_meet_the_tolerance_rule(seed):
+def test_combinations_meet_the_tolerance_rule(seed, monkeypatch):
+    if seed % 2:  # calls as small as these are never searched for changed columns otherwise
+        monkeypatch.setattr(portable_blocks, "_SCORES_TO_SEARCH", 0)
     tensors, features, return_lse, needs_grad, dtype = draw_case(seed)
 
     def cast(to):
