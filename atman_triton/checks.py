@@ -179,8 +179,7 @@ def check_documents(explanation: Explanation) -> None:
             continue
         document = e.documents[unit.document]
         before, after = e.text[unit.start : document.start], e.text[document.stop : unit.stop]
-        apart = unit.start >= document.stop or unit.stop <= document.start
-        if (apart and unit.start < unit.stop) or before.strip() or after.strip():
+        if before.strip() or after.strip():
             raise ValueError(
                 f"{name} must span characters of document {document.id!r}, within "
                 f"[{document.start}, {document.stop}], got {unit.start}:{unit.stop}."

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_explanation import small
 from toy_explanations import by_token, coarser, explain, explain_several, merge, sourced
@@ -122,6 +122,9 @@ def test_every_row_that_is_read_is_scaled_by_itself():
 
 @settings(deadline=None, max_examples=80)
 @given(st.lists(st.floats(width=32), min_size=1, max_size=6))
+@example([-INF, 1.0, INF, 3.0, NAN])
+@example([INF, INF])
+@example([2.0, 2.0])
 def test_scaling_keeps_order_and_what_is_missing(values):
     row = torch.tensor(values, dtype=torch.float64)
     scaled = normalized(row)
