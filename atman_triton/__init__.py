@@ -5,17 +5,21 @@ from .attention import attention
 from .controls import ImageControl, TextControl, TokenControl
 from .explain import Explainer
 from .explanation import Explanation, load
+from .granularity import Delimiter, Spans, TokenSpans
 from .integration import UnsupportedModelError, manipulate
 from .live import LiveToken, generate_explained
 from .steer import steer
 
 __all__ = [
+    "Delimiter",
     "Explainer",
     "Explanation",
     "ImageControl",
     "LiveToken",
+    "Spans",
     "TextControl",
     "TokenControl",
+    "TokenSpans",
     "UnsupportedModelError",
     "__version__",
     "attention",

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .arguments import plain
 from .capabilities import context_window, vocabulary_size
+from .chat import Span
 from .perturbations import RunFailed
 from .pieces import LeftOut
+from .placing import owners, passage
 from .tokens import Tokens, border, encode_target, tokens_of_ids
 
 END_OF_TEXT = "end of text, generated and not explained"
+BEHIND_SPAN = "behind target_span, not run"
 
 _NEW_TOKENS = 32  # how many are generated where there is room and nothing else is said
 
@@ -28,11 +31,13 @@ class Answers:
         tokens: Of each answer, its tokens.
         left_out: What the model wrote that is not explained.
         facts: How the answers came about, as JSON values.
+        context: So many tokens of the only answer are read, but not scored.
     """
 
     tokens: list[Tokens]
     left_out: list[LeftOut] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    context: int = 0
 
 
 def given_answers(
@@ -44,6 +49,7 @@ def given_answers(
     separator: str | None,
     *,
     alone: bool = False,
+    target_span: str | Span | None = None,
 ) -> Answers:
     """What the user gives.
 
@@ -55,21 +61,28 @@ def given_answers(
         targets: Each a str or token ids.
         separator: Text in front of each str; None is what ``border`` says.
         alone: Note one separator rather than a list of them.
-    Raises: ValueError: if a target is empty, unknown to the model or too long for it.
+        target_span: Of one target, the only passage that is scored (see ``limited``).
+    Raises: ValueError: if a target is empty, unknown to the model or too long for it, or the
+        passage is not there.
     """
     vocabulary = vocabulary_size(model)
     answers, separators = [], []
+    cut = Answers([])
     for target in targets:
         between = border(prompt, words, target) if separator is None else separator
         answer = encode_target(target, words, tokenizer, vocabulary, between)
         if isinstance(target, str):
             separators.append(between)
+        if target_span is not None:
+            skipped = len(between) if isinstance(target, str) else 0
+            cut = limited(answer, target_span, tokenizer, skipped)
+            answer = cut.tokens[0]
         check_length(model, len(words), len(answer), "the target's")
         answers.append(answer)
     facts: dict[str, Any] = {"target": "given"}
     if separators:
         facts["separator"] = separators[0] if alone else separators
-    return Answers(answers, facts=facts)
+    return Answers(answers, cut.left_out, facts | cut.facts, cut.context)
 
 
 def generated_answer(
@@ -78,6 +91,7 @@ def generated_answer(
     words: Tokens,
     max_new_tokens: int | None,
     generation_kwargs: dict[str, Any],
+    target_span: str | Span | None = None,
 ) -> Answers:
     """The model's own continuation, without its end-of-text token.
 
@@ -87,9 +101,11 @@ def generated_answer(
         words: The prompt.
         max_new_tokens: The most tokens; None is 32, or what the context window has room for.
         generation_kwargs: Passed on to ``model.generate``.
+        target_span: The only passage of it that is scored (see ``limited``).
     Raises:
         RunFailed: if it ends at once.
-        ValueError: if it might not fit into the context window, or is not one.
+        ValueError: if it might not fit into the context window, is not one, or the passage is not
+            in it.
     """
     if max_new_tokens is None:
         max_new_tokens = default_new_tokens(model, len(words))
@@ -97,7 +113,43 @@ def generated_answer(
     arguments = {"max_new_tokens": max_new_tokens} | generation_kwargs
     answer, end = _generate(model, tokenizer, words, arguments)
     given = {name: plain(value) for name, value in arguments.items()}
-    return Answers([answer], end, {"target": "generated", "generation": given})
+    facts = {"target": "generated", "generation": given}
+    if target_span is None:
+        return Answers([answer], end, facts)
+    cut = limited(answer, target_span, tokenizer)
+    return Answers(cut.tokens, cut.left_out + end, facts | cut.facts, cut.context)
+
+
+def limited(answer: Tokens, target_span: str | Span, tokenizer: Any, skipped: int = 0) -> Answers:
+    """An answer of which only the tokens of one passage are scored.
+
+    What comes before is context; what comes after is not run. A token belongs to the passage if it
+    touches it with more than whitespace.
+
+    Args:
+        answer: All of its tokens.
+        target_span: The passage itself, which must occur once, or ``(start, stop)``.
+        tokenizer: None if there are only ids.
+        skipped: Characters at the start of ``answer.text`` that do not count: the separator.
+    Raises: ValueError: if the passage is not there, or there is no text.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            "target_span needs text, but without a tokenizer the target is token ids; pass the "
+            "tokenizer, or end the prompt where the scored tokens begin."
+        )
+    place = passage("target_span", target_span, answer.text[skipped:], None, "the completion")
+    start, stop = place[0] + skipped, place[1] + skipped
+    inside = owners(answer.text, answer.spans, [(start, stop)])
+    rows = [row for row, owner in enumerate(inside) if owner is not None]
+    if not rows:
+        raise ValueError(f"target_span {target_span!r} holds no token: only whitespace.")
+    cut = answer.head(rows[-1] + 1)
+    left_out = []
+    if len(cut) < len(answer):
+        rest = answer.text[len(cut.text) :] or "".join(answer.names[len(cut) :])
+        left_out = [LeftOut(rest, (), BEHIND_SPAN)]
+    return Answers([cut], left_out, {"target_span": list(place)}, rows[0])
 
 
 def contrasted(

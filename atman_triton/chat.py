@@ -6,10 +6,29 @@ Legend: a span is ``(start, stop)`` in characters of the rendered text, ``stop``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Span = tuple[int, int]
 Messages = Sequence[Mapping[str, Any]]
+
+
+class Content(NamedTuple):
+    """Where the content of a message stands, or one part of it.
+
+    Args:
+        start: First character of the rendered text.
+        stop: One past the last one.
+        message: Which message it belongs to, from 0.
+    """
+
+    start: int
+    stop: int
+    message: int
+
+
+def is_chat(prompt: Any) -> bool:
+    """Whether a prompt is chat messages."""
+    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def render_chat(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
@@ -29,15 +48,18 @@ def render_chat(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
             f"{type(tokenizer).__name__} has no chat template; set tokenizer.chat_template or "
             "pass the prompt as a str."
         )
-    contents = _contents(messages)
+    contents = contents_of(messages)
     if not any(contents):
         raise ValueError("prompt must not be empty: no message has any content.")
     rendered = _render(messages, tokenizer)
     return rendered, _content_spans(messages, contents, rendered, tokenizer)
 
 
-def _contents(messages: Messages) -> list[str]:
-    """The text of every message, part by part."""
+def contents_of(messages: Messages) -> list[str]:
+    """The text of every message, part by part.
+
+    Raises: TypeError, ValueError: if a message is malformed or holds anything but text.
+    """
     contents = []
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -56,9 +78,18 @@ def _contents(messages: Messages) -> list[str]:
     return contents
 
 
-def _replaced(messages: Messages, texts: Iterator[str]) -> list[dict[str, Any]]:
+def message_numbers(messages: Messages) -> list[int]:
+    """Of every part of every content, which message it belongs to."""
+    return [
+        index
+        for index, message in enumerate(messages)
+        for _ in ([0] if isinstance(message["content"], str) else message["content"])
+    ]
+
+
+def replaced(messages: Messages, texts: Iterator[str]) -> list[dict[str, Any]]:
     """The same messages with other contents, in order."""
-    replaced = []
+    others = []
     for message in messages:
         content = message["content"]
         if isinstance(content, str):
@@ -68,8 +99,8 @@ def _replaced(messages: Messages, texts: Iterator[str]) -> list[dict[str, Any]]:
                 {**part, "text": next(texts)} if isinstance(part, Mapping) else next(texts)
                 for part in content
             ]
-        replaced.append({**message, "content": new})
-    return replaced
+        others.append({**message, "content": new})
+    return others
 
 
 def _render(messages: Messages, tokenizer: Any) -> str:
@@ -92,7 +123,7 @@ def _content_spans(
     template writes, so that a content which equals a role's name is not taken for it.
     """
     marks = [f"\ue000{index}\ue001" for index in range(len(contents))]
-    frame = _render(_replaced(messages, iter(marks)), tokenizer)
+    frame = _render(replaced(messages, iter(marks)), tokenizer)
     spans: list[Span] = []
     position, rest = 0, frame
     for mark, content in zip(marks, contents, strict=True):

@@ -70,7 +70,7 @@ def explain(
         str | None, typer.Option(help="Why the answer, rather than this one?", show_default=False)
     ] = None,
     granularity: Annotated[
-        str, typer.Option(help="What one unit is: token | sentence | paragraph")
+        str, typer.Option(help="What one unit is: token | word | sentence | paragraph | auto")
     ] = "token",
     method: Annotated[
         str | None,
@@ -213,7 +213,8 @@ def explain(
 
 def _check_settings(**given: str | None) -> None:
     from .attention import MODES
-    from .explain import GRANULARITIES, METHODS, PRESETS
+    from .explain import METHODS, PRESETS
+    from .granularity import GRANULARITIES
     from .reduction import Postprocessing
     from .suppression import RULES
 

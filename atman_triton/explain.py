@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ._version import __version__
 from .answers import contrasted, generated_answer, given_answers
 from .arguments import (
     check_contrast,
     check_generation,
     check_one_of,
-    check_sequence,
     checked_batch_size,
     checked_budget,
     checked_factor,
@@ -29,8 +24,15 @@ from .arguments import (
 from .attention import BACKENDS, MODES
 from .capabilities import check_causal, vocabulary_size
 from .controls import Control, plain_control
-from .engine import Engine, Record, Settings, undisturbed
+from .documents import checked_documents, filled, located
+from .engine import Engine, Settings, undisturbed
 from .explanation import Explanation, LeftOut
+from .granularity import (
+    Granularity,
+    checked_granularity,
+    checked_max_units,
+    described,
+)
 from .methods import (
     DEFAULT_STEPS,
     GRADIENT_METHODS,
@@ -40,31 +42,19 @@ from .methods import (
     measure,
     with_neighbours,
 )
+from .parts import TARGET_GRANULARITIES, TargetGranularity
+from .placing import checked_span
 from .presets import PRESETS
 from .progress import token_progress
+from .provenance import provenance
 from .raw_scores import negative_share
 from .reduction import Postprocessing, Reduction
+from .selection import checked_explain_only
 from .stacks import find_stack
 from .steer import under_controls
 from .suppression import Rule
-from .tokens import encode_prompt
-from .units import Layout, lay_out, token_spans
-
-EFFECTS = {
-    "exact": "total effect: each unit was suppressed in every row of every layer",
-    "direct": "direct effect: each unit was suppressed only in the rows that predict the target, "
-    "so what reached the answer through other tokens is not counted",
-    "hybrid": "total effect of the most promising units, direct effect of the others",
-    "hierarchical": "total effect of the tokens of the most promising pieces; of the other pieces "
-    "the direct effect, or the total one where runs were left",
-    "path": "share in suppressing all units together: gradients, summed on the way there",
-    "score_gradient": "first-order estimate of suppressing all units together, from the gradient "
-    "with nothing suppressed: usually a poor one",
-}
-"""What the scores of each method are."""
-
-Granularity = Literal["token", "sentence", "paragraph"]
-GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+from .tokens import Span, encode_prompt
+from .units import Layout, lay_out, token_places
 
 
 class Reading(NamedTuple):
@@ -220,11 +210,15 @@ class Explainer:
         self,
         prompt: Any,
         target: Any = None,
-        granularity: Granularity = "token",
+        granularity: Granularity | Sequence[Span] = "token",
         *,
         targets: Sequence[Any] | None = None,
         contrast_target: Any = None,
-        explain_only: Sequence[int] | None = None,
+        target_granularity: TargetGranularity = "complete",
+        target_span: str | Span | None = None,
+        documents: Sequence[str | Mapping[str, str]] | None = None,
+        explain_only: str | Span | Sequence[int] | Sequence[str | Span] | None = None,
+        max_units: int | None = None,
         controls: Sequence[Control] | None = None,
         reduction: Reduction = "mean",
         postprocessing: Postprocessing | None = None,
@@ -246,9 +240,21 @@ class Explainer:
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
                 end-of-text token.
-            granularity: What one unit is: ``token``, ``sentence`` or ``paragraph``. Sentences end
-                as Unicode says (in any script), paragraphs at blank lines, or at line ends in a
-                text without any.
+            granularity: What one unit is. A unit is made of whole tokens, so it carries whitespace
+                as they do, and a token that stands on both sides of a border goes where most of it
+                is. No unit reaches over a token that is left out, or out of a message, a document
+                or a passage of ``explain_only``.
+
+                - ``token``, ``word``, ``sentence``, ``paragraph``: words and sentences end as
+                  Unicode says, in any script, paragraphs at blank lines, or at line ends in a text
+                  without any. Punctuation belongs to its word.
+                - ``turn``: a chat message; ``document``: one of ``documents``.
+                - ``Delimiter("###")``: what ends with a delimiter, a text or regular expression.
+                - ``Spans([(start, stop), ...])``, in characters of the prompt (a list alone means
+                  the same), or ``TokenSpans``: only these are units.
+                - ``auto``: of token, word, sentence and paragraph what gives the number of units
+                  of the prompt closest to ``max_units``. Where even paragraphs are more, neighbours
+                  are joined until they are not. ``provenance["level"]`` says what was chosen.
             targets: Several answers instead of one, each explained as if it alone followed the
                 prompt, for little more than the price of one: answers of one token (class names)
                 are read off the same softmax, longer ones go through the model side by side.
@@ -257,8 +263,22 @@ class Explainer:
             contrast_target: Why the target rather than this one, str | token ids: both are scored
                 in one pass, and ``relevance`` is what a unit of the prompt does for the target
                 minus what it does for this one. ``Explanation.relevances`` has either by itself.
-            explain_only: Indices of the units to explain, counted as an explanation without this
-                argument counts them; None is all.
+            target_granularity: What the answer is read in, ``Explanation.parts``: ``complete``,
+                ``token``, ``word`` or ``sentence``. The scores are the same.
+            target_span: The only passage of one answer to score: as text that occurs in it once,
+                or ``(start, stop)`` in its characters, of a str target without the separator. What
+                comes before is read (its tokens can be units), what comes after is not run.
+            documents: Texts that the answer may rest on, each a str or ``{"id": ..., "text": ...}``
+                (an id is the document's number if none is given). They are put, with blank lines
+                between them, where the prompt (a str, or the content of a message) says
+                ``{documents}``; in a prompt without that, each must stand as it is, in this order.
+                Only they are explained, unless ``explain_only`` says otherwise, and
+                ``Unit.document`` and ``Explanation.sources()`` say what came from which.
+            explain_only: The part of the prompt to explain; None is all that the user wrote. A
+                passage as text that occurs once, or ``(start, stop)`` in characters of the prompt;
+                several of these in a list; or a list of unit indices, counted as an explanation
+                without this argument counts them. ``left_out`` lists the rest.
+            max_units: About how many units ``auto`` aims at; None is 30.
             controls: ``TextControl``, ``TokenControl``: what the explained model says while they
                 act on the prompt, in every layer and head, with the explainer's mode; a target is
                 generated under them too. Characters count in the prompt as it is read (the text
@@ -285,26 +305,39 @@ class Explainer:
             torch.OutOfMemoryError: if not even one perturbation fits in memory.
         Source: AtMan, Eq. 2 and 3.
         """
-        check_one_of("granularity", granularity, GRANULARITIES)
+        granularity = checked_granularity(granularity)
+        units_wanted = checked_max_units(max_units, granularity)
+        check_one_of("target_granularity", target_granularity, TARGET_GRANULARITIES)
         check_one_of("reduction", reduction, get_args(Reduction))
         if postprocessing is None:
             postprocessing = PRESETS[self.preset].postprocessing
         check_one_of("postprocessing", postprocessing, get_args(Postprocessing))
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize must be True or False, got {normalize!r}.")
-        check_sequence("explain_only", explain_only)
+        checked_explain_only(explain_only)
+        sources = checked_documents(documents)
+        if target_span is not None and not isinstance(target_span, str):
+            target_span = checked_span("target_span", target_span)
         if separator is not None and not isinstance(separator, str):
             raise TypeError(f"separator must be a str or None, got {separator!r}.")
         several = checked_targets(target, targets)
         check_contrast(contrast_target, targets)
+        if target_span is not None and (targets is not None or contrast_target is not None):
+            raise TypeError(
+                "target_span is of one answer; give target, without targets and contrast_target."
+            )
         check_generation(several, max_new_tokens, generation_kwargs)
         if self.method == "hierarchical" and granularity != "token":
             raise ValueError(
                 f"method='hierarchical' chooses the size of units itself, got "
-                f"granularity={granularity!r}; leave it out."
+                f"granularity={described(granularity)!r}; leave it out."
             )
         vocabulary = vocabulary_size(self.model)
-        words = encode_prompt(prompt, self.tokenizer, vocabulary)
+        if sources and self.tokenizer is None:
+            raise ValueError("documents need text; pass the tokenizer.")
+        whole = filled(prompt, sources)
+        words = encode_prompt(whole.prompt, self.tokenizer, vocabulary)
+        placed = located(sources, whole, words)
         mode, backend = self.settings.mode, self.settings.backend
         with (
             undisturbed(self.model),
@@ -312,21 +345,33 @@ class Explainer:
         ):
             if several is None:
                 answers = generated_answer(
-                    self.model, self.tokenizer, words, max_new_tokens, generation_kwargs
+                    self.model,
+                    self.tokenizer,
+                    words,
+                    max_new_tokens,
+                    generation_kwargs,
+                    target_span,
                 )
             else:
                 answers = given_answers(
                     self.model,
                     self.tokenizer,
-                    prompt,
+                    whole.prompt,
                     words,
                     several,
                     separator,
                     alone=targets is None,
+                    target_span=target_span,
                 )
             if contrast_target is not None:
                 answers = contrasted(
-                    self.model, self.tokenizer, prompt, words, answers, contrast_target, separator
+                    self.model,
+                    self.tokenizer,
+                    whole.prompt,
+                    words,
+                    answers,
+                    contrast_target,
+                    separator,
                 )
             facts = answers.facts | {"controls": [plain_control(one) for one in acting]}
             layout = lay_out(
@@ -335,7 +380,13 @@ class Explainer:
                 granularity,
                 explain_only,
                 is_text=self.tokenizer is not None,
+                documents=placed,
+                context=answers.context,
+                max_units=units_wanted,
+                target_granularity=target_granularity,
             )
+            if granularity == "auto":
+                facts |= {"max_units": units_wanted, "level": described(layout.granularity)}
             with token_progress("Explaining", self.progress) as bar:
                 engine = Engine(
                     self.model,
@@ -361,8 +412,8 @@ class Explainer:
                     self.steps or DEFAULT_STEPS,
                 )
             if self.settings.similarity is not None:
-                spans = token_spans(words, answers.tokens)
-                outcome = with_neighbours(outcome, engine, spans)
+                places = token_places(words, answers.tokens, answers.context)
+                outcome = with_neighbours(outcome, engine, places)
                 counts = [len(unit.neighbours) for unit in outcome.units]
                 facts["mean_neighbours"] = sum(counts) / len(counts)
             if self.settings.mode == "multiplicative":
@@ -379,7 +430,8 @@ class Explainer:
             engine.base_logprobs,
             Reading(reduction, postprocessing, normalize, contrast_target is not None),
             layout.left_out + answers.left_out,
-            self._provenance(method, engine.record, granularity, len(layout.prompt_ids)) | facts,
+            provenance(self, method, engine.record, described(granularity), len(layout.prompt_ids))
+            | facts,
         )
 
     def _explanation(
@@ -389,12 +441,12 @@ class Explainer:
         base_logprobs: Tensor,
         reading: Reading,
         left_out: list[LeftOut],
-        provenance: dict[str, Any],
+        facts: dict[str, Any],
     ) -> Explanation:
         coarse = None
         if outcome.coarse is not None:
             coarse = self._explanation(
-                layout, outcome.coarse, base_logprobs, reading, left_out, provenance
+                layout, outcome.coarse, base_logprobs, reading, left_out, facts
             )
         return Explanation(
             text=layout.text,
@@ -404,58 +456,12 @@ class Explainer:
             base_logprobs=base_logprobs,
             suppressed_logprobs=outcome.suppressed_logprobs,
             left_out=left_out,
-            provenance=provenance,
+            provenance=facts,
             target_stops=layout.target_stops,
-            method=provenance["method"],
+            method=facts["method"],
             coarse=coarse,
             together_logprobs=outcome.together_logprobs,
             **reading._asdict(),
+            documents=layout.documents,
+            parts=layout.parts,
         )
-
-    def _provenance(
-        self, method: Method, record: Record, granularity: str, prompt_tokens: int
-    ) -> dict[str, Any]:
-        """How the numbers came about, as JSON values."""
-        model, settings = self.model, self.settings
-        ignored = settings.similarity is not None and settings.rule == "paper"
-        parameter = next(model.parameters())
-        versions = {"atman_triton": __version__, "python": platform.python_version()}
-        for package in ("torch", "transformers", "triton"):
-            try:
-                versions[package] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        return {
-            "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-            "model_class": type(model).__name__,
-            "preset": self.preset,
-            "mode": settings.mode,
-            "factor": None if ignored else settings.factor,
-            "similarity": settings.similarity,
-            "rule": None if settings.similarity is None else settings.rule,
-            "method": method,
-            "effect": EFFECTS[method],
-            "budget": self.budget,
-            "steps": self.steps,
-            "layers": settings.layers,
-            "heads": settings.heads,
-            "backend": settings.backend,
-            "granularity": granularity,
-            "runs": sum(record.batch_sizes),
-            "exact_runs": record.runs["total"],
-            "direct_runs": record.runs["direct"],
-            "backward_runs": record.backward_runs,
-            "forwards": record.tokens / prompt_tokens,
-            "runner": " + ".join(sorted(set(record.runners))),
-            "runner_reasons": record.reasons,
-            "wasted_share": record.wasted,
-            "prefix_bytes": record.prefix_bytes,
-            "activations": record.activations,
-            "batch_sizes": record.batch_sizes,
-            "logits": record.logits,
-            "seconds": record.seconds,
-            "device": str(parameter.device),
-            "dtype": str(parameter.dtype).removeprefix("torch."),
-            "versions": versions,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }

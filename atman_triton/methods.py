@@ -25,8 +25,7 @@ from torch import Tensor
 from .engine import Engine, Near
 from .engine import Unit as Perturbation
 from .pieces import Effect, Neighbour, Unit
-from .tokens import Span
-from .units import Layout, coarsest, divided
+from .units import Layout, TokenPlace, coarsest, divided
 
 Method = Literal["exact", "direct", "hybrid", "hierarchical", "path", "score_gradient"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -92,20 +91,22 @@ def measure(
 
 
 def with_neighbours(
-    outcome: Outcome, engine: Engine, spans: Mapping[tuple[int | None, int], Span | None]
+    outcome: Outcome, engine: Engine, places: Mapping[tuple[int | None, int], TokenPlace]
 ) -> Outcome:
     """The same units, each with the tokens that were suppressed along with it.
 
     Args:
-        spans: Characters of each token, by target (None in the prompt) and position.
+        places: Where each token stands, by what the engine calls it: target (None in its prompt)
+            and position.
     """
     known: dict[Near, Neighbour] = {}  # the same for many units where words come again
 
     def neighbour(near: Near) -> Neighbour:
         if near not in known:
-            start, stop = spans[near.branch, near.position] or (None, None)
+            place = places[near.branch, near.position]
+            start, stop = place.span or (None, None)
             known[near] = Neighbour(
-                near.position, near.factor, near.similarity, start, stop, near.branch
+                near.position, near.factor, near.similarity, start, stop, place.branch
             )
         return known[near]
 
@@ -113,7 +114,7 @@ def with_neighbours(
         replace(unit, neighbours=tuple(map(neighbour, engine.neighbours(perturbation(unit)))))
         for unit in outcome.units
     ]
-    coarse = outcome.coarse and with_neighbours(outcome.coarse, engine, spans)
+    coarse = outcome.coarse and with_neighbours(outcome.coarse, engine, places)
     return replace(outcome, units=units, coarse=coarse)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .chat import Span, find_contents, render_chat
+from .chat import Content, Span, find_contents, is_chat, message_numbers, render_chat
+from .placing import owners
 
 SPECIAL = "special token"
 TEMPLATE = "chat template"
@@ -40,6 +41,7 @@ class Tokens:
         spans: Each token's characters of ``text``; None where it has no place there.
         names: Each token as text, also where it has no place in ``text``.
         reasons: Why a token is left out of an explanation; None for the user's own content.
+        contents: Of chat messages, where their contents stand in ``text``; else empty.
     """
 
     ids: list[int]
@@ -47,9 +49,21 @@ class Tokens:
     spans: list[Span | None]
     names: list[str]
     reasons: list[str | None]
+    contents: list[Content] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def head(self, count: int) -> Tokens:
+        """The first so many tokens, at least one."""
+        stop = max((span[1] for span in self.spans[:count] if span is not None), default=0)
+        return Tokens(
+            self.ids[:count],
+            self.text[:stop],
+            self.spans[:count],
+            self.names[:count],
+            self.reasons[:count],
+        )
 
 
 def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
@@ -77,7 +91,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
         tokens = _encode_text(prompt, tokenizer, special_tokens=True)
         _check_vocabulary("prompt", tokens.ids, vocabulary)
         return tokens
-    if _is_chat(prompt):
+    if is_chat(prompt):
         _require_tokenizer(tokenizer, "chat messages")
         tokens = _encode_chat(prompt, tokenizer)
         _check_vocabulary("prompt", tokens.ids, vocabulary)
@@ -135,7 +149,7 @@ def border(prompt: Any, words: Tokens, target: Any) -> str:
         target: str | token ids.
     """
     text = prompt if isinstance(prompt, str) else words.text
-    fixed = not isinstance(prompt, str) and (_is_chat(prompt) or words.reasons[-1] == SPECIAL)
+    fixed = not isinstance(prompt, str) and (is_chat(prompt) or words.reasons[-1] == SPECIAL)
     if fixed or not (isinstance(target, str) and text and target):
         return ""
     left, right = text[-1], target[0]
@@ -167,10 +181,6 @@ def tokens_of_ids(ids: list[int], tokenizer: Any, after: Tokens | None = None) -
         return Tokens(ids, text, spans, pieces, [None] * len(ids))
     text, spans = _decoded_spans(ids, tokenizer, [] if after is None else after.ids)
     return _describe(text, ids, spans, tokenizer)
-
-
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 # --- text → ids ---------------------------------------------------------------------------------
@@ -283,14 +293,17 @@ def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Token
     tokens = _encode_text(rendered, tokenizer, special_tokens=False)
     if tokens.text != rendered:  # a slow tokenizer, whose text is what its tokens decode to
         contents = find_contents([rendered[start:stop] for start, stop in contents], tokens.text)
-    reasons = list(tokens.reasons)
-    for index, span in enumerate(tokens.spans):
-        own = span is not None and any(
-            span[0] < stop and start < span[1] for start, stop in contents
+    reasons = [
+        TEMPLATE if why is None and owner is None else why
+        for why, owner in zip(
+            tokens.reasons, owners(tokens.text, tokens.spans, contents), strict=True
         )
-        if not own and reasons[index] is None:
-            reasons[index] = TEMPLATE
-    return Tokens(tokens.ids, tokens.text, tokens.spans, tokens.names, reasons)
+    ]
+    own = [
+        Content(start, stop, message)
+        for (start, stop), message in zip(contents, message_numbers(messages), strict=True)
+    ]
+    return Tokens(tokens.ids, tokens.text, tokens.spans, tokens.names, reasons, own)
 
 
 def spans_of_encoding(encoding: Any) -> list[Span | None]:

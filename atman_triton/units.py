@@ -5,20 +5,22 @@ Legend: K targets; positions are those of a token in the prompt followed by its 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
 
-from .pieces import LeftOut, Level, Target, Unit
-from .segments import paragraphs, sentences
-from .tokens import Span, Tokens
+from .chat import Span
+from .granularity import MAX_UNITS, Granularity, TokenSpans, described
+from .grouping import automatic, chunked, joined, placed, units_of
+from .parts import TargetGranularity, target_parts
+from .pieces import Document, LeftOut, Target, TargetPart, Unit
+from .selection import NOT_ASKED_FOR, checked_explain_only, select
+from .tokens import Tokens
 
-NOT_ASKED_FOR = "not in explain_only"
 TOO_LATE = "no scored token comes after it"
 
 _CHUNKS = (64, 8)  # tokens; how ids without a text are divided, and text without structure
-_SEGMENTS = {"paragraph": paragraphs, "sentence": sentences}
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Layout:
     """A prompt and its targets as the model reads them.
 
     Args:
-        prompt_ids: The prompt's tokens.
-        target_ids: Of each target, its tokens.
+        prompt_ids: The prompt's tokens, and those of the answer in front of its scored ones.
+        target_ids: Of each target, its scored tokens.
         text: Prompt text followed by the text of each target.
         prompt_stop: Character of ``text`` where the first target starts.
         target_stops: Characters where the targets end.
@@ -35,7 +37,11 @@ class Layout:
         targets: What is scored, one target after the other.
         left_out: What the model reads besides the units.
         tokens: The tokens that units are made of, each as a unit of its own.
+        regions: Spans of ``text`` that units are made of, ascending; none reaches over two.
         is_text: Whether ``text`` is what was written, rather than a list of ids.
+        granularity: How large the units are; of ``auto``, what was chosen.
+        documents: Sources in the prompt.
+        parts: What the targets are read in; empty for whole ones.
     """
 
     prompt_ids: list[int]
@@ -47,104 +53,166 @@ class Layout:
     targets: list[Target]
     left_out: list[LeftOut]
     tokens: list[Unit]
+    regions: list[Span]
     is_text: bool
+    granularity: Granularity
+    documents: list[Document]
+    parts: list[TargetPart]
 
 
 def lay_out(
     prompt: Tokens,
     targets: Sequence[Tokens],
-    level: Level = "token",
-    explain_only: Sequence[int] | None = None,
+    granularity: Granularity = "token",
+    explain_only: Sequence[Any] | None = None,
     *,
     is_text: bool = True,
+    documents: Sequence[Document] = (),
+    context: int = 0,
+    max_units: int = MAX_UNITS,
+    target_granularity: TargetGranularity = "complete",
 ) -> Layout:
     """The user's own tokens in front of each target's last one make the units.
+
+    A unit consists of whole tokens that follow each other, all of the prompt or all of one target;
+    it reaches over no token that is left out, and over no border of a message, a document or a
+    passage of ``explain_only``. ``placing.owners`` says where a token belongs that stands on both
+    sides of a border.
 
     Args:
         prompt: The prompt's tokens.
         targets: Each target's tokens, spans counted from the target's start.
-        level: How large a unit is: ``token``, ``sentence`` or ``paragraph``.
-        explain_only: Indices of the units to keep, counted without this argument; None keeps all.
+        granularity: How large a unit is. ``auto`` takes of token, word, sentence and paragraph what
+            gives the number of units of the prompt closest to ``max_units``, the finer of equals.
+            Only where paragraphs are more than that (without text, tokens), neighbours are joined,
+            so that about as many tokens stand in each of at most ``max_units`` units; never across
+            a border.
+        explain_only: Passages of the prompt, or indices of the units to keep, counted without
+            this argument; None keeps all (see ``selection.checked_explain_only``).
         is_text: Whether spans refer to written text; without it there are only tokens.
+        documents: Sources in the prompt; without ``explain_only``, nothing else is explained.
+        context: So many tokens of the only target are read, but not scored.
+        max_units: Of ``auto``.
+        target_granularity: What the targets are read in.
     Raises:
-        TypeError: if ``explain_only`` holds anything but integers.
-        ValueError: if it is empty or out of range, if no token can be a unit, or if units larger
-            than a token are asked of ids without a text.
+        TypeError: if ``explain_only`` holds neither passages nor integers.
+        ValueError: if it is empty or out of range, if no token can be a unit, or if the
+            granularity needs a text, messages or documents that are not there.
     """
-    if level != "token" and not is_text:
-        raise ValueError(
-            f"granularity={level!r} needs text, but without a tokenizer the prompt is token ids; "
-            "pass the tokenizer, or take granularity='token'."
-        )
+    sources = [(document.start, document.stop) for document in documents]
+    _check(granularity, prompt, sources, is_text)
+    passages, indices = _asked(explain_only)
+    selection = select(prompt, granularity, sources, passages, is_text=is_text)
+    prompt = replace(prompt, reasons=selection.reasons)
+    if selection.answer is not None:
+        targets = [
+            replace(each, reasons=[why or selection.answer for why in each.reasons])
+            for each in targets
+        ]
     text, starts = prompt.text, []
     for target in targets:
         starts.append(len(text))
         text += target.text
     stops = [*starts[1:], len(text)]
-    tokens = _token_units(prompt, 0, None, len(prompt))
+    tokens = _token_units(prompt, 0, None, len(prompt), selection.documents)
     scored: list[Target] = []
     left_out = _left_out(prompt, 0, None, len(prompt))
     for branch, (target, start) in enumerate(zip(targets, starts, strict=True)):
-        tokens += _token_units(target, start, branch, len(prompt))
+        tokens += _token_units(target, start, branch, len(prompt), context=context)
         left_out += _left_out(target, start, branch, len(prompt))
-        for index, token_id in enumerate(target.ids):
-            span = _moved(target.spans[index], start)
-            place = (None, None) if span is None else span
+        for index in range(context, len(target)):
+            place = _moved(target.spans[index], start) or (None, None)
             token = len(prompt) + index
-            scored.append(Target(target.names[index], token, token_id, *place, branch))
+            scored.append(Target(target.names[index], token, target.ids[index], *place, branch))
     if not tokens:
         raise ValueError("prompt has nothing to explain: all of its tokens are special tokens.")
-    units = tokens if level == "token" else _grouped(tokens, text, [0, *starts, len(text)], level)
+    layout = Layout(
+        prompt_ids=prompt.ids + (targets[0].ids[:context] if context else []),
+        target_ids=[target.ids[context:] for target in targets],
+        text=text,
+        prompt_stop=len(prompt.text),
+        target_stops=stops,
+        units=[],
+        targets=[placed(target) for target in scored],
+        left_out=[],
+        tokens=tokens,
+        regions=[*selection.regions, *zip(starts, stops, strict=True)],
+        is_text=is_text,
+        granularity=granularity,
+        documents=list(documents),
+        parts=[],
+    )
+    if context or target_granularity != "complete":
+        layout.parts.extend(_parts(layout, target_granularity))
+    if granularity == "auto":
+        granularity, units = automatic(tokens, text, layout.regions, max_units, is_text=is_text)
+    else:
+        units = units_of(tokens, text, layout.regions, granularity)
     kept, late = [], []
     for unit in units:
         reached = unit.branch is None or max(unit.tokens) < _last(len(prompt), targets, unit)
         (kept if reached else late).append(unit)
     if not kept:
         raise ValueError("prompt has nothing to explain: no token of its own is scored after it.")
-    chosen = _chosen(kept, explain_only)
+    chosen = _chosen(kept, indices)
     remaining = {id(unit) for unit in chosen}
-    left_out += [LeftOut(u.text, u.tokens, TOO_LATE, u.branch) for u in late]
+    left_out += [LeftOut(u.text, u.tokens, TOO_LATE, _branch(u)) for u in late]
     left_out += _merged([u for u in kept if id(u) not in remaining], text)
     left_out.sort(key=lambda piece: (-1 if piece.branch is None else piece.branch, piece.tokens))
-    return Layout(
-        prompt_ids=prompt.ids,
-        target_ids=[target.ids for target in targets],
-        text=text,
-        prompt_stop=len(prompt.text),
-        target_stops=stops,
-        units=chosen,
-        targets=scored,
+    if granularity == "token":
+        own = {(unit.branch, unit.tokens) for unit in chosen}
+        tokens = [token for token in tokens if (token.branch, token.tokens) in own]
+    return replace(
+        layout,
+        units=[placed(unit) for unit in chosen],
         left_out=left_out,
-        tokens=chosen if level == "token" else tokens,
-        is_text=is_text,
+        tokens=tokens,
+        granularity=granularity,
     )
 
 
-def token_spans(
-    prompt: Tokens, targets: Sequence[Tokens]
-) -> dict[tuple[int | None, int], Span | None]:
-    """Characters of every token that is read, by its target (None in the prompt) and position."""
-    spans: dict[tuple[int | None, int], Span | None] = {}
+class TokenPlace(NamedTuple):
+    """Where a token stands.
+
+    Args:
+        span: Its characters of the text; None where it has no place there.
+        branch: The target that it belongs to; None in the prompt.
+    """
+
+    span: Span | None
+    branch: int | None
+
+
+def token_places(
+    prompt: Tokens, targets: Sequence[Tokens], context: int = 0
+) -> dict[tuple[int | None, int], TokenPlace]:
+    """Of every token, by what the engine calls it: target (None in its prompt) and position.
+
+    Args:
+        context: So many tokens of the only target are part of the engine's prompt.
+    """
+    places = {}
     start = 0
-    for branch, tokens in enumerate([prompt, *targets], -1):
-        first = 0 if branch < 0 else len(prompt)
+    for number, tokens in enumerate([prompt, *targets], -1):
+        branch = None if number < 0 else number
+        first = 0 if branch is None else len(prompt)
         for index, span in enumerate(tokens.spans):
-            spans[None if branch < 0 else branch, first + index] = _moved(span, start)
+            called = None if index < context else branch
+            places[called, first + index] = TokenPlace(_moved(span, start), branch)
         start += len(tokens.text)
-    return spans
+    return places
 
 
 def coarsest(layout: Layout) -> list[Unit]:
     """The largest pieces that divide the prompt; the targets' tokens stay single."""
-    prompt = [unit for unit in layout.tokens if unit.branch is None]
-    target = [unit for unit in layout.tokens if unit.branch is not None]
-    levels: tuple[Level, ...] = ("paragraph", "sentence") if layout.is_text else ()
+    prompt = [token for token in layout.tokens if token.part == "prompt"]
+    target = [placed(token) for token in layout.tokens if token.part == "target"]
+    levels: tuple[Granularity, ...] = ("paragraph", "sentence") if layout.is_text else ()
     for level in levels:
-        edges = [0, layout.prompt_stop]
-        found = _grouped(prompt, layout.text, edges, level)
+        found = units_of(prompt, layout.text, layout.regions, level)
         if len(found) > 1:
             return found + target
-    return _chunked(prompt, layout.text, _CHUNKS) + target
+    return chunked(prompt, layout.text, _CHUNKS) + target
 
 
 def divided(unit: Unit, layout: Layout) -> list[Unit]:
@@ -155,13 +223,52 @@ def divided(unit: Unit, layout: Layout) -> list[Unit]:
     own = set(unit.tokens)
     tokens = [t for t in layout.tokens if t.branch == unit.branch and t.tokens[0] in own]
     if unit.level == "paragraph":
-        sentence = _grouped(tokens, layout.text, [0, layout.prompt_stop], "sentence")
+        sentence = units_of(tokens, layout.text, layout.regions, "sentence")
         if len(sentence) > 1:
             return sentence
-    return _chunked(tokens, layout.text, [c for c in _CHUNKS if 2 * c <= len(tokens)])
+    return chunked(tokens, layout.text, [c for c in _CHUNKS if 2 * c <= len(tokens)])
 
 
-def _token_units(tokens: Tokens, shift: int, branch: int | None, prompt: int) -> list[Unit]:
+def _parts(layout: Layout, granularity: TargetGranularity) -> list[TargetPart]:
+    return target_parts(
+        layout.text, layout.targets, layout.prompt_stop, layout.target_stops, granularity
+    )
+
+
+def _check(
+    granularity: Granularity, prompt: Tokens, documents: Sequence[Span], is_text: bool
+) -> None:
+    """Refuse a granularity that this prompt does not have."""
+    if not is_text and granularity not in ("token", "auto") and type(granularity) is not TokenSpans:
+        raise ValueError(
+            f"granularity={described(granularity)!r} needs text, but without a tokenizer the "
+            "prompt is token ids; pass the tokenizer, or take granularity='token'."
+        )
+    if granularity == "turn" and not prompt.contents:
+        raise ValueError(
+            "granularity='turn' needs chat messages, but the prompt is none; give a list of "
+            "{'role': ..., 'content': ...}, or cut the text with a Delimiter."
+        )
+    if granularity == "document" and not documents:
+        raise ValueError("granularity='document' needs documents; give documents=[...].")
+
+
+def _asked(explain_only: Sequence[Any] | None) -> tuple[list[Any] | None, list[Any] | None]:
+    """Passages, or indices."""
+    checked = checked_explain_only(explain_only)
+    if checked is None or isinstance(checked[0], (str, tuple)):
+        return checked, None
+    return None, checked
+
+
+def _token_units(
+    tokens: Tokens,
+    shift: int,
+    branch: int | None,
+    prompt: int,
+    documents: Sequence[int | None] = (),
+    context: int = 0,
+) -> list[Unit]:
     """A prompt's or target's own tokens that something is predicted from."""
     first = 0 if branch is None else prompt
     count = len(tokens) if branch is None else len(tokens) - 1  # the last one is never read
@@ -169,9 +276,17 @@ def _token_units(tokens: Tokens, shift: int, branch: int | None, prompt: int) ->
     for index in range(count):
         if tokens.reasons[index] is None:
             start, stop = _moved(tokens.spans[index], shift) or (None, None)
-            part = "prompt" if branch is None else "target"
             units.append(
-                Unit(tokens.names[index], (first + index,), start, stop, part, branch=branch)
+                Unit(
+                    tokens.names[index],
+                    (first + index,),
+                    start,
+                    stop,
+                    part="prompt" if branch is None else "target",
+                    # What is read but not scored is as good as the prompt's, for the engine.
+                    branch=None if index < context else branch,
+                    document=documents[index] if documents else None,
+                )
             )
     return units
 
@@ -182,56 +297,14 @@ def _last(prompt: int, targets: Sequence[Tokens], unit: Unit) -> int:
     return prompt + len(targets[unit.branch]) - 1
 
 
-def _grouped(tokens: list[Unit], text: str, edges: Sequence[int], level: Level) -> list[Unit]:
-    """Neighbouring tokens of one segment as one unit; prompt and targets are divided apart."""
-    starts = [
-        edge + start
-        for edge, stop in pairwise(edges)
-        for start, _ in _SEGMENTS[level](text[edge:stop])
-    ]
-
-    def segment(unit: Unit) -> int:
-        if unit.start is None or unit.stop is None:
-            return -1 - unit.tokens[0]  # it has no place in the text, so it stays alone
-        words = unit.start + len(piece := text[unit.start : unit.stop]) - len(piece.lstrip())
-        return bisect_right(starts, min(words, max(unit.start, unit.stop - 1)))
-
-    groups = groupby(tokens, key=lambda unit: (unit.branch, segment(unit)))
-    return [_joined(list(group), text, level) for _, group in groups]
-
-
-def _chunked(tokens: list[Unit], text: str, sizes: Sequence[int]) -> list[Unit]:
-    """Pieces of the largest size that gives several; tokens if none does."""
-    for size in sizes:
-        if len(tokens) > size:
-            parts = [tokens[a : a + size] for a in range(0, len(tokens), size)]
-            return [_joined(part, text, "chunk") for part in parts]
-    return tokens
-
-
-def _joined(tokens: list[Unit], text: str, level: Level) -> Unit:
-    """One unit of neighbouring tokens."""
-    first = tokens[0]
-    placed = [t for t in tokens if t.start is not None and t.stop is not None]
-    start = placed[0].start if placed else None
-    stop = placed[-1].stop if placed else None
-    whole = len(placed) == len(tokens) and start is not None
-    words = text[start:stop] if whole else "".join(token.text for token in tokens)
-    positions = tuple(position for token in tokens for position in token.tokens)
-    return Unit(words, positions, start, stop, first.part, branch=first.branch, level=level)
-
-
 def _moved(span: Span | None, by: int) -> Span | None:
     return None if span is None else (span[0] + by, span[1] + by)
 
 
-def _chosen(candidates: list[Unit], explain_only: Sequence[int] | None) -> list[Unit]:
-    """The candidates that ``explain_only`` names, in text order."""
-    if explain_only is None:
+def _chosen(candidates: list[Unit], indices: Sequence[Any] | None) -> list[Unit]:
+    """The candidates that indices name, in text order."""
+    if indices is None:
         return candidates
-    indices = list(explain_only)
-    if not indices:
-        raise ValueError("explain_only must name at least one unit, or be None for all.")
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
             raise TypeError(f"explain_only must hold unit indices, got {index!r}.")
@@ -265,10 +338,18 @@ def _left_out(tokens: Tokens, shift: int, branch: int | None, prompt: int) -> li
 
 def _merged(units: list[Unit], text: str) -> list[LeftOut]:
     """Units that were not asked for; neighbours make one piece."""
-    keyed = enumerate(units)
-    runs = groupby(keyed, key=lambda item: (item[1].branch, item[1].tokens[0] - item[0]))
-    left_out = []
-    for (branch, _), run in runs:
-        joined = _joined([unit for _, unit in run], text, "chunk")
-        left_out.append(LeftOut(joined.text, joined.tokens, NOT_ASKED_FOR, branch))
-    return left_out
+    left_out: list[list[Unit]] = []
+    for unit in units:
+        last = left_out[-1][-1] if left_out else None
+        follows = last is not None and last.tokens[-1] + 1 == unit.tokens[0]
+        if follows and last is not None and _branch(last) == _branch(unit):
+            left_out[-1].append(unit)
+        else:
+            left_out.append([unit])
+    pieces = [joined(piece, text, "chunk") for piece in left_out]
+    return [LeftOut(each.text, each.tokens, NOT_ASKED_FOR, _branch(each)) for each in pieces]
+
+
+def _branch(unit: Unit) -> int | None:
+    """The target that a unit stands in, also where it is not scored there."""
+    return 0 if unit.part == "target" and unit.branch is None else unit.branch

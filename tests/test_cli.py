@@ -148,7 +148,7 @@ def test_methods_and_several_targets(run, folder, tmp_path):
             ["--method", "fast"],
             "--method must be one of exact, direct, hybrid, hierarchical, path, score_gradient,",
         ),
-        (["--granularity", "page"], "--granularity must be one of token, sentence, paragraph, got"),
+        (["--granularity", "page"], "--granularity must be one of token, word, sentence, paragr"),
         (["--budget", "half"], "--budget must be a share such as 0.2, or a number of runs, got"),
         (["--budget", "0.2"], "budget is for hybrid and hierarchical, but method is 'direct'"),
         (

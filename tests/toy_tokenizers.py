@@ -119,3 +119,22 @@ def unigram():
         single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 2)]
     )
     return _wrapped(tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+@cache
+def wordpiece():
+    """BERT's kind: lower case, accents gone, no whitespace in tokens, markers around a text."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=200, special_tokens=["[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return _wrapped(tokenizer, cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]")
