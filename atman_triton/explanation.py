@@ -24,6 +24,7 @@ from .pieces import Document, LeftOut, Target, TargetPart, Unit
 from .reduction import Postprocessing, Reduction, normalized, postprocessed, reduced
 from .saving import from_json, load, save, to_json
 from .single import single, whole_targets
+from .sources import sources
 from .table import dataframe, import_extra
 
 if TYPE_CHECKING:
@@ -334,6 +335,24 @@ class Explanation:
     def _check(name: str, index: int, count: int) -> None:
         if not 0 <= index < count:
             raise ValueError(f"{name} must lie in [0, {count - 1}], got {index}.")
+
+    def sources(self, top_k: int | None = None) -> dict[str, Any]:
+        """Which documents each answer and each of its sentences rests on, as JSON values.
+
+        ``{"answers": [...]}``, for each target ``text``, ``sources``, ``documents`` and
+        ``sentences``, each of which has ``text``, ``start``, ``stop`` (characters of the answer),
+        ``sources`` and ``documents``. ``sources`` are the measured units of documents, the
+        strongest supporter first: ``document`` (its id), ``start`` and ``stop`` (characters of the
+        document), ``text`` and ``score`` (as in ``relevances``, over the tokens of the answer or
+        sentence). ``documents`` are ranked by their strongest unit. Infinite scores are strings.
+
+        Args:
+            top_k: Keep so many of each list of sources; None keeps all.
+        Raises:
+            TypeError: if ``top_k`` is no int.
+            ValueError: if it is below 1, or nothing was explained with documents.
+        """
+        return sources(self, top_k)
 
     def to_dataframe(self, top_k: int | None = None) -> pandas.DataFrame:
         """One row per unit: text, part, start, stop, relevance, rank (1 = best), effect, level.

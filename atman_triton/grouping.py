@@ -86,7 +86,8 @@ def chunked(tokens: list[Unit], text: str, sizes: Sequence[int]) -> list[Unit]:
     for size in sizes:
         if len(tokens) > size:
             runs = groupby(
-                enumerate(tokens), key=lambda item: (item[1].document, item[1].tokens[0] - item[0])
+                enumerate(tokens),
+                key=lambda item: (item[1].part, item[1].document, item[1].tokens[0] - item[0]),
             )
             parts = []
             for _, run in runs:

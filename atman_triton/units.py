@@ -204,9 +204,9 @@ def token_places(
 
 
 def coarsest(layout: Layout) -> list[Unit]:
-    """The largest pieces that divide the prompt; the targets' tokens stay single."""
-    prompt = [token for token in layout.tokens if token.part == "prompt"]
-    target = [placed(token) for token in layout.tokens if token.part == "target"]
+    """The largest pieces that divide what stands before the scored tokens; those stay single."""
+    prompt = [token for token in layout.tokens if token.branch is None]
+    target = [placed(token) for token in layout.tokens if token.branch is not None]
     levels: tuple[Granularity, ...] = ("paragraph", "sentence") if layout.is_text else ()
     for level in levels:
         found = units_of(prompt, layout.text, layout.regions, level)

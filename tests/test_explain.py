@@ -411,7 +411,7 @@ def test_bad_settings_are_refused(changes, error, message):
         (
             {"target_span": "23", "targets": ["23"], "target": None},
             TypeError,
-            "target_span is of one answer; give target, not targets.",
+            "target_span is of one answer; give target, without targets and contrast_target.",
         ),
         ({"separator": 3}, TypeError, "separator must be a str or None, got 3"),
         ({"max_new_tokens": 3}, TypeError, "max_new_tokens would go to model.generate, but a"),
