@@ -123,9 +123,12 @@ class TokenSpans:
 Granularity = Named | Delimiter | Spans | TokenSpans
 
 
-def checked_granularity(given: Any) -> Granularity:
+def checked_granularity(given: Any, name: str = "granularity") -> Granularity:
     """A granularity that is known; a list of ``(start, stop)`` stands for ``Spans``.
 
+    Args:
+        given: What the user says.
+        name: Of the argument, for messages.
     Raises:
         TypeError: if a list holds anything else.
         ValueError: if a name is unknown, or a list empty.
@@ -137,7 +140,7 @@ def checked_granularity(given: Any) -> Granularity:
     if isinstance(given, str) and given in GRANULARITIES:
         return given  # pyright: ignore[reportReturnType]
     raise ValueError(
-        f"granularity must be one of {', '.join(GRANULARITIES)}, a Delimiter, Spans, TokenSpans "
+        f"{name} must be one of {', '.join(GRANULARITIES)}, a Delimiter, Spans, TokenSpans "
         f"or a list of (start, stop), got {given!r}."
     )
 

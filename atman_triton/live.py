@@ -13,21 +13,24 @@ import torch
 from torch import Tensor
 
 from .answers import END_OF_TEXT, check_length, default_new_tokens, end_tokens
-from .arguments import check_generation, check_one_of, check_sequence, plain
+from .arguments import check_generation, check_one_of, plain
 from .capabilities import vocabulary_size, why_not_prefix
 from .engine import undisturbed
-from .explain import GRANULARITIES, Explainer, Granularity, Reading
+from .explain import Explainer, Reading
 from .explanation import Explanation
+from .granularity import Granularity, checked_granularity, described
 from .live_run import Ambient, LiveRun, Scored, check_options, unsupported
 from .lockstep import Lockstep
 from .methods import METHODS, Outcome
 from .perturbations import Record, RunFailed
 from .pieces import LeftOut, Unit
 from .presets import PRESETS
+from .provenance import provenance
 from .raw_scores import negative_share
 from .reduction import Reduction
+from .selection import checked_explain_only
 from .token_reader import TokenReader
-from .tokens import Tokens, encode_prompt, tokens_of_ids
+from .tokens import Span, Tokens, encode_prompt, tokens_of_ids
 from .units import Layout, lay_out
 
 
@@ -56,14 +59,14 @@ class _How:
 
     Args:
         granularity: How large a unit is.
-        only: Indices of the units, as ``explain_only`` counts them; None is all of the prompt.
+        only: What ``explain_only`` names; None is all of the prompt.
         generation: Keyword arguments of ``generate``.
         ends: Token ids that end a text.
         stops: Those of them at which ``generate`` stops.
     """
 
     granularity: Granularity
-    only: list[int] | None
+    only: list[Any] | None
     generation: dict[str, Any]
     ends: set[int]
     stops: set[int]
@@ -151,8 +154,8 @@ class LiveExplanation(Iterator[LiveToken]):
         }
         if explainer.settings.mode == "multiplicative":
             facts["negative_scores"] = self._negative_share(layout.prompt_ids + ids[:-1])
-        provenance = explainer._provenance(
-            "direct", self._record, how.granularity, len(layout.prompt_ids)
+        known = provenance(
+            explainer, "direct", self._record, described(how.granularity), len(layout.prompt_ids)
         )
         return explainer._explanation(
             layout,
@@ -160,7 +163,7 @@ class LiveExplanation(Iterator[LiveToken]):
             rows[:, 0].contiguous(),
             Reading(reduction, PRESETS[explainer.preset].postprocessing, False, False),
             left_out,
-            provenance | facts,
+            known | facts,
         )
 
     def close(self) -> None:
@@ -192,8 +195,8 @@ def generate_explained(
     inputs: Any,
     *,
     tokenizer: Any = None,
-    units: Granularity = "token",
-    explain_only: Sequence[int] | None = None,
+    units: Granularity | Sequence[Span] = "token",
+    explain_only: str | Span | Sequence[int] | Sequence[str | Span] | None = None,
     method: str = "direct",
     preset: str = "default",
     factor: float | None = None,
@@ -230,7 +233,7 @@ def generate_explained(
             takes it.
         tokenizer: Its tokenizer; None is enough for token ids.
         units: What one unit is, as ``granularity`` in ``Explainer.explain``.
-        explain_only: Indices of the units to score, as in ``Explainer.explain``; None is all.
+        explain_only: The part of the prompt to score, as in ``Explainer.explain``; None is all.
         method: ``direct``, the only one that needs no second pass over the prompt.
         preset, factor, mode, layers, heads, backend: As in ``Explainer``.
         batch_size: Units per forward pass. ``"auto"`` takes what memory holds: usually all.
@@ -277,8 +280,8 @@ def generate_explained(
             f"preset={preset!r} suppresses similar tokens of the answer too, which are not known "
             "before they are written; take preset='default'."
         )
-    check_one_of("units", units, GRANULARITIES)
-    check_sequence("explain_only", explain_only)
+    granularity = checked_granularity(units, "units")
+    only = checked_explain_only(explain_only)
     check_generation(None, max_new_tokens, generation_kwargs)
     check_options(model, generation_kwargs)
     words = encode_prompt(inputs, tokenizer, vocabulary_size(model))
@@ -292,7 +295,7 @@ def generate_explained(
     reason = why_not_prefix(model, len(words) + (max_new_tokens or 1) - 1)
     if reason is not None:
         raise unsupported(reason)
-    layout = lay_out(words, [], units, explain_only, is_text=tokenizer is not None)
+    layout = lay_out(words, [], granularity, only, is_text=tokenizer is not None)
     config = generation.get("generation_config") or model.generation_config
     ends = end_tokens(tokenizer, config, generation)
     quiet: dict[str, Any] = {}
@@ -309,8 +312,8 @@ def generate_explained(
         Ambient.of_this_thread(model),
     )
     how = _How(
-        units,
-        None if explain_only is None else list(explain_only),
+        granularity,
+        only,
         generation,
         ends,
         end_tokens(None, config, generation),

@@ -136,7 +136,7 @@ def lay_out(
         targets=[placed(target) for target in scored],
         left_out=[],
         tokens=tokens,
-        regions=[*selection.regions, *zip(starts, stops, strict=True)],
+        regions=[*selection.regions, *zip(starts, stops, strict=False)],
         is_text=is_text,
         granularity=granularity,
         documents=list(documents),
