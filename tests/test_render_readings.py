@@ -158,6 +158,8 @@ def test_ids_and_neighbours_stay_within_the_width(width):
     explanation = halves(change(explanation, documents=documents))
     lines = printed(explanation, width=width).splitlines()
     assert max(cell_len(line.rstrip()) for line in lines) <= width
+    wide = printed(explanation, width=80)  # an id leaves room for the unit
+    assert re.search(r"\n +1 .* \[漢字 pay 漢 … The pay is 34 dollars", wide)
 
 
 def test_hostile_ids_are_only_text_in_the_terminal():
