@@ -26,7 +26,14 @@ from .cli_shared import (
     read_prompt,
     write_files,
 )
-from .cli_values import parse_batch_size, parse_budget, parse_similarity
+from .cli_values import (
+    parse_batch_size,
+    parse_budget,
+    parse_granularity,
+    parse_passage,
+    parse_similarity,
+    read_documents,
+)
 from .loading import BadUsage, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -69,9 +76,56 @@ def explain(
     contrast_target: Annotated[
         str | None, typer.Option(help="Why the answer, rather than this one?", show_default=False)
     ] = None,
+    target_span: Annotated[
+        str | None,
+        typer.Option(
+            help="The only passage of the answer to explain: its words, or its characters as "
+            "START:STOP.",
+            show_default=False,
+        ),
+    ] = None,
+    target_granularity: Annotated[
+        str, typer.Option(help="What the answer is read in: complete | token | word | sentence")
+    ] = "complete",
     granularity: Annotated[
-        str, typer.Option(help="What one unit is: token | word | sentence | paragraph | auto")
-    ] = "token",
+        str | None,
+        typer.Option(
+            show_default="token",
+            help="What one unit is: token | word | sentence | paragraph | document | auto (of the "
+            "first four the one that gives about --max-units).",
+        ),
+    ] = None,
+    max_units: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="30", help="About how many units auto aims at."),
+    ] = None,
+    delimiter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Units end with this text, such as '###'; several, one --delimiter each.",
+            show_default=False,
+        ),
+    ] = None,
+    delimiter_regex: Annotated[
+        list[str] | None,
+        typer.Option(help="The same with a regular expression.", show_default=False),
+    ] = None,
+    explain_only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A passage of the prompt to explain, its words or its characters as START:STOP; "
+            "several, one --explain-only each.",
+            show_default=False,
+        ),
+    ] = None,
+    document: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A text file that the answer may rest on, named in the result; several, one "
+            "--document each. They stand where the prompt says {documents}, or in front of it.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +218,8 @@ def explain(
     size = parse_batch_size(batch_size)
     if target and max_new_tokens is not None:
         raise BadUsage("--max-new-tokens is for an answer to generate, but --target gives one.")
+    if target_span is not None and (len(target or ()) > 1 or contrast_target is not None):
+        raise BadUsage("--target-span is of one answer, without --contrast-target.")
     if contrast_target is not None and len(target or ()) > 1:
         raise BadUsage("--contrast-target is beside one answer; give one --target, or none.")
     _check_settings(
@@ -172,10 +228,17 @@ def explain(
         rule=rule,
         dtype=dtype,
         method=method,
-        granularity=granularity,
+        target_granularity=target_granularity,
         postprocessing=postprocessing,
         overlap=overlap,
     )
+    asked = parse_granularity(granularity, delimiter or (), delimiter_regex or ())
+    if explain_only:
+        asked["explain_only"] = [parse_passage(text) for text in explain_only]
+    if document:
+        asked["documents"] = read_documents(document)
+    if target_span is not None:
+        asked["target_span"] = parse_passage(target_span)
     controls = [split_control(given) for given in control or ()]
     words = read_prompt(prompt, file, shipped=model is None)
     place = pick_device(device)
@@ -201,11 +264,13 @@ def explain(
             controls=controls,
             overlap=overlap,
             progress=not quiet,
-            granularity=granularity,
+            target_granularity=target_granularity,
+            max_units=max_units,
             contrast_target=contrast_target,
             postprocessing=postprocessing,
             normalize=normalize,
             max_new_tokens=max_new_tokens,
+            **asked,
         )
     write_files([explanation], html=html, plot=plot, save=save, quiet=quiet)
     print_explanation(explanation, as_json=as_json, top_k=top_k)
@@ -214,7 +279,7 @@ def explain(
 def _check_settings(**given: str | None) -> None:
     from .attention import MODES
     from .explain import METHODS, PRESETS
-    from .granularity import GRANULARITIES
+    from .parts import TARGET_GRANULARITIES
     from .reduction import Postprocessing
     from .suppression import RULES
 
@@ -224,7 +289,7 @@ def _check_settings(**given: str | None) -> None:
         "rule": RULES,
         "dtype": DTYPES,
         "method": METHODS,
-        "granularity": GRANULARITIES,
+        "target_granularity": TARGET_GRANULARITIES,
         "postprocessing": get_args(Postprocessing),
         "overlap": OVERLAPS,
     }
@@ -246,13 +311,17 @@ def _explain(
     **asked: Any,
 ) -> Explanation:
     from .capabilities import vocabulary_size
+    from .documents import PLACEHOLDER, checked_documents, filled
     from .explain import Explainer
     from .tokens import encode_prompt
 
+    if "documents" in asked and PLACEHOLDER not in prompt:
+        prompt = f"{PLACEHOLDER}\n\n{prompt}"
     with our_errors():
         explainer = Explainer(model, tokenizer, progress=progress, **settings)
         if controls:
-            text = encode_prompt(prompt, tokenizer, vocabulary_size(model)).text
+            whole = filled(prompt, checked_documents(asked.get("documents"))).prompt
+            text = encode_prompt(whole, tokenizer, vocabulary_size(model)).text
             asked["controls"] = [place_control(text, one, overlap) for one in controls]
         if len(targets) > 1:
             asked["targets"] = targets

@@ -45,12 +45,7 @@ def read_prompt(prompt: str | None, file: Path | None, *, shipped: bool) -> str:
     if prompt not in (None, "-") and file is not None:
         raise BadUsage("give the prompt as an argument or with --file, not both.")
     if file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise BadUsage(f"--file: {file} does not exist.") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadUsage(f"--file: {file} cannot be read as UTF-8 text: {error}") from error
+        text = read_file("file", file)
     elif prompt == "-" or (prompt is None and _stdin_waits()):
         try:
             text = sys.stdin.read()
@@ -68,6 +63,16 @@ def read_prompt(prompt: str | None, file: Path | None, *, shipped: bool) -> str:
         raise BadUsage("the prompt is empty: give a text to explain.")
     # The line end that editors and echo put behind a text is no part of the question.
     return text if text is prompt else text.removesuffix("\n")
+
+
+def read_file(option: str, file: Path) -> str:
+    """The text of a file that an option names."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise BadUsage(f"--{option}: {file} does not exist.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadUsage(f"--{option}: {file} cannot be read as UTF-8 text: {error}") from error
 
 
 def _stdin_waits() -> bool:
@@ -103,7 +108,8 @@ def check_outputs(**paths: Path | None) -> None:
 def check_one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Refuse a value of an option that is not among the known ones."""
     if value not in known:
-        raise BadUsage(f"--{name} must be one of {', '.join(known)}, got {value!r}.")
+        option = name.replace("_", "-")
+        raise BadUsage(f"--{option} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def parse_indices(name: str, text: str | None) -> list[int] | None:
@@ -191,6 +197,8 @@ def print_explanation(
         {"unit": unit, "text": explanation.units[unit].text, "value": number(values[unit])}
         for unit in explanation.ranking(target)[:top_k]
     ]
+    if explanation.documents:
+        data["sources"] = explanation.sources(top_k)
     if (complete := explanation.completeness) is not None:
         data["completeness"] = {
             "score_sums": complete.sums.tolist(),

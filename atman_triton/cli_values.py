@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from .cli_shared import check_one_of, our_errors, read_file
 from .loading import BadUsage
+
+_SPAN = re.compile(r"(\d+):(\d+)")
 
 
 def parse_budget(text: str | None) -> float | int | None:
@@ -38,3 +44,45 @@ def parse_batch_size(text: str) -> Any:
     if not text.isdecimal() or int(text) < 1:
         raise BadUsage(f"--batch-size must be auto or a number from 1 up, got {text!r}.")
     return int(text)
+
+
+def parse_granularity(
+    name: str | None, delimiters: Sequence[str], patterns: Sequence[str]
+) -> dict[str, Any]:
+    """What one unit is, as an argument of ``explain``; nothing for what that takes by itself."""
+    from .granularity import GRANULARITIES, Delimiter
+
+    given = {
+        "--granularity": name is not None,
+        "--delimiter": bool(delimiters),
+        "--delimiter-regex": bool(patterns),
+    }
+    several = [option for option, present in given.items() if present]
+    if len(several) > 1:
+        raise BadUsage(f"{' and '.join(several)} exclude each other; give one of them.")
+    if name is not None:
+        # Chat messages have turns, and there are none on the command line.
+        check_one_of("granularity", name, [one for one in GRANULARITIES if one != "turn"])
+        return {"granularity": name}
+    if not several:
+        return {}
+    with our_errors():
+        return {"granularity": Delimiter(*(delimiters or patterns), regex=bool(patterns))}
+
+
+def parse_passage(text: str) -> str | tuple[int, int]:
+    """Words of a text, or its characters as START:STOP."""
+    span = _SPAN.fullmatch(text)
+    return text if span is None else (int(span[1]), int(span[2]))
+
+
+def read_documents(files: Sequence[Path]) -> list[dict[str, str]]:
+    """Documents, each named as its file: by its whole path where two have the same name."""
+    names = [file.name for file in files]
+    return [
+        {
+            "id": file.name if names.count(file.name) == 1 else str(file),
+            "text": read_file("document", file).removesuffix("\n"),
+        }
+        for file in files
+    ]
