@@ -110,6 +110,17 @@ def test_the_answer_is_generated_under_the_controls() -> None:
     assert explainer.explain(TEXT, [9]).provenance["controls"] == []
 
 
+def test_what_is_shown_names_the_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    explainer = Explainer(llama(), byte_level(), progress=False)
+    explanation = explainer.explain(TEXT, [9], controls=CONTROLS)
+    named = "controls “23” ×3, “The p” ×0.2, token 2 ×0.5"
+    explanation.show(width=200)
+    assert named in capsys.readouterr().out
+    assert named in explanation.to_html()
+    explainer.explain(TEXT, [9]).show(width=200)
+    assert "controls" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("controls", "error", "message"),
     [

@@ -177,6 +177,7 @@ def settings(explanation: Explanation) -> str:
         + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
         *([] if explanation.postprocessing == "none" else [explanation.postprocessing]),
         *(["normalized"] if explanation.normalize else []),
+        *_controls(explanation),
     ]
     if explanation.completeness is not None and isinstance(known.get("forwards"), int | float):
         words.append(f"cost of {known['forwards']:.3g} forwards")
@@ -185,6 +186,21 @@ def settings(explanation: Explanation) -> str:
     if isinstance(known.get("seconds"), int | float):
         words.append(f"{known['seconds']:.3g} s")
     return printable(" · ".join(words)).replace("\n", " ")
+
+
+def _controls(explanation: Explanation) -> list[str]:
+    """What acted on the explained model: ``controls “$33.80” ×2, token 7 ×0.5``."""
+    found = []
+    for control in explanation.provenance.get("controls") or ():
+        if control["kind"] == "TextControl":
+            start = control["start"]
+            what = f"“{name_of(explanation.text[start : start + control['length']])}”"
+        elif control["kind"] == "TokenControl":
+            what = f"token {control['pos']}"
+        else:
+            what = "part of an image"
+        found.append(f"{what} ×{control['factor']:g}")
+    return [f"controls {', '.join(found)}"] if found else []
 
 
 def _count(number: int, noun: str) -> str:
