@@ -74,6 +74,7 @@ class LiveRun:
         prompt_ids: ``P`` token ids.
         units: Of each unit, its tokens in the prompt.
         settings: How to suppress; ``batch_size`` counts units.
+        every: So many tokens are scored at a time, see ``generate_explained``.
         generation: Keyword arguments of ``model.generate``.
         streamer: The user's own, or None.
         record: What is done is noted here.
@@ -84,6 +85,7 @@ class LiveRun:
     prompt_ids: list[int]
     units: list[tuple[int, ...]]
     settings: Settings
+    every: int
     generation: dict[str, Any]
     streamer: BaseStreamer | None
     record: Record
@@ -133,11 +135,11 @@ class LiveRun:
         handover: Handover[Scored],
     ) -> None:
         groups = self._groups()
-        rows = SideRows(cache, manipulation, groups, handover.check)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        emitter = _Emitter(rows, handover, self.streamer, self.record, dtype_of(self.model))
+        rows = SideRows(base, cache, manipulation, groups, handover.check)
+        emitter = _Emitter(self, rows, handover)
         try:
-            with rows.on(base):
+            with rows.on():
                 self.model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -160,17 +162,18 @@ class LiveRun:
         rows, size = 1 + len(self.units), self.settings.batch_size
         if size == "auto":
             size = self._fitting() - 1
-        return [
-            slice(0 if start == 1 else start, min(start + size, rows))
-            for start in range(1, rows, size)
-        ]
+        groups = [slice(start, min(start + size, rows)) for start in range(1, rows, size)]
+        if self.every == 1:
+            return [slice(0, groups[0].stop), *groups[1:]]
+        return [slice(0, 1), *groups]
 
     def _fitting(self) -> int:
         """As many rows as the free memory holds, at least 2."""
         most = memory.tokens_per_batch(device_of(self.model))
         free = memory.free_memory(self.model)
         if free is not None:
-            row = memory.bytes_per_row(self.model, 1, 1, 2 * len(self.prompt_ids))
+            keys = 2 * len(self.prompt_ids)  # leaves room for as many new tokens
+            row = memory.bytes_per_row(self.model, self.every, self.every, keys)
             most = min(most, int(free * memory.SHARE) // row)
         return max(2, most)
 
@@ -178,53 +181,59 @@ class LiveRun:
 class _Emitter(BaseStreamer):
     """Takes every token that ``generate`` chooses, scores it and hands it over."""
 
-    def __init__(
-        self,
-        rows: SideRows,
-        handover: Handover[Scored],
-        other: BaseStreamer | None,
-        record: Record,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, run: LiveRun, rows: SideRows, handover: Handover[Scored]) -> None:
+        self._run = run
         self._rows = rows
         self._handover = handover
-        self._other = other
-        self._record = record
-        self._dtype = dtype
         self._read_prompt = False
+        self._waiting: list[int] = []  # tokens that are not scored yet
         self._resumed = time.perf_counter()
 
     def put(self, value: Tensor) -> None:
         """The prompt, then each new token."""
-        if self._other is not None:
-            self._other.put(value)
+        if self._run.streamer is not None:
+            self._run.streamer.put(value)
         if not self._read_prompt:
             self._read_prompt = True
             return
-        for token_id in value.flatten().tolist():
-            scored = Scored(token_id, self._logprobs(token_id))
-            self._record.seconds += time.perf_counter() - self._resumed
-            self._handover.emit(scored)
-            self._resumed = time.perf_counter()
+        self._waiting += value.flatten().tolist()
+        if len(self._waiting) >= self._run.every:
+            self._emit()
 
     def end(self) -> None:
         """No more tokens."""
-        if self._other is not None:
-            self._other.end()
+        if self._waiting:
+            self._emit()
+        if self._run.streamer is not None:
+            self._run.streamer.end()
 
-    def _logprobs(self, token_id: int) -> Tensor:
-        """``[R]``, of the pass whose logits are the oldest that nobody took."""
-        groups = self._rows.logits.popleft()
-        first, chosen = torch.tensor([0], device=groups[0].device), torch.tensor([token_id])
-        found = torch.cat(
-            [target_logprobs(logits[:, None], first, chosen)[:, 0] for logits in groups]
-        ).cpu()
-        self._record.batch_sizes += [len(logits) for logits in groups]
-        self._record.tokens += len(found)
-        check_nan(found, self._dtype)
-        if not bool(found[0].isfinite()):
-            raise RunFailed(f"the model gives new token {token_id} probability 0: no scores.")
-        return found
+    def _emit(self) -> None:
+        logprobs = self._logprobs()  # [R, waiting]
+        record = self._run.record
+        record.seconds += time.perf_counter() - self._resumed
+        waiting, self._waiting = self._waiting, []
+        for token_id, column in zip(waiting, logprobs.unbind(1), strict=True):
+            self._handover.emit(Scored(token_id, column))
+        self._resumed = time.perf_counter()
+
+    def _logprobs(self) -> Tensor:
+        """Of the waiting tokens in all rows: ``[R, waiting]``."""
+        chosen, count, record = torch.tensor(self._waiting), len(self._waiting), self._run.record
+        found = []
+        groups = self._rows.score(count)
+        for logits in groups:  # [rows, count, V]
+            places = torch.arange(count, device=logits.device)
+            found.append(target_logprobs(logits, places, chosen).cpu())
+        record.batch_sizes += [len(groups[0])] * count + [len(logits) for logits in groups[1:]]
+        logprobs = torch.cat(found)
+        record.tokens += logprobs.numel()
+        check_nan(logprobs, dtype_of(self._run.model))
+        if not bool(logprobs[0].isfinite().all()):
+            place = int((~logprobs[0].isfinite()).nonzero()[0])
+            raise RunFailed(
+                f"the model gives new token {self._waiting[place]} probability 0: no scores."
+            )
+        return logprobs
 
 
 class Ambient(NamedTuple):

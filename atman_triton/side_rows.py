@@ -1,9 +1,10 @@
 """Rows that go through a model beside the plain one while ``generate`` runs.
 
 ``generate`` drives one sequence and never learns of the others: hooks on the model widen each of
-its passes to a row per unit, all of them fed the plain row's token, and hand the plain row's logits
-back. All rows read the prompt's keys and values in one place; each keeps only those of its own
-tokens, from the prompt's last one on.
+its passes to more rows, all of them fed the plain row's token, and hand the plain row's logits
+back. Rows that are not in there follow in passes of their own, over one token or several. All rows
+read the prompt's keys and values in one place; each keeps only those of its own tokens, from the
+prompt's last one on.
 
 Legend: U units, R = 1 + U rows (the plain one first), P prompt tokens, Hk key heads, D head dim,
 V vocabulary.
@@ -12,7 +13,6 @@ V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,15 +89,10 @@ class RowsCache(Cache):
         self._own = [_RowsLayer(prefix_tokens, rows) for _ in range(layers)]
         super().__init__(layers=list(self._own))
 
-    def choose(self, rows: slice) -> None:
-        """Which rows the next pass runs."""
+    def choose(self, rows: slice, tokens: int) -> None:
+        """Which rows the next pass runs, and how many tokens of their own they ran before."""
         for layer in self._own:
-            layer.chosen = rows
-
-    def advance(self) -> None:
-        """All rows have run one more token."""
-        for layer in self._own:
-            layer.own += 1
+            layer.chosen, layer.own = rows, tokens
 
     def bytes(self) -> int:
         """Bytes of all rows' own keys and values."""
@@ -105,45 +100,75 @@ class RowsCache(Cache):
 
 
 class SideRows:
-    """Widens each pass of one thread's ``generate`` and keeps the logits of all rows.
+    """Widens each pass of one thread's ``generate``, and runs the rows that are not in there.
 
     Args:
+        model: The one whose ``forward`` its ``generate`` calls.
         cache: What ``generate`` was given.
         manipulation: Under which it runs, with the factors of all rows.
-        groups: Rows that go through the model together, the plain row in the first.
+        groups: Rows that go through the model together. The first, which begins with the plain
+            row, is run by ``generate``, the others by :meth:`score`.
         check: Called before each pass; it may raise.
     """
 
     def __init__(
         self,
+        model: Any,
         cache: RowsCache,
         manipulation: Manipulation,
         groups: Sequence[slice],
         check: Callable[[], None],
     ) -> None:
+        self._model = model
         self._cache = cache
         self._manipulation = manipulation
-        self._factors = manipulation.factors
+        self._factors = [
+            manipulation.factors if len(groups) == 1 else _of_rows(manipulation.factors, group)
+            for group in groups
+        ]
         self._groups = groups
         self._check = check
         self._thread = threading.get_ident()
+        self._further = False  # a pass of our own is under way
         self._given: dict[str, Any] = {}  # the arguments of the pass under way
-        self._further = False  # it is the one of another group than the first
-        self.logits: deque[list[Tensor]] = deque()
-        """Of each pass that nobody took yet, ``[rows, V]`` of every group."""
+        # Of passes that are not scored yet, the arguments and the first group's ``[rows, V]``.
+        self._passes: list[dict[str, Any]] = []
+        self._logits: list[Tensor] = []
+        self._scored = 0  # passes
+        cache.choose(groups[0], 0)
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        """Hook the model that ``generate`` calls."""
+    def on(self) -> Iterator[None]:
+        """Hook the model."""
         hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True),
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self._model.register_forward_hook(self._after, with_kwargs=True),
         ]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def score(self, count: int) -> list[Tensor]:
+        """Logits of the ``count`` oldest passes not scored yet: of each group ``[rows, count, V]``.
+
+        Not while a pass is under way.
+        """
+        given = _joined(self._passes[:count])
+        found = [torch.stack(self._logits[:count], 1)]
+        del self._passes[:count], self._logits[:count]
+        self._further = True
+        try:
+            for number in range(1, len(self._groups)):
+                self._check()
+                arguments = self._widened(given, number, self._scored)
+                found.append(self._model(**arguments).logits[:, -count:])
+        finally:
+            self._further = False
+        self._scored += count
+        self._cache.choose(self._groups[0], self._scored + len(self._passes))
+        return found
 
     def _is_ours(self) -> bool:
         return not self._further and threading.get_ident() == self._thread
@@ -155,36 +180,27 @@ class SideRows:
             return None
         self._check()
         self._given = kwargs
-        return args, self._widened(self._groups[0])
+        return args, self._widened(kwargs, 0, self._scored + len(self._passes))
 
     def _after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if not self._is_ours():
             return None
-        logits = [output.logits[:, -1]]
-        self._further = True
-        try:
-            for group in self._groups[1:]:
-                logits.append(module(**self._widened(group)).logits[:, -1])
-        finally:
-            self._further = False
-        self._cache.advance()
-        self.logits.append(logits)
+        self._passes.append(self._given)
+        self._logits.append(output.logits[:, -1])
+        self._cache.choose(self._groups[0], self._scored + len(self._passes))
         output.logits = output.logits[:1]
         return output
 
-    def _widened(self, group: slice) -> dict[str, Any]:
-        """The arguments for some rows, which are run next."""
-        self._cache.choose(group)
-        if len(self._groups) > 1:
-            self._manipulation.factors = tuple(
-                factor if factor is None or len(factor) == 1 else factor[group]
-                for factor in self._factors
-            )
+    def _widened(self, given: dict[str, Any], number: int, tokens: int) -> dict[str, Any]:
+        """A pass's arguments for the rows of a group, which are run next."""
+        group = self._groups[number]
+        self._cache.choose(group, tokens)
+        self._manipulation.factors = self._factors[number]
         rows = group.stop - group.start
         widened = {}
-        for name, value in self._given.items():
+        for name, value in given.items():
             axis = _ROW_AXIS.get(name, 0)
             if isinstance(value, Tensor) and value.dim() > 1 and value.shape[axis] == 1:
                 shape = [-1] * value.dim()
@@ -192,3 +208,20 @@ class SideRows:
                 value = value.expand(shape)
             widened[name] = value
         return widened
+
+
+def _of_rows(factors: Sequence[Tensor | None], rows: slice) -> tuple[Tensor | None, ...]:
+    """The factors of some rows; None where all are 1."""
+    chosen = [each if each is None or len(each) == 1 else each[rows] for each in factors]
+    return tuple(None if each is None or bool((each == 1).all()) else each for each in chosen)
+
+
+def _joined(passes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of passes over one token each as those of one pass over all of them."""
+    joined = dict(passes[-1])
+    for name, value in joined.items():
+        if name == "logits_to_keep":
+            joined[name] = len(passes)
+        elif name != "attention_mask" and isinstance(value, Tensor) and value.shape[-1:] == (1,):
+            joined[name] = torch.cat([each[name] for each in passes], -1)
+    return joined

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from atman_triton.engine import Engine, Record, Settings, Unit, undisturbed
+from atman_triton.live import EVERY
 from atman_triton.live_run import Ambient, LiveRun, Scored
 from atman_triton.lockstep import Lockstep
 from bench.explaining import FACTOR, LLAMA_34M, MODE, LlamaShape
@@ -37,15 +38,16 @@ _CLOSE = 1e-3  # nats; float32 sums of one row and of many differ by some 1e-5
 
 
 class Case:
-    """A model, a prompt in equal units, and how many tokens to write."""
+    """A model, a prompt in equal units, how many tokens to write and to score at a time."""
 
-    def __init__(self, model: Any, prompt: int, units: int, new_tokens: int) -> None:
+    def __init__(self, model: Any, prompt: int, units: int, new_tokens: int, every: int) -> None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = None
         self.model = model
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=generator)
         self.new_tokens = new_tokens
+        self.every = every
         edges = [prompt * unit // units for unit in range(units + 1)]
         self.units = [tuple(range(*edge)) for edge in pairwise(edges)]
 
@@ -67,6 +69,7 @@ class Case:
             self.ids.tolist(),
             self.units,
             Settings(FACTOR, MODE),
+            self.every,
             {"max_new_tokens": self.new_tokens, "do_sample": False},
             None,
             Record(),
@@ -98,7 +101,7 @@ class Case:
 def rows_of(case: Case, name: str, times: dict[str, list[float]]) -> list[Row]:
     """Tokens per second of both, the prompt's pass included, and the cost of a round's pair."""
     model, new_tokens = case.model, case.new_tokens
-    shape = f"{name}-prompt{len(case.ids)}-new{new_tokens}-units{len(case.units)}"
+    shape = f"{name}-prompt{len(case.ids)}-new{new_tokens}-units{len(case.units)}-every{case.every}"
     place: dict[str, Any] = {
         "what": WHAT,
         "shape": shape,
@@ -119,6 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="new tokens")
     parser.add_argument("--units", type=int, default=20, help="units of the prompt")
+    parser.add_argument(
+        "--every", type=int, default=EVERY["cpu"], help="tokens that are scored at a time"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
     parser.add_argument("--rounds", type=int, default=10, help="at most")
     parser.add_argument("--seconds", type=float, default=120.0, help="about, of all rounds")
@@ -133,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         model = shape.model(torch.float32, device, prompt + new_tokens)
-        case = Case(model, prompt, options.units, new_tokens)
+        case = Case(model, prompt, options.units, new_tokens, options.every)
         case.check()
         times = take_turns(
             {PLAIN: case.plain, LIVE: case.live}, device, seconds=options.seconds, most=rounds

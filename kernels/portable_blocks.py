@@ -37,7 +37,7 @@ _CAUSAL_ROWS = 64
 # Changed columns are gathered if there is one or less in so many, else all are manipulated.
 _COLUMNS_PER_CHANGE = 16
 # In calls with so few scores, as in decoding, looking for them takes longer than manipulating all.
-_SCORES_TO_SEARCH = 1 << 17
+_SCORES_TO_SEARCH = 1 << 18
 
 
 def serves_blocks(*tensors: Tensor | None) -> bool:

@@ -15,7 +15,7 @@ def test_rows(tmp_path, capsys, monkeypatch):
     assert live.main(["--tiny", "--threads", "1", "--units", "5", "--out", str(tmp_path)]) == 0
     (file,) = tmp_path.glob("*.csv")
     rows = list(csv.DictReader(file.read_text().splitlines()))
-    assert {row["shape"] for row in rows} == {"llama-tiny-prompt24-new4-units5"}
+    assert {row["shape"] for row in rows} == {"llama-tiny-prompt24-new4-units5-every8"}
     assert [row["provider"] for row in rows] == [live.PLAIN, live.LIVE, live.LIVE]
     plain, ours, share = (float(row["median"]) for row in rows)
     assert 0 < ours < plain
@@ -27,7 +27,7 @@ def test_it_can_refuse(monkeypatch):
     assert live.verdict(0.5)
     assert not live.verdict(0.49)
     model = live.TINY.model(torch.float32, torch.device("cpu"), 20)
-    case = live.Case(model, 12, 3, 4)
+    case = live.Case(model, 12, 3, 4, 2)
     case.check()
     assert case.units == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11)]
     right = case.live()

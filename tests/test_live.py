@@ -50,10 +50,11 @@ def explained(model, ids, answer, **settings):
 def check(model, ids=PROMPT, *, settings=None, within=1e-6, **options):
     """Live text and scores against generation and an explanation, each by itself."""
     settings, options = settings or {}, {"max_new_tokens": 6} | options
+    every = options.pop("every", "auto")
     torch.manual_seed(5)
     answer = plain(model, ids, **options)
     torch.manual_seed(5)
-    stream = atman.generate_explained(model, ids, **settings, **options)
+    stream = atman.generate_explained(model, ids, every=every, **settings, **options)
     tokens = list(stream)
     assert [token.token_id for token in tokens] == answer
     wanted = explained(model, ids, answer, **settings)
@@ -71,7 +72,9 @@ def check(model, ids=PROMPT, *, settings=None, within=1e-6, **options):
     # grouped heads; windows of 4 tokens, soft caps; learned positions; sinks; own code, ALiBi
     ["llama", "mistral", "gemma2", "gemma3", "gpt2", "opt", "gpt_oss", "bloom", "phi3"],
 )
-@pytest.mark.parametrize("options", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False, "every": 1}, SAMPLED | {"every": 4}], ids=["greedy", "sampled"]
+)
 def test_scores_are_those_of_the_finished_text(name, options):
     family = FAMILIES[name]
     within = max(1e-6, 10 * family.rounding)
@@ -91,8 +94,9 @@ def test_scores_are_those_of_the_finished_text(name, options):
     ],
     ids=str,
 )
-def test_settings(model, settings):
-    stream, wanted = check(model, settings=settings)
+@pytest.mark.parametrize("every", [1, 4])
+def test_settings(model, settings, every):
+    stream, wanted = check(model, settings=settings, every=every)
     found = stream.explanation()
     torch.testing.assert_close(found.scores, wanted.scores, rtol=0, atol=1e-6)
     for name in ("text", "units", "targets", "left_out", "prompt_stop", "target_stops"):
@@ -100,10 +104,14 @@ def test_settings(model, settings):
     for name in ("mode", "factor", "method", "layers", "heads", "backend", "direct_runs"):
         assert found.provenance[name] == wanted.provenance[name]
     assert found.provenance.get("negative_scores") == wanted.provenance.get("negative_scores")
-    rows = found.provenance["batch_sizes"]
-    assert sum(rows) == 1 + 6 * 13  # the prompt; the plain row and 12 units at every step
-    size = settings.get("batch_size")
-    assert max(rows) == (13 if size is None else 1 + size)
+    rows, size = found.provenance["batch_sizes"], settings.get("batch_size", 12)
+    assert found.provenance["forwards"] == (12 + 6 * 13) / 12
+    if every == 1:
+        assert sum(rows) == 1 + 6 * 13  # the prompt; the plain row and 12 units at every step
+        assert max(rows) == 1 + size
+    else:
+        assert sum(rows) == 1 + 6 + 2 * 12  # 4 tokens and 2 are scored at a time
+        assert max(rows) == size
 
 
 @pytest.mark.parametrize(
@@ -167,7 +175,7 @@ MESSAGES = [{"role": "user", "content": TEXT}]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level, chat, unigram])
-@pytest.mark.parametrize("units", ["token", "sentence"])
+@pytest.mark.parametrize("units", ["token", "word", "auto", atman.Delimiter(".")], ids=str)
 def test_texts_and_units(tokenizer, units):
     tokenizer = tokenizer()
     model = llama(vocab_size=512, max_position_embeddings=256).double()
@@ -180,7 +188,7 @@ def test_texts_and_units(tokenizer, units):
     assert all(unit.part == "prompt" for unit in stream.units)
     found = stream.explanation()
     assert found.units == [replace(unit, effect="direct") for unit in stream.units]
-    assert found.answers[0] == stream.text
+    assert found.text == found.prompt + stream.text
     assert stream.text.startswith("".join(token.text for token in tokens))
     explainer = Explainer(model, tokenizer, method="direct", progress=False)
     wanted = explainer.explain(
@@ -430,6 +438,7 @@ def test_inference_mode_around_changes_nothing(model):
         ({"factor": 1.0}, r"factor must lie in \[0, 1\)"),
         ({"layers": [7]}, "layers must be among 0..1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"every": 0}, "every must be at least 1"),
         ({"explain_only": [12]}, "explain_only holds unit index 12"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": 60}, "lower max_new_tokens to 53"),
@@ -469,7 +478,9 @@ def test_a_model_without_direct_effects_is_refused(monkeypatch):
 def test_rows_are_grouped_by_memory(model, monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda model: 0)
     stream, _ = check(model)
-    assert max(stream.explanation().provenance["batch_sizes"]) == 2
+    assert max(stream.explanation().provenance["batch_sizes"]) == 1
     monkeypatch.setattr(memory, "free_memory", lambda model: None)
-    run = LiveRun(model, PROMPT, 12 * [(0,)], Explainer(model).settings, {}, None, None, None)
+    settings = Explainer(model).settings
+    run = LiveRun(model, PROMPT, 12 * [(0,)], settings, 1, {}, None, None, None)
     assert run._groups() == [slice(0, 13)]
+    assert replace(run, every=2)._groups() == [slice(0, 1), slice(1, 13)]
