@@ -11,6 +11,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import torch._dynamo
 from families import FAMILIES, VOCAB, eager_reference
 from torch import Tensor
 from toy_models import llama as toy_llama
@@ -205,6 +206,22 @@ def test_a_stream_is_steered_in_the_thread_of_the_context() -> None:
     plain = model.generate(**prompts, **options)[0, prompts["input_ids"].shape[1] :]
     assert streamed == tokenizer.decode(steered)
     assert streamed != tokenizer.decode(plain)
+
+
+def test_compiled_models() -> None:
+    model, prompts = _model("llama"), _prompts()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        plain = compiled(**prompts, use_cache=False).logits
+        with steer(model, _controls(), inputs=prompts):
+            expected = model(**prompts, use_cache=False).logits
+        with steer(compiled, _controls(), inputs=prompts):
+            steered = compiled(**prompts, use_cache=False).logits
+        again = compiled(**prompts, use_cache=False).logits
+    torch._dynamo.reset()
+    assert (steered - expected).abs().max() < 1e-9
+    assert (steered - plain).abs().max() > 0.1
+    assert torch.equal(again, plain)
 
 
 def test_layers_and_heads() -> None:
