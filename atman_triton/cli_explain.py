@@ -90,7 +90,7 @@ def explain(
     granularity: Annotated[
         str | None,
         typer.Option(
-            show_default="token",
+            show_default="token, preset aleph_alpha: auto",
             help="What one unit is: token | word | sentence | paragraph | document | auto (of the "
             "first four the one that gives about --max-units).",
         ),
@@ -149,7 +149,9 @@ def explain(
             min=1, show_default="8", help="Parts of the way at which path takes gradients."
         ),
     ] = None,
-    preset: Annotated[str, typer.Option(help="default | paper | released")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="default | paper | released | aleph_alpha")
+    ] = "default",
     factor: Annotated[
         float | None,
         typer.Option(

@@ -79,8 +79,9 @@ class Explainer:
         model: A transformers causal language model, on any device, in any dtype.
         tokenizer: Its tokenizer; None if prompts and targets are token ids.
         preset: ``default`` (``min_shift``, factor 0.1, ``direct``), ``paper`` (``multiplicative``,
-            factor 0.1, ``exact``) or ``released`` (the authors' released code: ``min_shift``,
-            factor 0.1, ``exact``, similarity 0.6, squared scores).
+            factor 0.1, ``exact``), ``released`` (the authors' released code: ``min_shift``,
+            factor 0.1, ``exact``, similarity 0.6, squared scores) or ``aleph_alpha`` (their later
+            product: ``log_additive``, factor 0.1, ``exact``, about 30 units).
         factor: What a suppressed token's attention scores are manipulated with, in ``[0, 1)``; the
             paper's suppression factor is 1 - factor. None is the preset's.
         mode: How: ``multiplicative``, ``min_shift``, ``log_additive`` or ``min_shift_full``
@@ -210,7 +211,7 @@ class Explainer:
         self,
         prompt: Any,
         target: Any = None,
-        granularity: Granularity | Sequence[Span] = "token",
+        granularity: Granularity | Sequence[Span] | None = None,
         *,
         targets: Sequence[Any] | None = None,
         contrast_target: Any = None,
@@ -240,7 +241,8 @@ class Explainer:
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
                 end-of-text token.
-            granularity: What one unit is. A unit is made of whole tokens, so it carries whitespace
+            granularity: What one unit is; None is the preset's: ``auto`` in ``aleph_alpha``, else
+                ``token``. A unit is made of whole tokens, so it carries whitespace
                 as they do, and a token that stands on both sides of a border goes where most of it
                 is. No unit reaches over a token that is left out, or out of a message, a document
                 or a passage of ``explain_only``.
@@ -305,6 +307,9 @@ class Explainer:
             torch.OutOfMemoryError: if not even one perturbation fits in memory.
         Source: AtMan, Eq. 2 and 3.
         """
+        if granularity is None:  # hierarchical chooses for itself
+            hierarchical = self.method == "hierarchical"
+            granularity = "token" if hierarchical else PRESETS[self.preset].granularity
         granularity = checked_granularity(granularity)
         units_wanted = checked_max_units(max_units, granularity)
         check_one_of("target_granularity", target_granularity, TARGET_GRANULARITIES)

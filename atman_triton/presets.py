@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .granularity import Named
 from .methods import Method
 from .reduction import Postprocessing
 from .suppression import Rule
@@ -21,6 +22,7 @@ class Preset:
         correlated: Whether it is, without being asked for.
         rule: What similar tokens are suppressed with.
         postprocessing: What is done to every score before the reduction over target tokens.
+        granularity: What one unit is.
     """
 
     mode: str
@@ -30,6 +32,7 @@ class Preset:
     correlated: bool = False
     rule: Rule = "released"
     postprocessing: Postprocessing = "none"
+    granularity: Named = "token"
 
 
 PRESETS = {
@@ -41,4 +44,6 @@ PRESETS = {
     "released": Preset(
         mode="min_shift", factor=0.1, method="exact", correlated=True, postprocessing="square"
     ),
+    # as their later product does
+    "aleph_alpha": Preset(mode="log_additive", factor=0.1, method="exact", granularity="auto"),
 }

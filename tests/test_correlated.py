@@ -361,6 +361,21 @@ def test_the_preset_of_the_released_code():
     assert again.postprocessing == "none"
 
 
+def test_the_preset_of_the_product():
+    """About 30 units of a text, log-additive; what is given goes before what is preset."""
+    model, text = MODELS["llama"](), "The pay is 23. " * 7
+    explainer = Explainer(model, byte_level(), preset="aleph_alpha")
+    e = explainer.explain(text, "23")
+    known = [e.provenance[name] for name in ("mode", "factor", "method", "similarity")]
+    assert known == ["log_additive", 0.1, "exact", None]
+    assert e.provenance["granularity"] == "auto"
+    plain = Explainer(model, byte_level(), mode="log_additive", method="exact")
+    assert torch.equal(plain.explain(text, "23", "auto").scores, e.scores)
+    assert len(plain.explain(text, "23").units) > len(e.units)
+    assert explainer.explain(text, "23", "sentence").provenance["granularity"] == "sentence"
+    Explainer(model, byte_level(), preset="aleph_alpha", method="hierarchical").explain(text, "23")
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

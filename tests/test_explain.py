@@ -328,7 +328,7 @@ def test_on_triton_with_launches_counted():
         (
             {"preset": "best"},
             ValueError,
-            "preset must be one of default, paper, released, got",
+            "preset must be one of default, paper, released, aleph_alpha, got",
         ),
         ({"mode": "subtract"}, ValueError, "mode must be one of multiplicative, min_shift"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
@@ -367,7 +367,7 @@ def test_bad_settings_are_refused(changes, error, message):
             ValueError,
             "granularity must be one of token, word, .*, a Delimiter, Spans, .*, got 'page'",
         ),
-        ({"granularity": None}, ValueError, "granularity must be one of .*, got None"),
+        ({"granularity": 5}, ValueError, "granularity must be one of .*, got 5"),
         ({"targets": ["a"]}, TypeError, "target and targets exclude each other; put the one"),
         ({"target": None, "targets": []}, ValueError, "targets must hold at least one target"),
         (
