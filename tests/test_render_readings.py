@@ -85,6 +85,8 @@ def test_neighbours_are_the_most_manipulated_first_and_few():
         for u, factor in zip(others, factors, strict=True)
     ]
     near.append(Neighbour(900, 0.99, 0.6))
+    alike = [Neighbour(1, 0.5, 0.6), Neighbour(2, 0.5, 0.9), Neighbour(3, 0.5, 0.9)]
+    assert [each.token for each in wording.by_weight(alike)] == [2, 3, 1]
     units = [
         change(u, neighbours=tuple(near)) if u.text == " 34" and u.branch is None else u
         for u in explanation.units

@@ -89,8 +89,8 @@ def near(explanation: Explanation, unit: int, limit: int) -> str:
 
 
 def by_weight(neighbours: Iterable[Neighbour]) -> list[Neighbour]:
-    """The most manipulated first; ties stay in order."""
-    return sorted(neighbours, key=lambda each: -abs(1 - each.factor))
+    """The most manipulated first, then the most similar; ties stay in order."""
+    return sorted(neighbours, key=lambda each: (-abs(1 - each.factor), -each.similarity))
 
 
 def neighbour_text(explanation: Explanation, neighbour: Neighbour) -> str:
