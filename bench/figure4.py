@@ -6,12 +6,12 @@ Then, in every mode and with several factors,
 
 - the fact that it did *not* use is amplified, or
 - the fact that it used is suppressed, or
-- as a control, a sentence that is neither of the two, drawn by chance, gets the same.
+- as a control, a sentence that is neither of the two, drawn by chance, gets some of the factors.
 
 *Turned*: the greedy continuation is now exactly the other answer. *Away*: it is not the first
 answer any more, be it the other or none of the two. One command::
 
-    python -m bench.figure4                      # 200 documents, about 6 minutes
+    python -m bench.figure4                      # 100 documents, about 2 minutes
 
 Rows go to ``bench/results/figure4.csv``, the picture to ``bench/results/figure4.png``: on the left,
 as in the paper, the probabilities of the next token in one document.
@@ -46,8 +46,8 @@ UNRELATED_UP, UNRELATED_DOWN = "amplify an unrelated sentence", "suppress an unr
 WHATS = {
     AMPLIFIED: AMPLIFY,
     SUPPRESSED: SUPPRESS,
-    UNRELATED_UP: AMPLIFY,
-    UNRELATED_DOWN: SUPPRESS,
+    UNRELATED_UP: (1.5, 2.0, 8.0),
+    UNRELATED_DOWN: (0.5, 0.1, 0.0),
 }
 """What is done, and with which factors."""
 _BATCH = 32
@@ -231,17 +231,22 @@ def document_table(case: Case, probabilities: Mapping[str, Sequence[tuple[str, f
     return table
 
 
-def rate_table(rows: Sequence[Row], factors: Sequence[float]) -> Table:
-    """Turned, and away if that is more, of the kinds of steering that have these factors."""
+def rate_table(rows: Sequence[Row], whats: Sequence[str]) -> Table:
+    """Turned, and away if that is more; the first kind of steering has all the factors."""
+    factors = WHATS[whats[0]]
     table = Table(title=f"turned (away), {rows[0].documents} documents, {rows[0].device}")
     table.add_column("steering")
     table.add_column("mode")
     for factor in factors:
         table.add_column(f"{factor:g}", justify="right")
-    for what in (what for what, own in WHATS.items() if own == factors):
+    for what in whats:
         for mode in MODES:
+            own = {row.factor: row for row in rows if (row.what, row.mode) == (what, mode)}
             cells = []
-            for row in (row for row in rows if (row.what, row.mode) == (what, mode)):
+            for row in map(own.get, factors):
+                if row is None:
+                    cells.append("")
+                    continue
                 more = f" ({row.away:.0%})" if row.away > row.turned else ""
                 cells.append(f"{row.turned:.0%} ± {row.turned_se:.0%}{more}")
             table.add_row(what, mode, *cells)
@@ -279,7 +284,7 @@ def draw(
             for kind, style in ((what, "o-"), (control, "x:")):
                 own = [row for row in rows if (row.what, row.mode) == (kind, mode)]
                 axes.errorbar(
-                    range(len(own)),
+                    [WHATS[what].index(row.factor) for row in own],
                     [row.turned for row in own],
                     [row.turned_se for row in own],
                     fmt=style,
@@ -304,7 +309,7 @@ def draw(
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--documents", type=int, default=200, help="with one of two answers")
+    parser.add_argument("--documents", type=int, default=100, help="with one of two answers")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of rows and picture")
     options = parser.parse_args(arguments)
     if options.documents < 2:
@@ -321,8 +326,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = measure(model, tokenizer, cases)
     write(rows, options.out / "figure4.csv")
     draw(case, probabilities, rows, options.out / "figure4.png")
-    for factors in (AMPLIFY, SUPPRESS):
-        console.print(rate_table(rows, factors))
+    for whats in ((AMPLIFIED, UNRELATED_UP), (SUPPRESSED, UNRELATED_DOWN)):
+        console.print(rate_table(rows, whats))
 
 
 if __name__ == "__main__":

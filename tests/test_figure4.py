@@ -89,7 +89,9 @@ def test_figure_4_is_drawn(demo, cases, tmp_path):
     tokens = figure4.next_tokens(*demo, cases[0])
     figure4.draw(cases[0], tokens, rows, tmp_path / "figure4.png")
     assert (tmp_path / "figure4.png").stat().st_size > 20_000
-    assert figure4.rate_table(rows, figure4.AMPLIFY).row_count == 2 * len(figure4.MODES)
+    assert figure4.rate_table(rows, (figure4.AMPLIFIED, figure4.UNRELATED_UP)).row_count == 2 * len(
+        figure4.MODES
+    )
 
 
 def test_one_document_has_no_standard_error(capsys):
