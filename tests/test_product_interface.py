@@ -144,6 +144,64 @@ def test_normalize_after_postprocessing():
     assert (float(found.min()), float(found.max())) == (0, 1)
 
 
+# --- explanation: prompt_granularity, target_granularity ----------------------------------------
+
+
+def pieces(granularity, prompt=PARTS, **arguments):
+    """The texts of the prompt's units; each is where it says, and together they are the prompt."""
+    found = [unit for unit, _ in in_prompt(explain(prompt, TARGET, granularity, **arguments))]
+    assert all(prompt[unit.start : unit.stop] == unit.text for unit in found)
+    assert "".join(unit.text for unit in found) == prompt
+    return [unit.text.strip() for unit in found]
+
+
+def test_prompt_granularity_by_name():
+    tokens, found = ids(PARTS), explain(PARTS)
+    assert [unit.tokens for unit, _ in in_prompt(found)] == [(i,) for i in range(len(tokens))]
+    assert pieces("word", "Hello world, hello.") == ["Hello", "world,", "hello."]
+    assert pieces("sentence", "The pay is 23. It is long. Hello") == [
+        "The pay is 23.",
+        "It is long.",
+        "Hello",
+    ]
+    assert pieces("paragraph", "The pay.\n\nThe notice. Hello") == ["The pay.", "The notice. Hello"]
+
+
+def test_prompt_granularity_with_a_custom_delimiter():
+    """Between the examples of a few-shot prompt; a delimiter goes with what it ends."""
+    shots = "The pay is 23.###The notice is four weeks.###hello"
+    found = pieces(atman.Delimiter("###"), shots)
+    assert found == ["The pay is 23.###", "The notice is four weeks.###", "hello"]
+
+
+def test_a_unit_of_any_granularity_is_suppressed_as_one():
+    found = explain(PARTS, TARGET, "sentence")
+    values = torch.tensor([value for _, value in in_prompt(found)])
+    close(values, by_hand([unit.tokens for unit, _ in in_prompt(found)], 0.1, "min_shift", PARTS))
+
+
+def test_without_a_granularity_about_thirty_units():
+    """The interface's default, ours by name: what comes closest to 30 units."""
+    short, long = "The pay per hour is 23 euros.", " ".join(["The pay is 23."] * 12)
+    levels = ("token", "word", "sentence", "paragraph")
+    for prompt, most in ((short, None), (long, None), (long, 10)):
+        counts = {level: len(pieces(level, prompt)) for level in levels}
+        wanted = {} if most is None else {"max_units": most}
+        chosen = explain(prompt, TARGET, "auto", **wanted)
+        closest = min(levels, key=lambda level: abs(counts[level] - (most or 30)))  # noqa: B023
+        assert chosen.provenance["level"] == closest
+        assert len(in_prompt(chosen)) == counts[closest]
+
+
+def test_target_granularity():
+    complete = explain(target_granularity="complete")
+    assert [part.text for part in complete.parts] in ([], [TARGET])
+    close(complete.relevance, complete.scores.nanmean(0))
+    by_token = explain(target_granularity="token")
+    assert [part.text for part in by_token.parts] == [target.text for target in by_token.targets]
+    torch.testing.assert_close(by_token.scores, complete.scores, equal_nan=True)
+
+
 # --- completion, and explanation, under controls ----------------------------------------------
 
 
