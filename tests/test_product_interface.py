@@ -188,7 +188,7 @@ def test_without_a_granularity_about_thirty_units():
         counts = {level: len(pieces(level, prompt)) for level in levels}
         wanted = {} if most is None else {"max_units": most}
         chosen = explain(prompt, TARGET, "auto", **wanted)
-        closest = min(levels, key=lambda level: abs(counts[level] - (most or 30)))  # noqa: B023
+        closest = min(levels, key=lambda level: abs(counts[level] - (most or 30)))
         assert chosen.provenance["level"] == closest
         assert len(in_prompt(chosen)) == counts[closest]
 
