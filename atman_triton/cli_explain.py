@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from .cli_controls import OVERLAPS, WRITTEN, Overlap, Written, place_control, split_control
+from .cli_live import explain_live, refuse_with_live
 from .cli_shared import (
     DTYPES,
     AsJson,
@@ -205,6 +206,14 @@ def explain(
         int | None,
         typer.Option(min=1, show_default="32", help="The longest answer to generate, in tokens."),
     ] = None,
+    live: Annotated[
+        bool,
+        typer.Option(
+            "--live",
+            help="Score every token of the answer while it is generated, and colour the prompt as "
+            "it appears (method direct, units of the prompt only).",
+        ),
+    ] = False,
     html: Html = None,
     plot: Plot = None,
     save: Annotated[
@@ -224,6 +233,23 @@ def explain(
         raise BadUsage("--target-span is of one answer, without --contrast-target.")
     if contrast_target is not None and len(target or ()) > 1:
         raise BadUsage("--contrast-target is beside one answer; give one --target, or none.")
+    if live:
+        refuse_with_live(
+            target=target,
+            contrast_target=contrast_target,
+            target_span=target_span,
+            target_granularity=target_granularity != "complete",
+            max_units=max_units,
+            document=document,
+            method=method not in (None, "direct"),
+            budget=budget,
+            steps=steps,
+            similarity=similarity,
+            rule=rule,
+            postprocessing=postprocessing,
+            normalize=normalize,
+            control=control,
+        )
     _check_settings(
         preset=preset,
         mode=mode,
@@ -247,33 +273,45 @@ def explain(
     # What libraries print belongs to the notes, never to the result.
     with contextlib.redirect_stdout(sys.stderr):
         reader, tokenizer = load_model(model, place, dtype)
-        explanation = _explain(
-            reader,
-            tokenizer,
-            words,
-            target or [],
-            settings={
-                "preset": preset,
-                "factor": factor,
-                "mode": mode,
-                "similarity": parse_similarity(similarity),
-                "rule": rule,
-                "method": method,
-                "budget": parse_budget(budget),
-                "steps": steps,
-                "batch_size": size,
-            },
-            controls=controls,
-            overlap=overlap,
-            progress=not quiet,
-            target_granularity=target_granularity,
-            max_units=max_units,
-            contrast_target=contrast_target,
-            postprocessing=postprocessing,
-            normalize=normalize,
-            max_new_tokens=max_new_tokens,
-            **asked,
-        )
+        if live:
+            explanation = explain_live(
+                reader,
+                tokenizer,
+                words,
+                settings={"preset": preset, "factor": factor, "mode": mode, "batch_size": size},
+                granularity=asked.get("granularity", "token"),
+                explain_only=asked.get("explain_only"),
+                max_new_tokens=max_new_tokens,
+                watch=not quiet,
+            )
+        else:
+            explanation = _explain(
+                reader,
+                tokenizer,
+                words,
+                target or [],
+                settings={
+                    "preset": preset,
+                    "factor": factor,
+                    "mode": mode,
+                    "similarity": parse_similarity(similarity),
+                    "rule": rule,
+                    "method": method,
+                    "budget": parse_budget(budget),
+                    "steps": steps,
+                    "batch_size": size,
+                },
+                controls=controls,
+                overlap=overlap,
+                progress=not quiet,
+                target_granularity=target_granularity,
+                max_units=max_units,
+                contrast_target=contrast_target,
+                postprocessing=postprocessing,
+                normalize=normalize,
+                max_new_tokens=max_new_tokens,
+                **asked,
+            )
     write_files([explanation], html=html, plot=plot, save=save, quiet=quiet)
     print_explanation(explanation, as_json=as_json, top_k=top_k)
 

@@ -111,7 +111,7 @@ def _heat_map(
 ) -> list[Text]:
     """The text in lines, coloured by strength; without colour strong units stand in brackets."""
     cells = width if coloured else width - 6
-    draw = _coloured_line if coloured else _plain_line
+    draw = coloured_line if coloured else plain_line
     found = []
     for row in layout.shown_lines(explanation, values, cells, MAX_LINES, NOTABLE):
         remark = any(run.note for run in row)
@@ -121,7 +121,8 @@ def _heat_map(
     return found
 
 
-def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
+def coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
+    """A line of the heat map in colours."""
     line, before = Text(), Style()
     for run in row:
         text, style = run.text, _style(run.strength)
@@ -138,7 +139,8 @@ def _coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
     return line
 
 
-def _plain_line(row: list[layout.Run], prompt_stop: int) -> Text:
+def plain_line(row: list[layout.Run], prompt_stop: int) -> Text:
+    """The same with brackets around what is strong."""
     line = Text()
     for bracket, runs in itertools.groupby(row, key=_bracket):
         text = "".join(run.text for run in runs).rstrip("\n")

@@ -1,0 +1,69 @@
+"""``atman explain --live``: the prompt is coloured while the answer appears."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from .cli_shared import our_errors
+from .loading import BadUsage
+
+if TYPE_CHECKING:
+    from .explanation import Explanation
+
+_INTERVAL = 0.1  # seconds between two pictures
+
+
+def refuse_with_live(**given: Any) -> None:
+    """Refuse options under which nothing can be scored before the answer is finished."""
+    for name, value in given.items():
+        if value:
+            raise BadUsage(
+                f"--{name.replace('_', '-')} does not go with --live, which scores an answer while "
+                "it is written: leave one of them out."
+            )
+
+
+def explain_live(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    settings: dict[str, Any],
+    granularity: Any,
+    explain_only: Any,
+    max_new_tokens: int | None,
+    watch: bool,
+) -> Explanation:
+    """Let the model answer, scores and all.
+
+    Args:
+        settings: Of ``generate_explained``.
+        watch: Draw on standard error, if that is a terminal.
+    """
+    from rich.console import Console
+
+    from .live import generate_explained
+    from .render.live import LiveView
+
+    with our_errors():
+        stream = generate_explained(
+            model,
+            prompt,
+            tokenizer=tokenizer,
+            units=granularity,
+            explain_only=explain_only,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            **settings,
+        )
+        view = LiveView(Console(file=sys.stderr, highlight=False, markup=False, emoji=False))
+        with stream, view:
+            drawn = 0.0
+            for _ in stream:
+                if watch and view.wanted and stream.text and time.monotonic() > drawn + _INTERVAL:
+                    view.update(stream.explanation())
+                    drawn = time.monotonic()
+        return stream.explanation()
