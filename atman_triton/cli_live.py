@@ -47,6 +47,8 @@ def explain_live(
     from .live import generate_explained
     from .render.live import LiveView
 
+    view = LiveView(Console(file=sys.stderr, highlight=False, markup=False, emoji=False))
+    watched = watch and view.wanted
     with our_errors():
         stream = generate_explained(
             model,
@@ -57,13 +59,13 @@ def explain_live(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            every=1 if watched else "auto",  # bursts save time, but are not what one watches
             **settings,
         )
-        view = LiveView(Console(file=sys.stderr, highlight=False, markup=False, emoji=False))
         with stream, view:
             drawn = 0.0
             for _ in stream:
-                if watch and view.wanted and stream.text and time.monotonic() > drawn + _INTERVAL:
+                if watched and stream.text and time.monotonic() > drawn + _INTERVAL:
                     view.update(stream.explanation())
                     drawn = time.monotonic()
         return stream.explanation()

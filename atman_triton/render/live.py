@@ -62,7 +62,8 @@ class LiveView:
         """The end of the answer, and the text with the strongest units of the prompt in sight."""
         width, height = self._console.width, self._console.height
         answer = layout.visible(explanation.answers[0])
-        heading = Text("Answer so far: ", FAINT, overflow="ellipsis", no_wrap=True)
+        heading = Text(overflow="ellipsis", no_wrap=True)
+        heading.append("Answer so far: ", FAINT)
         heading.append(answer[-max(1, width - heading.cell_len) :], "bold")
         draw = coloured_line if self._coloured else plain_line
         cells = width if self._coloured else width - 6  # brackets stand around strong units
