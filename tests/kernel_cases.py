@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -132,7 +133,8 @@ def make_inputs(case: Case, seed: int = 0) -> tuple[list, dict]:
 
 
 LEVELS = {
-    "tokens": [(113, 203), (203, 113), (1, 131), (65, 64), (70, 150), (130, 70)],
+    "tokens": [(1, 131), (65, 64), (70, 150), (130, 70)],
+    "batch": [1, 2],
     "dims": [(40, 40), (64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)],
     "heads": [(2, 2), (4, 2), (3, 1)],
     "dtype": [torch.float32, torch.float16],
@@ -147,30 +149,68 @@ LEVELS = {
 }
 
 
-def covering(levels: dict[str, list]) -> list[dict]:
-    """Choices in which every pair of values of two fields occurs, built greedily."""
-    names = list(levels)
+def covering(
+    levels: dict[str, list], cost: Callable[[dict], float] | None = None, tries: int = 10
+) -> list[dict]:
+    """Choices in which every pair of values of two fields occurs, built greedily: few and cheap.
 
-    def pairs(row):
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
+    Each next choice starts with the value that most pairs still want, takes the other fields in a
+    random order, of each the value that most new pairs come of, and is the best of ``tries``.
 
+    Args:
+        levels: the values of each field.
+        cost: of a choice; nearly as many new pairs for half the cost are better.
+    """
+    price = cost or (lambda _: 1.0)
     wanted = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
+        frozenset(((a, x), (b, y)))
+        for a, b in itertools.combinations(levels, 2)
         for x, y in itertools.product(levels[a], levels[b])
     }
+    missing = {  # of each value, in the order of levels, whatever Python's hashes are
+        (name, value): sum(len(levels[other]) for other in levels if other != name)
+        for name, values in levels.items()
+        for value in values
+    }
     generator = random.Random(0)
+
+    def draw() -> tuple[dict, set]:
+        row = dict([max(missing, key=lambda each: (missing[each], generator.random()))])
+        for name in generator.sample(list(levels), len(levels)):
+            if name not in row:
+                row[name] = max(
+                    levels[name],
+                    key=lambda value: (
+                        sum(frozenset(((name, value), other)) in wanted for other in row.items()),
+                        generator.random(),
+                    ),
+                )
+        return row, wanted.intersection(map(frozenset, itertools.combinations(row.items(), 2)))
+
     chosen = []
     while wanted:
-        a, x, b, y = min(wanted, key=str)
-        rows = []
-        for _ in range(60):
-            row = {name: generator.choice(values) for name, values in levels.items()}
-            rows.append(row | {a: x, b: y})
-        best = max(rows, key=lambda row: len(pairs(row) & wanted))
-        wanted -= pairs(best)
-        chosen.append(best)
+        drawn = [draw() for _ in range(tries)]
+        row, new = max(drawn, key=lambda each: len(each[1]) / price(each[0]) ** 0.3)
+        for name in levels:  # what shows nothing new may be cheap
+            if not any((name, row[name]) in pair for pair in new):
+                row[name] = min(levels[name], key=lambda value: price(row | {name: value}))
+        wanted -= new
+        for value in itertools.chain.from_iterable(new):
+            missing[value] -= 1
+        chosen.append({name: row[name] for name in levels})
     return chosen
+
+
+def pairwise(**levels: Sequence) -> pytest.MarkDecorator:
+    """Parameters of a test in which every pair of values occurs, in place of all combinations."""
+    rows = covering({name: list(values) for name, values in levels.items()})
+    return pytest.mark.parametrize(tuple(levels), [tuple(row.values()) for row in rows])
+
+
+def tiles(row: dict) -> int:
+    """What a choice of :data:`LEVELS` costs under the interpreter, in tiles of 64 × 64."""
+    rows, keys = row["tokens"]
+    return row["batch"] * row["heads"][0] * -(-rows // 64) * -(-keys // 64)
 
 
 class Allocations(TorchDispatchMode):

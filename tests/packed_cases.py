@@ -9,13 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from kernel_cases import DEVICE, SHORT
 from torch import Tensor
 
 from atman_triton.kernels.reference import attention_reference
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODES = ("multiplicative", "min_shift", "log_additive")
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)

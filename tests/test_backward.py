@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
 from backward_cases import BackwardCase, check, check_nearly, make_problem
-from kernel_cases import DEVICE, LEVELS, covering, poison
+from kernel_cases import DEVICE, LEVELS, covering, poison, tiles
 
 __all__ = ["poison"]  # an autouse fixture
 
 CHOICES = LEVELS | {
-    # two tiles either way: the interpreter takes a second for each
+    # two tiles either way
     "tokens": [(66, 131), (131, 66), (1, 131), (65, 64), (40, 90), (70, 40)],
     "heads": [(2, 2), (4, 2), (2, 1)],
-    "prefix": [0, 0, 1, 64, 77],
+    "prefix": [0, 1, 64, 77],
     "place": ["all", "own"],
     "dropout": [0.0, 0.3],
-    "wants": ["all", "all", "all", "factor", "query", "keys"],
-    "loss": ["both", "both", "out", "lse"],
+    "wants": ["all", "factor", "query", "keys"],
+    "loss": ["both", "out", "lse"],
     "cotangent": ["plain", "strided", "expanded"],
 }
 
@@ -38,14 +38,17 @@ def from_row(row: dict) -> BackwardCase:
     """A case with a key of its own behind the prefix, and something to differentiate."""
     case = BackwardCase(**row)
     if case.tokens[0] == 1:
-        # not a row that sees nothing: test_backward_modes has those
-        case = replace(case, mask="rows" if case.mask == "heads" else case.mask)
+        # not a row that sees nothing: test_backward_modes has those; and of one row and one batch
+        # row the largest error of eager is luck
+        case = replace(case, batch=4, mask="rows" if case.mask == "heads" else case.mask)
+    if case.layout == "shared_keys":
+        case = replace(case, batch=2)
     if case.wants == "factor" and case.factors == "none":
         case = replace(case, factors="some")
     return replace(case, prefix=min(case.prefix, case.tokens[1] - 1))
 
 
-COVERING = [from_row(row) for row in covering(CHOICES)]
+COVERING = [from_row(row) for row in covering(CHOICES, tiles)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -72,8 +75,7 @@ ODD = BackwardCase(batch=1, heads=(2, 2))
             ((3, 799), "min_shift", torch.float32, "causal"),
             ((3, 799), "log_additive", torch.float16, "window"),
             ((113, 203), "min_shift", torch.float32, "causal"),
-            ((1023, 1024), "min_shift", torch.float32, "causal"),
-            ((1023, 1024), "log_additive", torch.float16, "window"),
+            ((1023, 1024), "min_shift", torch.float16, "window"),
         ]
     ],
     ids=str,
@@ -82,22 +84,35 @@ def test_odd_shapes(case):
     check(replace(case, factors="one" if max(case.tokens) > 500 else "some"))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 63, 64, 65])
-@pytest.mark.parametrize("mode", ["multiplicative", "min_shift"])
+@pytest.mark.parametrize(
+    ("causal", "window", "mode"),
+    [
+        (False, None, "multiplicative"),
+        *[(causal, window, "multiplicative") for causal in (False, True) for window in (1, 64)],
+        (True, None, "multiplicative"),
+        (True, None, "min_shift"),
+        (True, 64, "min_shift"),
+        (False, 64, "min_shift"),
+    ],
+)
 def test_band_at_tile_borders(causal, window, mode):
-    """Every offset around a tile's border: one key too many or too few is an error of order 1."""
+    """Both ends of what rows see on, before and behind a tile's border.
+
+    One key too many or too few is an error of order 1.
+    """
     case = BackwardCase(tokens=(66, 131), dims=(16, 16), heads=(1, 1), batch=1, mode=mode)
     problem = make_problem(replace(case, factors="none" if mode == "multiplicative" else "some"))
     problem.options |= {"causal": causal, "window": window}
-    for offset in [-2, -1, 0, 62, 63, 64, 65] if causal or window else [0]:
+    for offset in [-1, 0, 62, 63, 64] if causal or window else [0]:
         problem.options["query_offset"] = offset
         check_nearly(problem, 1e-5)
 
 
-@pytest.mark.parametrize("start", [63, 64, 65, 127, 128, 129])
-@pytest.mark.parametrize("prefix", [0, 64, 70])
-def test_padding_at_the_borders_of_tiles_and_segments(start, prefix):
+@pytest.mark.parametrize(
+    ("prefix", "start"),
+    [(0, 63), (0, 64), (0, 65), (0, 128), (64, 64), (64, 65), (70, 64), (70, 70), (70, 71)],
+)
+def test_padding_at_the_borders_of_tiles_and_segments(prefix, start):
     case = BackwardCase(tokens=(3, 130), dims=(16, 16), heads=(1, 1), band="full", prefix=prefix)
     problem = make_problem(replace(case, mode="min_shift", factors="some"))
     column = torch.arange(130, device=DEVICE)
@@ -105,7 +120,7 @@ def test_padding_at_the_borders_of_tiles_and_segments(start, prefix):
     check_nearly(problem, 1e-5)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@settings(max_examples=4, deadline=None, derandomize=True, database=None)
 @given(
     case=st.builds(
         BackwardCase,
@@ -118,7 +133,7 @@ def test_padding_at_the_borders_of_tiles_and_segments(start, prefix):
         **{
             name: st.sampled_from(CHOICES[name])
             for name in CHOICES
-            if name not in ("tokens", "dims", "heads", "prefix")
+            if name not in ("tokens", "dims", "heads", "batch", "prefix")
         },
     ),
     seed=st.integers(0, 1000),

@@ -21,7 +21,17 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 import triton
 import triton.language as tl
-from kernel_cases import DEVICE, LEVELS, MODES, Allocations, Case, covering, make_inputs, poison
+from kernel_cases import (
+    DEVICE,
+    LEVELS,
+    MODES,
+    Allocations,
+    Case,
+    covering,
+    make_inputs,
+    poison,
+    tiles,
+)
 
 from atman_triton.kernels.forward import attention_fwd
 from atman_triton.kernels.primitives import key_tiles
@@ -59,7 +69,15 @@ def check(case: Case, seed: int = 0) -> None:
     assert_close_to_oracle(lse, eager_lse.float(), oracle_lse, name="lse")
 
 
-COVERING = [Case(**row) for row in covering(LEVELS)]
+def from_row(row: dict) -> Case:
+    """With more batch rows where one shows nothing, as keys are shared, or its error is luck."""
+    case = Case(**row)
+    if case.tokens[0] == 1:
+        return replace(case, batch=4)
+    return replace(case, batch=2) if case.layout == "shared_keys" else case
+
+
+COVERING = [from_row(row) for row in covering(LEVELS, tiles)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -84,8 +102,9 @@ ODD = Case(batch=1, heads=(2, 2))
             ((799, 3), "multiplicative", torch.float32, "upper_left"),
             ((3, 799), "min_shift", torch.float16, "causal"),
             ((3, 799), "log_additive", torch.float32, "window"),
-            ((1023, 1024), "min_shift", torch.float32, "window"),
-            ((1023, 1024), "min_shift", torch.float16, "causal"),
+            ((113, 203), "min_shift", torch.float32, "causal"),
+            ((203, 113), "multiplicative", torch.float32, "causal"),
+            ((1023, 1024), "min_shift", torch.float16, "window"),
         ]
     ],
     ids=str,
@@ -95,20 +114,23 @@ def test_odd_shapes(case):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 2, 63, 64, 65, 66])
+@pytest.mark.parametrize("window", [None, 1, 2, 64, 65])
 def test_band_at_tile_borders(causal, window):
-    """Every offset around a tile's border: one key too many or too few is an error of order 1."""
+    """Both ends of what rows see on, before and behind a tile's border.
+
+    One key too many or too few is an error of order 1.
+    """
     case = Case(tokens=(66, 131), dims=(16, 16), heads=(1, 1), batch=1, factors="none")
     tensors, options = make_inputs(case)
     options |= {"causal": causal, "window": window}
     double = [t.double() for t in tensors[:3]]
-    for offset in [*range(-3, 1), *range(60, 67)] if causal or window else [0]:
+    for offset in [-3, -1, 0, 62, 63, 64, 65] if causal or window else [0]:
         out, _ = launch(tensors, options | {"query_offset": offset})
         oracle, _ = attention_reference(*double, **options, query_offset=offset)
         assert (out - oracle).abs().max() < 1e-5, offset
 
 
-@pytest.mark.parametrize("start", [*range(62, 67), 127, 128, 129])
+@pytest.mark.parametrize("start", [63, 64, 65, 128])
 @pytest.mark.parametrize("mode", ["plain", "min_shift"])
 def test_padding_at_tile_borders(mode, start):
     case = Case(tokens=(3, 130), dims=(16, 16), heads=(1, 1), band="full", mode="min_shift")
@@ -121,7 +143,7 @@ def test_padding_at_tile_borders(mode, start):
     assert (out - oracle).abs().max() < 1e-5
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     case=st.builds(
         Case,

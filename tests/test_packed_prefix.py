@@ -7,9 +7,7 @@ of the prefix and of a row's own, D head dim.
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -18,27 +16,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from atman_triton.testing import assert_close_to_oracle
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from packed_cases import DEVICE, MODES, Case, double, make_inputs, reference
+from kernel_cases import DEVICE, MODES, Allocations, covering, poison
+from packed_cases import Case, double, make_inputs, reference
 
 from atman_triton.kernels import packed_launch
 from atman_triton.kernels.packed_prefix import packed_prefix_fwd
 
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Fill every ``torch.empty`` with NaN, or the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+__all__ = ["poison"]  # an autouse fixture
 
 
 def launch(tensors: list, options: dict, splits: int = 1) -> tuple[Tensor, Tensor]:
@@ -79,49 +68,25 @@ def check(case: Case, seed: int = 0) -> None:
     compare(*launch(tensors, options, case.splits), tensors, options)
 
 
-def covering_cases() -> list[Case]:
-    """Cases in which every pair of values of two fields occurs, built greedily."""
-    levels = {
-        "tokens": [(4, 150, 4), (1, 131, 3), (16, 100, 16), (3, 64, 7), (2, 130, 0), (5, 0, 9)],
-        "dims": [(40, 40), (64, 64), (80, 80), (192, 128), (256, 256)],
-        "heads": [(2, 2), (4, 2), (3, 1)],
-        "batch": [1, 4, 7],
-        "dtype": [torch.float32, torch.float16],
-        "mode": [*MODES],
-        "factors": ["none", "some", "per_head", "one", "own"],
-        "band": ["full", "causal", "offset", "window", "window_full"],
-        "softcap": [None, 2.5],
-        "sinks": [False, True],
-        "bias": ["none", "dense", "shared", "alibi"],
-        "mask": ["none", "left", "right", "holes", "rows", "heads"],
-        "layout": ["plain", "tokens_first", "shared_keys"],
-        "splits": [1, 3],
-    }
-    names = list(levels)
-
-    def pairs(row):
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)}
-
-    wanted = {
-        (a, x, b, y)
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(levels[a], levels[b])
-    }
-    generator = random.Random(0)
-    cases = []
-    while wanted:
-        a, x, b, y = min(wanted, key=str)
-        rows = []
-        for _ in range(60):
-            row = {name: generator.choice(values) for name, values in levels.items()}
-            rows.append(row | {a: x, b: y})
-        best = max(rows, key=lambda row: len(pairs(row) & wanted))
-        wanted -= pairs(best)
-        cases.append(Case(**best))
-    return cases
+LEVELS = {
+    "tokens": [(4, 150, 4), (1, 131, 3), (16, 100, 16), (3, 64, 7), (2, 130, 0), (5, 0, 9)],
+    "dims": [(40, 40), (64, 64), (80, 80), (192, 128), (256, 256)],
+    "heads": [(2, 2), (4, 2), (3, 1)],
+    "batch": [1, 4, 7],
+    "dtype": [torch.float32, torch.float16],
+    "mode": [*MODES],
+    "factors": ["none", "some", "per_head", "one", "own"],
+    "band": ["full", "causal", "offset", "window", "window_full"],
+    "softcap": [None, 2.5],
+    "sinks": [False, True],
+    "bias": ["none", "dense", "shared", "alibi"],
+    "mask": ["none", "left", "right", "holes", "rows", "heads"],
+    "layout": ["plain", "tokens_first", "shared_keys"],
+    "splits": [1, 3],
+}
 
 
-COVERING = covering_cases()
+COVERING = [Case(**row) for row in covering(LEVELS)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -347,25 +312,6 @@ def test_rows_far_apart_use_wide_offsets():
         assert torch.equal(result[1], expected[1])
 
 
-class Allocations(TorchDispatchMode):
-    """The elements of every tensor made that is no view of a known storage."""
-
-    def __init__(self, *known):
-        super().__init__()
-        self.storages = {t.untyped_storage().data_ptr() for t in known}
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor) and tensor.numel():
-                pointer = tensor.untyped_storage().data_ptr()
-                if pointer not in self.storages:
-                    self.storages.add(pointer)
-                    self.sizes.append(tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
-
-
 @pytest.mark.parametrize("splits", [1, 3])
 def test_nothing_is_copied(splits):
     """Strided, broadcast and shared inputs are read in place: results, states, lists of tiles."""
@@ -376,9 +322,9 @@ def test_nothing_is_copied(splits):
         out, lse = launch(tensors, options, splits)
     states = splits * 12 * 4 * (32 + 3) if splits > 1 else 0
     lists = 12 * (5 + 6) + 5 + 6
-    assert out.numel() + lse.numel() <= sum(seen.sizes)
-    assert sum(seen.sizes) <= out.numel() + lse.numel() + states + lists
-    assert max(seen.sizes) < 12 * 300 * 32
+    assert out.numel() + lse.numel() <= seen.elements
+    assert seen.elements <= out.numel() + lse.numel() + states + lists
+    assert seen.elements < 12 * 300 * 32
     assert out.transpose(1, 2).is_contiguous()
 
 

@@ -1,6 +1,6 @@
 """The kernel for a shared prefix against the oracle, every feature in combination.
 
-Cases, inputs and the poisoning of ``torch.empty`` are those of ``test_forward``: a case is made
+Cases, inputs and the poisoning of ``torch.empty`` are those of ``kernel_cases``: a case is made
 with all keys in one tensor, whose first part then serves as the prefix. Legend: B batch, Hq/Hk
 heads, Tq/Tk tokens, Tp prefix tokens, D head dim.
 """
@@ -20,7 +20,17 @@ from atman_triton.testing import assert_close_to_oracle, count_launches
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 
-from test_forward import DEVICE, LEVELS, MODES, Allocations, Case, covering, make_inputs, poison
+from kernel_cases import (
+    DEVICE,
+    LEVELS,
+    MODES,
+    Allocations,
+    Case,
+    covering,
+    make_inputs,
+    poison,
+    tiles,
+)
 
 from atman_triton.kernels.forward import attention_fwd
 from atman_triton.kernels.reference import attention_reference
@@ -111,7 +121,7 @@ def check(case: PrefixCase, seed: int = 0) -> None:
 
 
 # (Tq, Tp + Tk) and Tp: long suffixes, a prefix of whole tiles, of one key, and nothing behind it
-SHAPES = [((70, 180), 100), ((66, 194), 128), ((100, 131), 1), ((40, 90), 90), ((33, 223), 190)]
+SHAPES = [((70, 180), 100), ((66, 194), 128), ((100, 131), 1), ((40, 90), 90), ((33, 191), 158)]
 CHOICES = LEVELS | {
     "tokens": SHAPES,
     "heads": [(2, 1), (2, 2)],
@@ -122,10 +132,14 @@ CHOICES = LEVELS | {
 
 def from_row(row: dict) -> PrefixCase:
     tokens, prefix = row["tokens"]
-    return PrefixCase(**row | {"tokens": tokens, "prefix": prefix})
+    case = PrefixCase(**row | {"tokens": tokens, "prefix": prefix})
+    return replace(case, batch=2) if case.layout == "shared_keys" else case
 
 
-COVERING = [from_row(row) for row in covering(CHOICES)]
+COVERING = [
+    from_row(row)
+    for row in covering(CHOICES, lambda row: tiles(row | {"tokens": row["tokens"][0]}))
+]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -146,7 +160,7 @@ def test_features_in_combination(case):
         **{
             name: st.sampled_from(CHOICES[name])
             for name in CHOICES
-            if name not in ("tokens", "dims", "heads")
+            if name not in ("tokens", "dims", "heads", "batch")
         },
     ),
     seed=st.integers(0, 1000),
