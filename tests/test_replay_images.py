@@ -40,8 +40,9 @@ def units_of(inputs):
 @pytest.mark.parametrize("mode", ["min_shift", "multiplicative", "log_additive"])
 def test_equals_the_whole_model(name, mode):
     model, inputs = MODELS[name]()
-    units = units_of(inputs)
-    for targets in (TARGETS[:1], TARGETS):
+    every = mode == "min_shift"  # what a token's place decides, it decides in every mode
+    units = units_of(inputs)[:: 1 if every else 3]
+    for targets in (TARGETS[:1], TARGETS) if every else (TARGETS,):
         with undisturbed(model):
             engine = Engine(model, inputs, targets, Settings(0.1, mode))
             found = torch.cat([engine.base_logprobs[None], engine.perturb(units)])
