@@ -270,12 +270,11 @@ def test_checkpointing_repeats_the_mask(reentrant):
     assert all(map(torch.equal, *grads))
 
 
-@pytest.mark.parametrize("mode", ["min_shift", "log_additive"])
-def test_compiles_whole_forward_and_backward(mode):
+def test_compiles_whole_forward_and_backward():
     def run(query, key, value, factor, seed):
         return attention(
-            query, key, value, factor, mode=mode, causal=True, dropout=P, dropout_seed=seed,
-            backend="torch",
+            query, key, value, factor, mode="min_shift", causal=True, dropout=P,
+            dropout_seed=seed, backend="torch",
         )  # fmt: skip
 
     torch._dynamo.reset()
