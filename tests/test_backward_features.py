@@ -26,7 +26,7 @@ from backward_cases import (
     gradients,
     make_problem,
 )
-from kernel_cases import DEVICE, MODES, poison
+from kernel_cases import DEVICE, MODES, pairwise, poison
 
 __all__ = ["poison"]  # an autouse fixture
 
@@ -78,8 +78,9 @@ def test_losses_add_up(mode):
         assert_close_to_oracle(total, whole, exact[name], factor=3.0, name=name)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("factors", ["some", "per_head"])
+@pytest.mark.parametrize(
+    ("mode", "factors"), list(zip(MODES, ["per_head", "some", "per_head"], strict=True))
+)
 def test_permuting_batch_rows_permutes_gradients(mode, factors):
     case = replace(FULL, batch=3, mode=mode, bias="dense", factors=factors, dropout=0.0)
     problem = make_problem(case)
@@ -91,9 +92,7 @@ def test_permuting_batch_rows_permutes_gradients(mode, factors):
             assert torch.equal(gradient, expected[name][order]), name
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("prefix", [64, 70])
-@pytest.mark.parametrize("place", ["all", "own"])
+@pairwise(mode=MODES, prefix=[64, 70], place=["all", "own"])
 def test_a_prefix_has_the_gradients_of_its_copies_in_sum(mode, prefix, place):
     case = replace(FULL, mode=mode, prefix=prefix, place=place, factors="per_head", mask="left")
     problem = make_problem(replace(case, batch=3))
@@ -119,8 +118,9 @@ def test_a_prefix_has_the_gradients_of_its_copies_in_sum(mode, prefix, place):
         assert gradient.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), list(zip(MODES, [torch.float32, torch.float16, torch.float32], strict=True))
+)
 def test_keys_of_one_batch_row_have_the_gradients_of_their_copies_in_sum(mode, dtype):
     case = replace(FULL, mode=mode, batch=3, dtype=dtype, layout="shared_keys")
     problem = make_problem(case)
@@ -146,13 +146,14 @@ def test_a_factor_expanded_over_the_batch_sums_its_rows():
     assert torch.equal(leaf.grad, apart.sum(0, keepdim=True))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_sinks_and_bias_in_another_dtype_than_queries(mode):
+@pytest.mark.parametrize(
+    ("mode", "bias"), list(zip(MODES, ["alibi", "dense", "alibi"], strict=True))
+)
+def test_sinks_and_bias_in_another_dtype_than_queries(mode, bias):
     """Each gradient comes in the dtype of what it is the gradient of."""
-    for bias in ("alibi", "dense"):
-        problem = make_problem(replace(FULL, mode=mode, dtype=torch.float16, bias=bias))
-        wide = {name: problem.tensors[name].float() for name in ("sinks", "position_bias")}
-        check_problem(replaced(problem, **wide))
+    problem = make_problem(replace(FULL, mode=mode, dtype=torch.float16, bias=bias))
+    wide = {name: problem.tensors[name].float() for name in ("sinks", "position_bias")}
+    check_problem(replaced(problem, **wide))
 
 
 @PREFIXES
@@ -170,9 +171,7 @@ def test_a_bias_of_minus_infinity_hides_a_key(mode, prefix):
     assert (found["position_bias"][..., 1::3] != 0).any()
 
 
-@PREFIXES
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("scale", [-0.2, 0.0])
+@pairwise(mode=MODES, scale=[-0.2, 0.0], prefix=[0, 70])
 def test_negative_and_zero_scale(mode, scale, prefix):
     problem = make_problem(replace(SMALL, mode=mode, prefix=prefix, sinks=True))
     problem.options["scale"] = scale

@@ -25,7 +25,7 @@ from backward_cases import (
     gradients,
     make_problem,
 )
-from kernel_cases import DEVICE, MODES, poison
+from kernel_cases import DEVICE, MODES, pairwise, poison
 
 __all__ = ["poison"]  # an autouse fixture
 
@@ -43,9 +43,9 @@ def scores(problem: Problem) -> Tensor:
     return tensors["query"] @ key.repeat_interleave(group, 1).transpose(-1, -2)
 
 
-@PREFIXES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("band", ["full", "causal", "window_full"])
+@pairwise(
+    dtype=[torch.float32, torch.float16], band=["full", "causal", "window_full"], prefix=[0, 70]
+)
 def test_a_tie_for_the_minimum_goes_to_the_first_key(dtype, band, prefix):
     """As the oracle's does, of scores that every dtype and order of sums gives alike."""
     case = replace(SMALL, mode="min_shift", dtype=dtype, band=band, prefix=prefix, dims=(16, 16))
@@ -93,9 +93,9 @@ def test_keys_that_tie_have_one_gradient_in_sum(prefix):
     check_problem(problem, view=sums)
 
 
-@PREFIXES
-@pytest.mark.parametrize("where", ["manipulated", "plain", "removed", "padding", "future"])
-@pytest.mark.parametrize("index", [20, 100])
+@pairwise(
+    where=["manipulated", "plain", "removed", "padding", "future"], index=[20, 100], prefix=[0, 70]
+)
 def test_the_minimum_stands_at_a_key(where, index, prefix):
     """One key lies far below all others, and is the minimum of exactly the rows that see it."""
     problem = make_problem(replace(SMALL, mode="min_shift", prefix=prefix, band="full", batch=1))
@@ -163,9 +163,7 @@ def test_a_removed_key_of_a_huge_score_leaves_gradients_finite():
         torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
-@PREFIXES
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("band", ["full", "causal"])
+@pairwise(mode=MODES, band=["full", "causal"], prefix=[0, 70])
 def test_factors_of_one_are_plain_attention(mode, band, prefix):
     """Other gradients are those of no factors, and the factors' own is where a path begins."""
     problem = make_problem(replace(SMALL, mode=mode, band=band, prefix=prefix))
@@ -204,9 +202,7 @@ def test_a_hidden_key_has_no_gradient_and_its_factor_no_effect(mode, prefix):
             assert (after[name][:, :, unseen] == 0).all(), name
 
 
-@PREFIXES
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pairwise(mode=MODES, softcap=[None, 2.0], prefix=[0, 70])
 def test_the_gradient_of_a_factor_is_a_quotient_of_differences(mode, softcap, prefix):
     """Independent of every backward pass: four points of the kernel's own forward pass."""
     case = replace(SMALL, mode=mode, softcap=softcap, prefix=prefix, tokens=(20, 90), sinks=True)
@@ -232,9 +228,7 @@ def test_the_gradient_of_a_factor_is_a_quotient_of_differences(mode, softcap, pr
     assert found.abs().max() > 0.1
 
 
-@PREFIXES
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("sinks", [False, True])
+@pairwise(mode=MODES, sinks=[False, True], prefix=[0, 70])
 def test_rows_that_see_nothing_pass_nothing_on(mode, sinks, prefix):
     problem = make_problem(replace(SMALL, mode=mode, sinks=sinks, prefix=prefix))
     problem.options["query_offset"] = -10  # rows 0..9 stand before every key
