@@ -220,7 +220,7 @@ def test_the_gradient_of_a_factor_is_a_quotient_of_differences(mode, softcap, pr
         return total.item()
 
     step = 0.04
-    for batch, index in ((0, 0), (1, 30), (0, 69), (1, 71)):
+    for batch, index in ((0, 30), (1, 71)):
         near = loss(batch, index, step) - loss(batch, index, -step)
         far = loss(batch, index, 2 * step) - loss(batch, index, -2 * step)
         quotient = (8 * near - far) / (12 * step)

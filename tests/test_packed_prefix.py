@@ -86,7 +86,14 @@ LEVELS = {
 }
 
 
-COVERING = [Case(**row) for row in covering(LEVELS)]
+def from_row(row: dict) -> Case:
+    """With more batch rows where so few rows are left that the largest error of eager is luck."""
+    case = Case(**row)
+    few = case.batch * case.heads[0] * case.tokens[0] < 12
+    return replace(case, batch=4) if few else case
+
+
+COVERING = [from_row(row) for row in covering(LEVELS)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=str)
@@ -94,7 +101,7 @@ def test_features_in_combination(case):
     check(case)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(
     case=st.builds(
         Case,

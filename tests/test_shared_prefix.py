@@ -147,7 +147,7 @@ def test_features_in_combination(case):
     check(case)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(
     case=st.builds(
         PrefixCase,
