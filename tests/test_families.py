@@ -308,8 +308,9 @@ def _on_kernel(name: str, answers: tuple[tuple[int, ...], ...], calls: int) -> N
     assert_close_to_oracle(fused, portable, oracle.double(), name=name)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v3", "bloom", "gptj"])
 def test_explanations_run_on_the_kernel_with_every_launch_counted(name: str) -> None:
+    """Groups, windows, other value dims, ALiBi, own code; every family runs on it above."""
     _on_kernel(name, ANSWERS[2:4], 1)
 
 

@@ -59,11 +59,11 @@ def test_same_curve_within_rounding(name):
     assert losses[-5:].mean() < losses[:5].mean()  # it learns
 
 
-@pytest.mark.parametrize("name", ["GPT-2", "BERT"])
-def test_same_distribution_with_dropout(name):
+def test_same_distribution_with_dropout():
+    """BERT, of which nothing but the attention's dropout makes runs differ."""
     # More dropout than by default, so that so few steps show its absence.
-    curves = training.dropout_curves(TASKS[name], 20, 6, "cpu", attention_dropout=0.5)
-    assert judged(training.compare(name, curves, "cpu")) == {
+    curves = training.dropout_curves(TASKS["BERT"], 20, 6, "cpu", attention_dropout=0.5)
+    assert judged(training.compare("BERT", curves, "cpu")) == {
         "sdpa": True,
         "atman": True,
         "atman, checkpointed": True,
