@@ -264,29 +264,29 @@ def test_dropping_closing_or_leaving_ends_it(model):
         assert snapshot(model) != before
         assert len(live_threads()) == len(threads) + 1
 
-    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6)
+    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1)
     assert snapshot(model) == before  # nothing runs before the first token is asked for
     during(stream)
     del stream
     gc.collect()
     assert (snapshot(model), live_threads()) == (before, threads)
 
-    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6)
+    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1)
     during(stream)
     stream.close()
     assert (snapshot(model), live_threads()) == (before, threads)
     assert list(stream) == []
     assert len(stream.explanation().targets) == 1  # what came stays
 
-    with atman.generate_explained(model, PROMPT, max_new_tokens=6) as stream:
+    with atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1) as stream:
         during(stream)
     assert (snapshot(model), live_threads()) == (before, threads)
 
-    for _ in atman.generate_explained(model, PROMPT, max_new_tokens=6):
+    for _ in atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1):
         break
     assert (snapshot(model), live_threads()) == (before, threads)
 
-    assert len(list(atman.generate_explained(model, PROMPT, max_new_tokens=6))) == 6
+    assert len(list(atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1))) == 6
     assert (snapshot(model), live_threads()) == (before, threads)
     model.eval()
 
@@ -330,8 +330,8 @@ def test_the_caller_may_use_the_model_and_random_numbers_between_tokens(model):
     ids = torch.tensor([PROMPT])
     alone = model(ids).logits
     answer = plain(model, PROMPT, max_new_tokens=6)
-    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6)
-    other = atman.generate_explained(model, PROMPT[::-1], max_new_tokens=6)
+    stream = atman.generate_explained(model, PROMPT, max_new_tokens=6, every=1)
+    other = atman.generate_explained(model, PROMPT[::-1], max_new_tokens=6, every=1)
     found = []
     for token, _ in zip(stream, other, strict=True):  # two at once
         found.append(token.token_id)
