@@ -146,7 +146,7 @@ def _check_place(name: str, piece: Any, explanation: Explanation) -> None:
 def check_documents(explanation: Explanation) -> None:
     """Raise unless documents follow each other in the prompt and units stand in theirs.
 
-    A unit may reach beyond its document by white space: tokens often open with the space before.
+    A unit may reach beyond its document, as a token may stand on both sides of its border.
     """
     e, end, known = explanation, 0, set()
     for index, document in enumerate(e.documents):
@@ -178,8 +178,8 @@ def check_documents(explanation: Explanation) -> None:
         if unit.start is None or unit.stop is None:
             continue
         document = e.documents[unit.document]
-        before, after = e.text[unit.start : document.start], e.text[document.stop : unit.stop]
-        if before.strip() or after.strip():
+        inside = e.text[max(unit.start, document.start) : min(unit.stop, document.stop)]
+        if unit.text.strip() and not inside.strip():
             raise ValueError(
                 f"{name} must span characters of document {document.id!r}, within "
                 f"[{document.start}, {document.stop}], got {unit.start}:{unit.stop}."

@@ -91,10 +91,27 @@ def chunked(tokens: list[Unit], text: str, sizes: Sequence[int]) -> list[Unit]:
             )
             parts = []
             for _, run in runs:
-                own = [token for _, token in run]
-                parts += [own[a : a + size] for a in range(0, len(own), size)]
+                parts += _cut([token for _, token in run], size)
             return [joined(part, text, "chunk") for part in parts]
     return [placed(token) for token in tokens]
+
+
+def _cut(tokens: list[Unit], size: int) -> list[list[Unit]]:
+    """Pieces of so many tokens, or a few more where one would end amid a character."""
+    parts, first = [], 0
+    while first < len(tokens):
+        stop = first + size
+        while stop < len(tokens) and _share(tokens[stop - 1], tokens[stop]):
+            stop += 1
+        parts.append(tokens[first:stop])
+        first = stop
+    return parts
+
+
+def _share(first: Unit, second: Unit) -> bool:
+    """Whether two neighbours hold parts of one character."""
+    before, after = _span(first), _span(second)
+    return before is not None and after is not None and after[0] < before[1]
 
 
 def joined(tokens: list[Unit], text: str, level: Level) -> Unit:

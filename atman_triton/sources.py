@@ -61,8 +61,8 @@ def _ranked(explanation: Explanation, relevance: Tensor, top_k: int | None) -> d
         start = stop = None
         text = unit.text
         if unit.start is not None and unit.stop is not None:  # a token may reach beyond it
-            start = max(unit.start, document.start)
-            stop = min(unit.stop, document.stop)
+            start = min(max(unit.start, document.start), document.stop)
+            stop = max(min(unit.stop, document.stop), start)
             text = explanation.text[start:stop]
             start, stop = start - document.start, stop - document.start
         source = {

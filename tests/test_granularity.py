@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from atman_triton import Delimiter, Spans, TokenSpans
 from atman_triton.demo.model import load_demo_model
 from atman_triton.granularity import GRANULARITIES, checked_granularity
 from atman_triton.segments import words
+from atman_triton.units import coarsest, divided
 
 TOKENIZERS = {
     "byte-level": byte_level(),
@@ -389,6 +391,14 @@ def test_ids_without_a_text_are_joined_too():
     assert [len(unit.tokens) for unit in layout.units] == [10] * 10
     few = laid_out([5, 6, 7], "auto", max_units=10)
     assert {unit.level for unit in few.units} == {"token"}
+
+
+def test_a_chunk_does_not_end_amid_a_character():
+    layout = laid_out("a" + "🤣" * 30, "token", byte_level())
+    chunks = coarsest(layout)
+    assert len(chunks) > 1
+    assert all(first.stop == second.start for first, second in pairwise(chunks))
+    assert [part.start for part in divided(chunks[0], layout)][:3] == [0, 3, 5]
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_explanations import explain
 from toy_models import MODELS
-from toy_tokenizers import byte_level, sentencepiece
+from toy_tokenizers import byte_level, sentencepiece, unigram
 
 from atman_triton import Explainer, load
 from atman_triton.pieces import Document
@@ -147,6 +147,26 @@ def test_sources_of_a_model_s_answers(tokenizer, granularity, tmp_path):
         assert answer["documents"][0]["score"] == answer["sources"][0]["score"]
     e.save(tmp_path / "e.json")
     assert load(tmp_path / "e.json").sources() == found
+
+
+def test_a_token_that_reaches_beyond_its_document_is_cut_to_it():
+    explainer = Explainer(MODELS["llama"](), unigram())  # unknown characters are one token
+    e = explainer.explain("The pay is <{documents}> euros", "23", documents=["日本"])
+    assert [unit.text for unit in e.units] == ["<日本>"]
+    (source,) = e.sources()["answers"][0]["sources"]
+    assert (source["start"], source["stop"], source["text"]) == (0, 2, "日本")
+
+
+def test_hierarchical_keeps_documents_apart():
+    explainer = Explainer(MODELS["llama"](), byte_level(), method="hierarchical", budget=14)
+    prompt = "Read: {documents} Q: A:"
+    e = explainer.explain(prompt, "23", documents=["The pay is 23 euros.", "Hello world. Yes."])
+    assert {unit.document for unit in e.units} == {0, 1}
+    assert {unit.document for unit in e.coarse.units} == {0, 1}
+    given = ["The pay is 23 euros.", "Hello world. Yes."]
+    for unit in (*e.units, *e.coarse.units):
+        assert unit.text.strip() in given[unit.document]
+    assert len(e.sources()["answers"][0]["sources"]) == len(e.units)
 
 
 def test_sources_of_nothing_are_refused():
