@@ -109,6 +109,15 @@ def test_every_method_takes_a_passage(method, similarity):
             assert (near.branch is None) == (near.token < len(TOKENIZER(PROMPT).input_ids))
 
 
+def test_what_stands_before_a_passage_is_divided_like_the_prompt():
+    explained = explainer(method="hierarchical", budget=4)
+    e = explained.explain(PROMPT, "The pay is good. " * 5 + "23", target_span="23")
+    assert e.coarse is not None
+    coarse = [unit for unit in e.coarse.units if unit.part == "target"]
+    assert [unit.text.strip() for unit in coarse] == ["The pay is good. " * 4 + "The pay is good."]
+    assert {unit.branch for unit in coarse} == {0}
+
+
 def test_a_long_answer_is_read_only_up_to_the_passage():
     words = [5] * 60
     e = explainer(None).explain(words, [6] * 4)

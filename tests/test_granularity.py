@@ -15,6 +15,7 @@ from toy_tokenizers import byte_level, chat, sentencepiece, unigram, wordpiece
 from atman_triton import Delimiter, Spans, TokenSpans
 from atman_triton.demo.model import load_demo_model
 from atman_triton.granularity import GRANULARITIES, checked_granularity
+from atman_triton.placing import owners
 from atman_triton.segments import words
 from atman_triton.units import coarsest, divided
 
@@ -248,6 +249,9 @@ def test_a_token_partly_inside_a_span_belongs_to_it():
     # of two spans to the one that holds more of it, and whitespace does not count
     both = laid_out(SENTENCE, [(0, 5), (5, 7)], byte_level())
     assert texts(both) == ["The", " pay"]
+    equal = laid_out(SENTENCE, [(0, 6), (6, 13)], byte_level())  # pa | y per: most is in the first
+    assert texts(equal) == ["The pay", " per hour"]
+    assert owners("ab", [(0, 2)], [(0, 1), (1, 2)]) == [0]  # of equals the first
 
 
 def test_a_span_and_the_target_s_own_tokens():
@@ -326,6 +330,25 @@ def test_no_unit_mixes_messages_or_template(size):
     contents = [message["content"] for message in MESSAGES]
     assert all(any(text.strip() in content for content in contents) for text in texts(layout))
     assert "".join("".join(texts(layout)).split()) == "".join("".join(contents).split())
+
+
+def test_messages_with_nothing_between_them_stay_apart():
+    tokenizer = chat()
+    template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        messages = [{"role": "user", "content": text} for text in ("Hello", " world", " hello")]
+        layout = laid_out(messages, "turn", tokenizer)
+    finally:
+        tokenizer.chat_template = template
+    assert texts(layout) == ["Hello", " world", " hello"]
+
+
+@pytest.mark.parametrize("size", ["sentence", "paragraph", Delimiter("###")], ids=str)
+def test_no_unit_reaches_over_a_special_token(size):
+    layout = laid_out("Hello</s> world", size, sentencepiece())
+    assert texts(layout) == ["Hello", " world"]
+    check_exact(layout)
 
 
 def test_parts_of_a_message_are_one_turn_where_nothing_stands_between():
