@@ -26,6 +26,7 @@ from typing import Any
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
 FEATURES = ("causal", "window", "softcap", "bias", "alibi", "padding", "mask", "sinks", "dropout")
+PER_HEAD = ("causal", "per_head")  # of the packed two: a factor for each key and head
 BACKWARD = ("rows", "queries", "keys", "bias")
 # what goes together in models: sliding window and sinks; soft cap; ALiBi; dense bias or mask
 FAMILIES = (
@@ -312,6 +313,8 @@ def compile_case(case: Case) -> Report:
     stage: dict[str, Any] = {"stage": case.stage} if case.stage else {}
     if case.stage == "training":
         stage = {"save_minimum": case.mode == "min_shift"}
+    if "per_head" in case.features:
+        stage["factor_per_head"] = True
     continues = case.stage == "continues"
     if continues:
         stage = {}
@@ -442,6 +445,19 @@ def prefix_cases(architecture: str) -> list[Case]:
     return cases
 
 
+def decode_cases(architecture: str) -> list[Case]:
+    """One query of four heads: all modes, the stages of split keys; and more queries."""
+    cases = []
+    for head_dim in (64, 128, 256):
+        case = Case(architecture, head_dim, mode="min_shift", kernel="decode", queries=4)
+        cases += [replace(case, mode=mode, stage="whole") for mode in MODES]
+        cases += [replace(case, stage=stage) for stage in ("partial", "deferred", "merge")]
+        hard = (FAMILIES[0], FAMILIES[-1], PER_HEAD)
+        cases += [replace(case, stage="whole", features=features) for features in hard]
+        cases.append(replace(case, stage="whole", queries=64))
+    return cases
+
+
 def training_cases(architecture: str) -> list[Case]:
     """What training needs: the forward kernel that saves more, and all backward kernels."""
     cases = []
@@ -474,6 +490,7 @@ def table() -> list[Case]:
             cases.append(Case(architecture, head_dim, mode="min_shift", queries=1))
             cases.append(Case(architecture, head_dim, dtype="float32", mode="min_shift"))
         cases += prefix_cases(architecture)
+        cases += decode_cases(architecture)
         cases += training_cases(architecture)
         cases += [Case(architecture, 192, value_dim=128, mode=mode) for mode in MODES]
         cases += [Case(architecture, dim, mode="min_shift") for dim in (40, 80, 96)]

@@ -7,7 +7,8 @@ is timed; what is wrong or cannot run is not timed but named, with the reason. C
 of importance, and those that time does not allow are named too.
 
 TFLOP/s count 4·B·Hq·T²·D operations, half of that where causal, 3.5 times that with the backward
-pass. A ratio is a rival's time over ours: above 1 we are faster.
+pass; of a decoding step, GB/s count the keys and values that it reads. A ratio is a rival's time
+over ours: above 1 we are faster.
 
 Legend: B batch, Hq/Hk query/key heads, T tokens, D head dim.
 """
@@ -158,7 +159,7 @@ def check_rows(case: Case, mode: str, inputs: Sequence[Tensor]) -> Callable[[Ten
     """A check of some rows of a full output, the last among them, against float64."""
     query, key, value, factor, _ = inputs
     device = query.device
-    rows = torch.linspace(0, case.tokens - 1, _ROWS, device=device).round().long()
+    rows = torch.linspace(0, case.rows - 1, _ROWS, device=device).round().long()
     visible = torch.ones(_ROWS, case.tokens, dtype=torch.bool, device=device)
     if case.causal:
         visible = torch.arange(case.tokens, device=device) <= rows[:, None]
@@ -203,7 +204,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def eager_bytes(case: Case) -> int:
     """Roughly what eager attention holds at its widest: scores in several forms, two in float32."""
-    return case.batch * case.heads * case.tokens**2 * (24 if case.backward else 12)
+    return case.batch * case.heads * case.rows * case.tokens * (24 if case.backward else 12)
 
 
 @dataclasses.dataclass
@@ -281,11 +282,11 @@ def measure(case: Case, sizes: Sizes, gate: Gate, inputs: list[Tensor], stop: fl
 
 
 def rows_of(case: Case, found: Findings, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """Milliseconds and TFLOP/s of everything that was timed."""
+    """Milliseconds and TFLOP/s, or GB/s, of everything that was timed."""
     for mode in MODES:
         times = {name: spent for (of, name), spent in found.times.items() if of == mode}
-        rates = {name: [case.flops / ms / 1e9 for ms in spent] for name, spent in times.items()}
-        for metric, numbers in (("ms", times), ("TFLOP/s", rates)):
+        rates = {name: [case.rate(ms, dtype)[0] for ms in spent] for name, spent in times.items()}
+        for metric, numbers in (("ms", times), (case.rate(1, dtype)[1], rates)):
             yield from summarise(
                 numbers,
                 what=f"attention {case.kind}, {mode}",
@@ -296,8 +297,10 @@ def rows_of(case: Case, found: Findings, dtype: torch.dtype, device: torch.devic
             )
 
 
-def cells_of(case: Case, found: Findings, peak: float) -> dict[str, str]:
-    """By mode: our TFLOP/s, share of the peak, and the best rival's time over ours."""
+def cells_of(
+    case: Case, found: Findings, peak: float, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, str]:
+    """By mode: our TFLOP/s and share of the peak, or GB/s, and the best rival's time over ours."""
     cells: dict[str, str] = {}
     for mode in MODES:
         medians = found.medians(mode)
@@ -305,8 +308,9 @@ def cells_of(case: Case, found: Findings, peak: float) -> dict[str, str]:
         if own is None:
             cells[mode] = "-"
             continue
-        rate = case.flops / own / 1e9
-        cells[mode] = f"{rate:.3g} {1e12 * rate / peak:.0%}"
+        rate, unit = case.rate(own, dtype)
+        share = f" {1e12 * rate / peak:.0%}" if unit == "TFLOP/s" else unit
+        cells[mode] = f"{rate:.3g}{share}"
         rivals = {name: ms for name, ms in medians.items() if not name.startswith("atman")}
         if mode == "min_shift":
             base = our_time(found.medians("multiplicative"))
@@ -397,7 +401,7 @@ def run(
             failures.append(f"{case.shape} {case.kind}: {str(error).splitlines()[0]}")
             break
         rows += rows_of(case, found, dtype, device)
-        cells[case] = cells_of(case, found, peak)
+        cells[case] = cells_of(case, found, peak, dtype)
         for (mode, name), reason in found.reasons.items():
             reasons.setdefault((name, reason), []).append(f"{case.shape} {case.kind}, {mode}")
             ours = name == OURS and device.type == "cuda" and reason != _NO_TIME

@@ -1,6 +1,6 @@
 """The shapes that ``bench/gpu_kernels.py`` times, in order of importance, and their inputs.
 
-Legend: B batch, Hq/Hk query/key heads, T tokens, D head dim.
+Legend: B batch, Hq/Hk query/key heads, T tokens, Tq query tokens where they are fewer, D head dim.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ HEADS = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One self-attention, in one or both directions.
+    """One self-attention, in one or both directions, or a step that reads a cache.
 
     Args:
         factors: which keys have one that is not 1.
         flex: whether FlexAttention is compiled for it, which takes long.
+        queries: of a step with a cache of T tokens, all of which it sees; ``None`` is T.
     """
 
     batch: int
@@ -47,15 +48,23 @@ class Case:
     backward: bool = False
     factors: Factors = ONE
     flex: bool = dataclasses.field(default=True, compare=False)
+    queries: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.tokens if self.queries is None else self.queries
 
     @property
     def shape(self) -> str:
         heads = f"Hq{self.heads}-Hk{self.key_heads}"
-        return f"B{self.batch}-{heads}-T{self.tokens}-D{self.head_dim}"
+        few = "" if self.queries is None else f"-Tq{self.queries}"
+        return f"B{self.batch}-{heads}{few}-T{self.tokens}-D{self.head_dim}"
 
     @property
     def kind(self) -> str:
         direction = "forward + backward" if self.backward else "forward"
+        if self.queries is not None:
+            return f"decode B{self.batch}, {self.factors}"
         return f"{direction}, {'causal' if self.causal else 'full'}, {self.factors}"
 
     @property
@@ -65,8 +74,15 @@ class Case:
 
     @property
     def flops(self) -> float:
-        forward = 4.0 * self.batch * self.heads * self.tokens**2 * self.head_dim
+        forward = 4.0 * self.batch * self.heads * self.rows * self.tokens * self.head_dim
         return forward / (2 if self.causal else 1) * (3.5 if self.backward else 1)
+
+    def rate(self, milliseconds: float, dtype: torch.dtype) -> tuple[float, str]:
+        """Work in a time and its unit: TFLOP/s, but of a step the cache that it reads, in GB/s."""
+        if self.queries is None:
+            return self.flops / milliseconds / 1e9, "TFLOP/s"
+        numbers = 2 * self.batch * self.key_heads * self.tokens * self.head_dim
+        return numbers * dtype.itemsize / milliseconds / 1e6, "GB/s"
 
     def small(self) -> Case:
         """The same in little, for gradients against float64."""
@@ -85,6 +101,18 @@ def case_of(
     return Case(batch, query_heads, key_heads, tokens, head_dim, causal, backward, factors, flex)
 
 
+def decode_cases() -> list[Case]:
+    """One query of a model whose heads are grouped: one sequence, long or short, and a batch."""
+    heads, key_heads, head_dim = HEADS["grouped"]
+    step = Case(1, heads, key_heads, 131072, head_dim, causal=False, queries=1)
+    return [
+        step,
+        dataclasses.replace(step, factors=EACH, flex=False),
+        dataclasses.replace(step, tokens=8192),
+        dataclasses.replace(step, batch=16, tokens=8192, flex=False),
+    ]
+
+
 def all_cases() -> list[Case]:
     """What a GPU times; FlexAttention on a few shapes of each kind."""
     ordered: list[Case] = []
@@ -92,6 +120,7 @@ def all_cases() -> list[Case]:
         for tokens in LENGTHS:
             flex = tokens in (8192, 2048)
             ordered.append(case_of("2048/128", tokens, True, backward, flex=flex))
+    ordered += decode_cases()
     for backward in (False, True):
         for heads in ("2048/64", "2048/256", "grouped"):
             ordered.append(case_of(heads, 8192, True, backward))
@@ -110,6 +139,7 @@ TOY_CASES = (
     Case(1, 1, 1, 32, 16),
     Case(1, 2, 1, 24, 16, backward=True, factors=PER_HEAD),
     Case(1, 1, 1, 24, 16, causal=False, factors=EACH, flex=False),
+    Case(1, 2, 1, 24, 16, causal=False, queries=1),
 )
 
 
@@ -117,8 +147,8 @@ def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tens
     """Random query, key, value, factor, and the output's gradient."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(heads: int) -> Tensor:
-        size = (case.batch, heads, case.tokens, case.head_dim)
+    def normal(heads: int, tokens: int) -> Tensor:
+        size = (case.batch, heads, tokens, case.head_dim)
         return torch.randn(size, dtype=dtype, device=device, generator=generator)
 
     if case.factors == ONE:
@@ -129,5 +159,6 @@ def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> list[Tens
         heads = (case.heads,) if case.factors == PER_HEAD else ()
         size = (case.batch, *heads, case.tokens)
         factor = torch.rand(size, device=device, generator=generator) * 1.8 + 0.1
-    heads, key_heads = case.heads, case.key_heads
-    return [normal(heads), normal(key_heads), normal(key_heads), factor, normal(heads)]
+    query, gradient = (normal(case.heads, case.rows) for _ in range(2))
+    key, value = (normal(case.key_heads, case.tokens) for _ in range(2))
+    return [query, key, value, factor, gradient]

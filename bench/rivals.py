@@ -50,9 +50,9 @@ def matrix_of(factor: Tensor, rows: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=2)  # of the size that is checked and of that which is timed
-def _visible(tokens: int, causal: bool, device: torch.device) -> Tensor:
-    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
-    return visible.tril_() if causal else visible
+def _visible(rows: int, tokens: int, causal: bool, device: torch.device) -> Tensor:
+    visible = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+    return visible.tril_(tokens - rows) if causal else visible
 
 
 @functools.lru_cache(maxsize=2)
@@ -87,9 +87,9 @@ def eager(mode: str, causal: bool) -> Attention:
     """The paper's way: a matrix of factors on the whole score matrix."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, factor: Tensor) -> Tensor:
-        tokens = query.shape[2]
-        visible = _visible(tokens, causal, query.device)
-        matrix = matrix_of(factor, tokens)
+        rows, tokens = query.shape[2], key.shape[2]
+        visible = _visible(rows, tokens, causal, query.device)
+        matrix = matrix_of(factor, rows)
         return attention_eager(query, key, value, matrix, mode=mode, visible=visible)
 
     return attend

@@ -17,7 +17,17 @@ if not torch.cuda.is_available():
 from atman_triton.kernels.reference import attention_reference
 from bench import gpu, gpu_kernels, rivals
 from bench.gpu_kernels import MODES, TOY, Findings, Gate, Sizes, call_of, measure, require_close
-from bench.kernel_cases import EACH, HEADS, LENGTHS, PER_HEAD, Case, Factors, all_cases, inputs_of
+from bench.kernel_cases import (
+    EACH,
+    HEADS,
+    LENGTHS,
+    PER_HEAD,
+    Case,
+    Factors,
+    all_cases,
+    decode_cases,
+    inputs_of,
+)
 
 CPU = torch.device("cpu")
 Offer = dict[str, rivals.Attention]
@@ -56,7 +66,11 @@ def test_the_set_runs_in_toy_sizes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (forward, "k·m + SDPA MATH") in timed and (forward, rivals.FLEX) in timed
     both = "attention forward + backward, causal, every key and head, log_additive"
     assert {(both, name) for name in (rivals.OURS, "bias + SDPA MATH", rivals.EAGER)} <= timed
-    assert len(rows) == 1 + 2 * len(timed)  # ms and TFLOP/s
+    step = "attention decode B1, one key per row, multiplicative"
+    assert {(step, name) for name in (rivals.OURS, rivals.FLEX, "k·m + SDPA MATH")} <= timed
+    rates = {row["metric"] for row in rows if row["what"] == step}
+    assert rates == {"ms", "GB/s"}  # bytes are the work of a step
+    assert len(rows) == 1 + 2 * len(timed)  # ms, and TFLOP/s or GB/s
     written = capsys.readouterr().out
     assert "FlexAttention does not support backward on CPU" in written
     table = written[written.index("torch.mm: ") :].splitlines()
@@ -126,7 +140,7 @@ def test_it_fails_where_ours_is_wrong(
 
 def test_what_time_does_not_allow_is_named() -> None:
     _, table, *failures = gpu_kernels.run(CPU, True, sizes=Sizes(minutes=0))
-    assert "not reached: 3 of 3 cases" in table and "full, every key: T24" in table
+    assert "not reached: 4 of 4 cases" in table and "full, every key: T24" in table
     assert failures == []
     found = findings(CASE, stop=0)
     assert found.times == {} and set(found.reasons.values()) == {"no time was left"}
@@ -173,7 +187,10 @@ def test_flex_attention_reaches_the_factor(
 
 
 def test_cases_cover_the_grid() -> None:
-    cases = all_cases()
+    steps = decode_cases()
+    assert [case for case in all_cases() if case.queries is not None] == steps
+    assert len(set(steps)) == len(steps) and {case.queries for case in steps} == {1}
+    cases = [case for case in all_cases() if case not in steps]
     assert len(set(cases)) == len(cases) == 2 * 2 * len(LENGTHS) * len(HEADS) + 4
     assert all(case.batch * case.tokens == 16384 for case in cases)
     assert {case.heads * case.head_dim for case in cases} == {2048, 4096}
@@ -189,6 +206,16 @@ def test_operations_are_counted_by_hand() -> None:
     assert full.flops == 2 * (2 * 2 * 4 * 8 * 8 * 16)  # QK and PV, a product and a sum each
     assert Case(2, 4, 2, 8, 16).flops == full.flops / 2
     assert Case(2, 4, 2, 8, 16, causal=False, backward=True).flops == 3.5 * full.flops
+
+
+def test_bytes_of_a_step_are_counted_by_hand() -> None:
+    step = Case(2, 4, 2, 8, 16, causal=False, queries=1)
+    assert step.flops == 2 * (2 * 2 * 4 * 1 * 8 * 16)
+    read = 2 * (2 * 2 * 8 * 16) * 2  # keys and values, two bytes each
+    assert step.rate(1e-6, torch.float16) == (pytest.approx(read), "GB/s")  # bytes in a nanosecond
+    query, key, _, _, gradient = inputs_of(step, torch.float32, CPU)
+    assert query.shape == gradient.shape == (2, 4, 1, 16)
+    assert key.shape == (2, 2, 8, 16)
 
 
 def test_the_table_sets_ours_beside_the_best_rival() -> None:

@@ -104,15 +104,21 @@ def forward_config(
         # True float32 products have few matrix instructions or none, and keep much in registers.
         if architecture.startswith("gfx"):
             return TileConfig(32, 32 if width <= 128 else 16, num_warps=4, num_stages=1)
-        return TileConfig(32 if width <= 128 else 16, 32, num_warps=8, num_stages=1)
+        if width > 128:
+            return TileConfig(16, 32, num_warps=8, num_stages=1)
+        return TileConfig(32, 16 if mode == "min_shift" else 32, num_warps=8, num_stages=1)
     if queries <= 16:
-        # Decoding, or a few target tokens: memory is the limit, 16 rows are the least a dot takes.
-        return TileConfig(16, 64 if width <= 128 else 32, num_warps=4, num_stages=2)
+        # A few tokens that are trained: memory is the limit, 16 rows are the least a dot takes.
+        if width <= 128:
+            return TileConfig(16, 64, num_warps=4, num_stages=2)
+        warps = 4 if architecture.startswith("gfx") else 8
+        return TileConfig(16, 32, num_warps=warps, num_stages=2)
     if architecture.startswith("gfx"):
         # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
         if width <= 128:
             rows = 128 if width <= 64 and load < 2 else 64
-            return TileConfig(rows, 64, num_warps=4, num_stages=2)
+            narrow = load == 2 and width > 64
+            return TileConfig(rows, 32 if narrow else 64, num_warps=4, num_stages=2)
         return TileConfig(64, 32, num_warps=4, num_stages=2)
     return _nvidia_forward(architecture, head_dim, value_dim, mode == "min_shift", load)
 
@@ -125,7 +131,7 @@ def _nvidia_forward(
     Found by compiling: the largest tiles without spills (``python -m bench.compile_report``).
     """
     if max(head_dim, value_dim) <= 64:
-        narrow = load == 2 and (deferred or architecture == "sm_80")
+        narrow = load == 2 and (deferred or architecture != "sm_90")
         return TileConfig(128, 32 if narrow else 64, num_warps=8, num_stages=3)
     if value_dim <= 128:
         stages = 3 if head_dim <= 128 else 2  # 192/128 with 3 would not fit sm_80's memory

@@ -43,6 +43,7 @@ KERNELS = {
     "attention": (forward_config, 1),
     "shared_prefix": (shared_prefix_config, 2),
     "packed_prefix": (packed_config, 1),
+    "decode": (packed_config, 1),
 } | {f"backward_{part}": (partial(backward_config, part), 1) for part in PARTS}
 SLIDING, CAPPED, _, DENSE = (list(family) for family in FAMILIES)
 
@@ -87,6 +88,7 @@ def cases_of(architecture: str) -> list[dict]:
     base = {"architecture": architecture, "mode": "min_shift", "head_dim": 128}
     shared = base | {"kernel": "shared_prefix"}
     packed = base | {"kernel": "packed_prefix", "stage": "whole"}
+    decode = base | {"kernel": "decode", "stage": "whole", "queries": 4}
     keys = base | {"kernel": "backward_keys"}
     queries = base | {"kernel": "backward_queries"}
     turns = {
@@ -120,6 +122,8 @@ def cases_of(architecture: str) -> list[dict]:
         base | {"head_dim": 256, "features": CAPPED},
         shared,
         packed | {"stage": "partial"},
+        decode | {"features": SLIDING},
+        decode | {"stage": "deferred", "head_dim": 256},
         keys | {"features": list(DROPPED)},
         keys | {"head_dim": 256, "features": DENSE},
         queries | {"stage": "continues"},
@@ -183,7 +187,7 @@ def test_published_table_is_complete_and_current():
         for kernel in forward
         for architecture in ARCHITECTURES
         for head_dim in (64, 128, 256)
-        for dtype in ("bfloat16", "float16")[: 1 if kernel == "packed_prefix" else 2]
+        for dtype in ("bfloat16", "float16")[: 1 if kernel in ("packed_prefix", "decode") else 2]
         for mode in MODES[1:]
     }
     wanted |= {
