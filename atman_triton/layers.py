@@ -107,7 +107,10 @@ def _attention_forward(
     if kwargs.get("output_attentions"):
         adapters.refuse_weights()
     if kwargs.get("cache") is not None:
-        raise ValueError("a paged cache is not supported by 'atman'; use a dynamic or static one.")
+        raise ValueError(
+            "a paged cache (continuous batching) is not supported by 'atman'; "
+            "use generate(), with a dynamic or static cache."
+        )
     mask = attention_mask
     if not isinstance(mask, AttentionMask):
         mask, bias = _mask_from_model(module, query, key, mask, is_causal, sliding_window)

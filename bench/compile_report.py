@@ -59,7 +59,7 @@ class Case:
     value_dim: int | None = None
     queries: int = 4096  # rows per head; of the packed two, all rows that read the same keys
     features: tuple[str, ...] = ("causal",)
-    tiles: tuple[int, int, int, int, int] | None = None  # TileConfig's numbers, in order
+    tiles: tuple[int, int, int, int, int] | None = None  # the configuration's numbers, in order
     skip_plain: bool | None = None
 
 
@@ -286,7 +286,7 @@ def compile_case(case: Case) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from atman_triton.kernels.configs import TileConfig, extra_load
+    from atman_triton.kernels.configs import extra_load
 
     chosen = family(case.kernel)
     kernel = chosen.kernel
@@ -307,7 +307,7 @@ def compile_case(case: Case) -> Report:
         ),
     )
     if case.tiles is not None:
-        config = TileConfig(*case.tiles)
+        config = type(config)(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
     stage: dict[str, Any] = {"stage": case.stage} if case.stage else {}

@@ -1,4 +1,4 @@
-"""Tile sizes and split counts of the packed-prefix kernel: data with reasons.
+"""Tile sizes and split counts of the packed kernel: data with reasons.
 
 Legend: block_m packed query rows and block_n keys of one tile.
 """
@@ -56,8 +56,11 @@ def packed_config(
         block_n = 32 if width <= 128 else 16
         return PackedConfig(block_m, block_n, 16, num_warps=4 if amd else 8, num_stages=1)
     if rows <= 32:  # memory is the limit
-        warps = 4 if amd or max(rows * 8, width) <= 128 else 8
-        return PackedConfig(rows, 64 if width <= 128 else 32, 16, num_warps=warps, num_stages=2)
+        gathers = load == 2 and width > 64  # numbers for every row and key, in every tile
+        warps = 4 if amd or (rows == 16 and not gathers) else 8
+        edge_n = 64 if width <= 64 else 16
+        block_n = 64 if width <= 128 else 32
+        return PackedConfig(rows, block_n, edge_n, num_warps=warps, num_stages=2)
     if amd:
         # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
         if width <= 64:
@@ -81,8 +84,9 @@ def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: in
             return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
         if load == 2:
             return PackedConfig(rows, 32, 16, num_warps=8, num_stages=3)
-        edge_n = 16 if architecture == "sm_80" else 32
-        return PackedConfig(rows, 64, edge_n, num_warps=8, num_stages=3)
+        if architecture == "sm_80":
+            return PackedConfig(rows, 32 if rows == 64 else 64, 16, num_warps=8, num_stages=3)
+        return PackedConfig(rows, 64, 32, num_warps=8, num_stages=3)
     if width <= 128:
         if load == 2:
             return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
@@ -91,7 +95,7 @@ def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: in
         return PackedConfig(rows, block_n, 16, num_warps=8, num_stages=stages)
     if load == 2:
         return PackedConfig(32, 32, 16, num_warps=8, num_stages=2)
-    block_n = 16 if architecture == "sm_80" and mode == "log_additive" else 32
+    block_n = 16 if architecture == "sm_80" and mode in ("log_additive", "min_shift") else 32
     return PackedConfig(64, block_n, 16, num_warps=8, num_stages=2)
 
 

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch._dynamo.testing
+import transformers as tf
 from families import FAMILIES, LAYERS, VOCAB
 from torch import Tensor
 
@@ -412,3 +413,29 @@ def test_generating_with_a_cache_decodes(cache):
     assert torch.equal(*found)
     assert launches["_attention_fwd_kernel"] == LAYERS  # pyright: ignore
     assert launches[PACKED] == 3 * LAYERS  # pyright: ignore
+
+
+# ---- caches that are refused -------------------------------------------------------------------
+
+
+def test_a_paged_cache_is_refused_by_name():
+    """As continuous batching passes it on through the model, with or without a manipulation."""
+    model = FAMILIES["llama"].build().float()
+    ids = torch.tensor([[3, 4, 5, 6]])
+    text = r"^a paged cache \(continuous batching\) is not supported by 'atman'; use generate\(\)"
+    with pytest.raises(ValueError, match=text), manipulate(model, torch.ones(1, 4)):
+        model(ids, cache=object())
+    model.set_attn_implementation("atman")
+    with pytest.raises(ValueError, match=text):
+        model(ids, cache=object())
+
+
+def test_continuous_batching_is_refused():
+    """By transformers itself, before it starts."""
+    model = FAMILIES["llama"].build().float()
+    options = tf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=VOCAB + 1)
+    with (
+        pytest.raises(ValueError, match="atman"),
+        manipulate(model, torch.ones(1, 4)),
+    ):
+        model.generate_batch([[3, 4, 5, 6]], generation_config=options, progress_bar=False)
