@@ -19,6 +19,8 @@ class PackedConfig:
     """How the work of one program is cut.
 
     ``edge_n`` divides ``block_n``: keys of a tile that is masked or whose factors are gathered.
+    ``defer_n``, if not ``block_n``, those of a deferred tile whose rows share their factors, in the
+    launch that visits no others.
     """
 
     block_m: int
@@ -26,6 +28,7 @@ class PackedConfig:
     edge_n: int
     num_warps: int
     num_stages: int
+    defer_n: int | None = None
 
 
 @lru_cache
@@ -60,6 +63,8 @@ def packed_config(
         warps = 4 if amd or (rows == 16 and not gathers) else 8
         edge_n = 64 if width <= 64 else 16
         block_n = 64 if width <= 128 else 32
+        if width > 128 and architecture == "sm_100" and mode == "min_shift":
+            return PackedConfig(rows, 32, 16, num_warps=8, num_stages=2, defer_n=16)
         return PackedConfig(rows, block_n, edge_n, num_warps=warps, num_stages=2)
     if amd:
         # 64 threads a warp and 512 registers each, but only 64 KB of shared memory.
@@ -86,7 +91,8 @@ def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: in
             return PackedConfig(rows, 32, 16, num_warps=8, num_stages=3)
         if architecture == "sm_80":
             return PackedConfig(rows, 32 if rows == 64 else 64, 16, num_warps=8, num_stages=3)
-        return PackedConfig(rows, 64, 32, num_warps=8, num_stages=3)
+        edge_n = 16 if architecture == "sm_100" and mode == "plain" else 32
+        return PackedConfig(rows, 64, edge_n, num_warps=8, num_stages=3)
     if width <= 128:
         if load == 2:
             return PackedConfig(64, 32, 16, num_warps=8, num_stages=2)
@@ -96,7 +102,8 @@ def _nvidia_packed(architecture: str, width: int, mode: str, rows: int, load: in
     if load == 2:
         return PackedConfig(32, 32, 16, num_warps=8, num_stages=2)
     block_n = 16 if architecture == "sm_80" and mode in ("log_additive", "min_shift") else 32
-    return PackedConfig(64, block_n, 16, num_warps=8, num_stages=2)
+    edge_n = 32 if architecture == "sm_100" and mode == "log_additive" else 16
+    return PackedConfig(64, block_n, edge_n, num_warps=8, num_stages=2)
 
 
 def split_count(programs: int, tiles: int, processors: int) -> int:

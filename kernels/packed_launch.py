@@ -94,6 +94,7 @@ def packed_variant(
     """
     d0, d1 = _halves(head_dim)
     v0, v1 = _halves(value_dim)
+    defer_n = (stage == "deferred" and config.defer_n) or config.block_n
     gathers = factor_per_head or not one_batch  # a factor for each row of a tile
     return PackedVariant(
         stage=stage,
@@ -118,7 +119,7 @@ def packed_variant(
         block_m=config.block_m,
         block_n=config.block_n,
         edge_n=config.edge_n,
-        defer_n=config.edge_n if gathers else config.block_n,
+        defer_n=config.edge_n if gathers else defer_n,
         scan_n=config.block_n if gathers else _KEYS_PER_SCAN,
         head_dim=head_dim,
         d0=d0,

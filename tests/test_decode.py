@@ -342,8 +342,20 @@ def compile_keys(case: Case, counts: Iterable[int]) -> int:
             patched.setattr(module, name, Recorder(getattr(module, name), keys))
         for count in counts:
             tensors, options = make_inputs(replace(case, tokens=(1, count)))
+            tensors[3] = tail_of_longer(tensors[3], count)
+            options |= {
+                name: tail_of_longer(options[name], count)
+                for name in ("mask", "position_bias")
+                if name in options
+            }
             decode_fwd(*tensors, **arguments(options))
     return len(keys)
+
+
+def tail_of_longer(tensor: Tensor, count: int) -> Tensor:
+    """The same as a view that begins ``count % 16`` elements into longer rows."""
+    before = count % 16
+    return torch.nn.functional.pad(tensor, (before, 0))[..., before:]
 
 
 FEATURED = replace(SMALL, mode="min_shift", bias="alibi", mask="left")
