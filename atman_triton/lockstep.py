@@ -57,7 +57,9 @@ class Handover(Generic[T]):
             return None
         if self._thread is None:
             run = contextvars.copy_context().run
-            self._thread = threading.Thread(target=run, args=(self._run,), daemon=True)
+            self._thread = threading.Thread(
+                target=run, args=(self._run,), name="atman live", daemon=True
+            )
             self._thread.start()
         else:
             self._turn.release()

@@ -30,7 +30,8 @@ def model():
 
 
 def live_threads():
-    return [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    """Those that generate; others, such as a progress bar's, may be there from before."""
+    return [thread for thread in threading.enumerate() if thread.name == "atman live"]
 
 
 def plain(model, ids, **options):
