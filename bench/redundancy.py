@@ -390,7 +390,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(method)
         axes.set_xlabel("documents in which the fact is found")
         axes.grid(axis="x", alpha=0.2)
-    panels[0].legend(fontsize=8, title="the fact stands", title_fontsize=8)
+    panels[-1].legend(loc=(0.7, 0.5), fontsize=8, title="the fact stands", title_fontsize=8)
     figure.suptitle(f"{rows[0].documents} documents each; bars: one standard error", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
