@@ -128,7 +128,7 @@ def test_settings(model, settings, every):
         (PROMPT, {"stopping_criteria": [MaxLengthCriteria(14)]}),
         (PROMPT, {"prefill_chunk_size": 4}),
     ],
-    ids=str,
+    ids=lambda value: f"{len(value)} tokens" if isinstance(value, list) else " ".join(value),
 )
 def test_prompts_and_options(model, ids, options):
     check(model, ids, **options)
