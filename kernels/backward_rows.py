@@ -128,10 +128,12 @@ def _attention_bwd_rows_kernel(
             query_ptr, wide_m, (stride_query[2], stride_query[3]), rows_left,
             SPEC.d0, SPEC.d1, SPEC.head_dim, True,
         )  # fmt: skip
-        lse, rest, delta, d_lse, minimum, argmin, d_minimum = load_row_numbers(
+        lse, rest, delta, d_lse, minimum, argmin, _unknown = load_row_numbers(
             (lse_ptr, rest_ptr, delta_ptr, d_lse_ptr, minimum_ptr, argmin_ptr, d_minimum_ptr),
             saved, offs_m, rows_left, SPEC, False,
         )  # fmt: skip
+        # not found yet, and no part of what is summed: its memory may hold anything
+        d_minimum = tl.zeros([BLOCK_M], tl.float32)[:, None]
         if STAGE == "sums":
             # without them d_logits are what δ is the sum of
             delta = tl.zeros([BLOCK_M], tl.float32)[:, None]

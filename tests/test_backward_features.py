@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from atman_triton import attention
 from atman_triton.testing import assert_close_to_oracle, count_launches
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
@@ -293,3 +294,23 @@ def test_same_input_gives_the_same_bits(mode, prefix):
     for _ in range(1000):
         for name, gradient in gradients(problem).items():
             assert torch.equal(gradient, expected[name]), name
+
+
+def test_what_is_not_found_yet_is_not_read(monkeypatch):
+    """Arithmetic with a signalling NaN is an error here; with a quiet one it goes unnoticed."""
+    empty_like = torch.empty_like
+
+    def poisoned(*args, **kwargs):
+        tensor = empty_like(*args, **kwargs)
+        if tensor.dtype == torch.float32:
+            tensor.view(torch.int32).fill_(0x7F800001)
+        return tensor
+
+    query, key, value = (torch.randn(1, 1, 20, 16, device=DEVICE) for _ in range(3))
+    factor = torch.ones(1, 20, device=DEVICE)
+    factor[0, 3] = 0.1
+    inputs = [tensor.requires_grad_() for tensor in (query, key, value, factor)]
+    output = attention(*inputs, mode="min_shift", causal=True, backend="triton")
+    monkeypatch.setattr(torch, "empty_like", poisoned)
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
