@@ -6,9 +6,10 @@ Legend: U units, R = 1 + U rows (the plain one first), P prompt tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,10 @@ _ONE_VALUE = {
 }
 
 
+Elsewhere = Callable[[Callable[[], Any]], Any]
+"""Runs a function in another thread, and gives what it returns or raises."""
+
+
 class Scored(NamedTuple):
     """A new token, ``[R]`` float32 log-probabilities in nats."""
 
@@ -101,7 +106,7 @@ class LiveRun:
         """
         with self.ambient.entered(self.model), undisturbed(self.model):
             started = time.perf_counter()
-            runner = self._read_prompt(handover)
+            runner = _in_caller(self.model, handover)(lambda: self._read_prompt(handover))
             self.record.seconds += time.perf_counter() - started
             rows = 1 + len(self.units)
             factors = torch.ones(rows, len(self.prompt_ids))
@@ -136,8 +141,9 @@ class LiveRun:
     ) -> None:
         groups = self._groups()
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        rows = SideRows(base, cache, manipulation, groups, handover.check)
-        emitter = _Emitter(self, rows, handover)
+        elsewhere = _in_caller(self.model, handover)
+        rows = SideRows(base, cache, manipulation, groups, handover.check, elsewhere)
+        emitter = _Emitter(self, rows, handover, elsewhere)
         try:
             with rows.on():
                 self.model.generate(
@@ -181,7 +187,10 @@ class LiveRun:
 class _Emitter(BaseStreamer):
     """Takes every token that ``generate`` chooses, scores it and hands it over."""
 
-    def __init__(self, run: LiveRun, rows: SideRows, handover: Handover[Scored]) -> None:
+    def __init__(
+        self, run: LiveRun, rows: SideRows, handover: Handover[Scored], elsewhere: Elsewhere
+    ) -> None:
+        self._elsewhere = elsewhere
         self._run = run
         self._rows = rows
         self._handover = handover
@@ -223,7 +232,7 @@ class _Emitter(BaseStreamer):
         groups = self._rows.score(count)
         for logits in groups:  # [rows, count, V]
             places = torch.arange(count, device=logits.device)
-            found.append(target_logprobs(logits, places, chosen).cpu())
+            found.append(self._elsewhere(partial(target_logprobs, logits, places, chosen)).cpu())
         record.batch_sizes += [len(groups[0])] * count + [len(logits) for logits in groups[1:]]
         logprobs = torch.cat(found)
         record.tokens += logprobs.numel()
@@ -285,6 +294,39 @@ class Ambient(NamedTuple):
                 yield
             finally:
                 current.manipulation = None
+
+
+def _in_caller(model: Any, handover: Handover[Scored]) -> Elsewhere:
+    """What runs a pass of the model in the caller's thread, manipulated as in this one."""
+    current = find_stack(model)[1].current
+
+    def state() -> tuple[Any, ...]:
+        return (
+            THREAD.stacks,
+            THREAD.by_config,
+            THREAD.switched,
+            THREAD.serves,
+        ), current.manipulation
+
+    def become(other: tuple[Any, ...]) -> None:
+        (THREAD.stacks, THREAD.by_config, THREAD.switched, THREAD.serves), manipulation = other
+        current.manipulation = manipulation
+
+    def run(function: Callable[[], Any]) -> Any:
+        here = state()
+
+        def errand() -> Any:
+            own = state()
+            become(here)
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    return function()
+            finally:
+                become(own)
+
+        return handover.in_caller(errand)
+
+    return run
 
 
 def check_options(model: Any, options: dict[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 ``generate`` calls back for every new token; a caller wants to ask for the next one. Two threads in
 lockstep turn the one into the other: exactly one of them runs at any time, so random numbers, hooks
-and the model itself meet no second user.
+and the model itself meet no second user. What computes much is run in the caller's thread
+(``in_caller``).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import finalize
 
 T = TypeVar("T")
@@ -28,6 +29,8 @@ class Handover(Generic[T]):
         self._turn = threading.Semaphore(0)  # the function may run
         self._ready = threading.Semaphore(0)  # the caller may run
         self._items: list[T] = []
+        self._errand: Callable[[], Any] | None = None  # for the caller's thread
+        self._outcome: tuple[Any, BaseException | None] = (None, None)
         self._stopping = False
         self._thread: threading.Thread | None = None
         self.over = False  # the function has returned or raised
@@ -42,6 +45,23 @@ class Handover(Generic[T]):
         self._ready.release()
         self._turn.acquire()
         self.check()
+
+    def in_caller(self, errand: Callable[[], Any]) -> Any:
+        """Called by the function: what ``errand`` returns or raises in the caller's thread.
+
+        PyTorch keeps worker threads for each thread that computes; those of two threads get in each
+        other's way where they are more than the processors.
+
+        Raises: Stopped: if the caller wants no more.
+        """
+        self._errand = errand
+        self._ready.release()
+        self._turn.acquire()
+        self.check()
+        (result, error), self._outcome = self._outcome, (None, None)
+        if error is not None:
+            raise error
+        return result
 
     def check(self) -> None:
         """Called by the function amid a long step.
@@ -64,6 +84,15 @@ class Handover(Generic[T]):
         else:
             self._turn.release()
         self._ready.acquire()
+        while self._errand is not None:
+            errand, self._errand = self._errand, None
+            try:
+                self._outcome = (errand(), None)
+            except BaseException as error:  # noqa: BLE001 - raised where the function waits
+                self._outcome = (None, error)
+            del errand
+            self._turn.release()
+            self._ready.acquire()
         return None if self.over else self._items.pop()
 
     def stop(self) -> None:

@@ -21,10 +21,10 @@ from .masks import AttentionMask
 
 
 class PrefixStore:
-    """One pair of buffers ``[1, Hk, S, D]`` per attention layer.
+    """One pair of buffers ``[1, Hk, S, D]`` per attention layer; they double when they are full.
 
     Args:
-        length: ``S``.
+        length: ``S`` at first.
     """
 
     def __init__(self, length: int) -> None:
@@ -56,6 +56,9 @@ class PrefixStore:
         stop = self.tokens + key.shape[2]
         if layer not in self._buffers:
             self._buffers[layer] = self._empty(key), self._empty(value)
+        while self._buffers[layer][0].shape[2] < stop:
+            keys, values = self._buffers[layer]
+            self._buffers[layer] = _doubled(keys), _doubled(values)
         buffers = self._buffers[layer]
         for buffer, new in zip(buffers, (key, value), strict=True):
             buffer[:, :, self.tokens : stop] = new
@@ -75,6 +78,11 @@ class PrefixStore:
         place = torch.arange(rows, device=mask.dense.device)[:, None] + mask.query_offset
         later = torch.arange(mask.dense.shape[3], device=mask.dense.device)[None] > place
         self.looks_ahead = bool((mask.dense & later).any())
+
+
+def _doubled(buffer: Tensor) -> Tensor:
+    """With as much room again."""
+    return torch.cat([buffer, torch.empty_like(buffer)], 2)
 
 
 class PrefixLayer(CacheLayerMixin):

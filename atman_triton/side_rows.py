@@ -4,7 +4,8 @@
 its passes to more rows, all of them fed the plain row's token, and hand the plain row's logits
 back. Rows that are not in there follow in passes of their own, over one token or several. All rows
 read the prompt's keys and values in one place; each keeps only those of its own tokens, from the
-prompt's last one on.
+prompt's last one on. A plain row that runs alone keeps them right behind the prompt's, so that it
+attends to one tensor, as plain generation does.
 
 Legend: U units, R = 1 + U rows (the plain one first), P prompt tokens, Hk key heads, D head dim,
 V vocabulary.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -40,13 +42,19 @@ class _RowsLayer(PrefixLayer):
         super().__init__(prefix_tokens)
         self._rows = rows
         self.chosen = slice(0, rows)  # which of them the present pass runs
+        self.stored = False  # the store of the manipulation keeps what the present pass adds
         self.own = 0  # tokens of each row before the present pass
         self._buffers: list[Tensor] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The chosen rows' own keys and values, the new ones (``[rows, Hk, 1, D]``) included."""
+        """The chosen rows' own keys and values, the new ones (``[rows, Hk, 1, D]``) included.
+
+        Of a row that is stored elsewhere, the new ones alone.
+        """
+        if self.stored:
+            return key_states, value_states
         stop = self.own + key_states.shape[2]
         new = (key_states, value_states)
         if not self._buffers:
@@ -89,10 +97,16 @@ class RowsCache(Cache):
         self._own = [_RowsLayer(prefix_tokens, rows) for _ in range(layers)]
         super().__init__(layers=list(self._own))
 
-    def choose(self, rows: slice, tokens: int) -> None:
-        """Which rows the next pass runs, and how many tokens of their own they ran before."""
+    def choose(self, rows: slice, tokens: int, stored: bool) -> None:
+        """What the next pass runs.
+
+        Args:
+            rows: Which.
+            tokens: How many of their own they ran before.
+            stored: The store of the manipulation keeps what they add.
+        """
         for layer in self._own:
-            layer.chosen, layer.own = rows, tokens
+            layer.chosen, layer.own, layer.stored = rows, tokens, stored
 
     def bytes(self) -> int:
         """Bytes of all rows' own keys and values."""
@@ -109,6 +123,7 @@ class SideRows:
         groups: Rows that go through the model together. The first, which begins with the plain
             row, is run by ``generate``, the others by :meth:`score`.
         check: Called before each pass; it may raise.
+        elsewhere: Runs each pass, in the thread where the model is to run.
     """
 
     def __init__(
@@ -118,8 +133,10 @@ class SideRows:
         manipulation: Manipulation,
         groups: Sequence[slice],
         check: Callable[[], None],
+        elsewhere: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self._model = model
+        self._elsewhere = elsewhere
         self._cache = cache
         self._manipulation = manipulation
         self._factors = [
@@ -128,6 +145,8 @@ class SideRows:
         ]
         self._groups = groups
         self._check = check
+        self._alone = len(groups) > 1 and groups[0] == slice(0, 1)  # the plain row
+        self._prefix_tokens = cache.get_seq_length()
         self._thread = threading.get_ident()
         self._further = False  # a pass of our own is under way
         self._given: dict[str, Any] = {}  # the arguments of the pass under way
@@ -135,11 +154,20 @@ class SideRows:
         self._passes: list[dict[str, Any]] = []
         self._logits: list[Tensor] = []
         self._scored = 0  # passes
-        cache.choose(groups[0], 0)
+        self._choose(0, 0)
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Hook the model."""
+        """Hook the model, and let its passes of this thread run elsewhere."""
+        forward, own = self._model.forward, vars(self._model).get("forward")
+
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return forward(*args, **kwargs)
+            return self._elsewhere(lambda: forward(*args, **kwargs))
+
+        self._model.forward = run
         hooks = [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True),
             self._model.register_forward_hook(self._after, with_kwargs=True),
@@ -149,6 +177,10 @@ class SideRows:
         finally:
             for hook in hooks:
                 hook.remove()
+            if own is None:
+                del self._model.forward
+            else:
+                self._model.forward = own
 
     def score(self, count: int) -> list[Tensor]:
         """Logits of the ``count`` oldest passes not scored yet: of each group ``[rows, count, V]``.
@@ -167,7 +199,7 @@ class SideRows:
         finally:
             self._further = False
         self._scored += count
-        self._cache.choose(self._groups[0], self._scored + len(self._passes))
+        self._choose(0, self._scored + len(self._passes))
         return found
 
     def _is_ours(self) -> bool:
@@ -189,16 +221,15 @@ class SideRows:
             return None
         self._passes.append(self._given)
         self._logits.append(output.logits[:, -1])
-        self._cache.choose(self._groups[0], self._scored + len(self._passes))
+        self._choose(0, self._scored + len(self._passes))
         output.logits = output.logits[:1]
         return output
 
     def _widened(self, given: dict[str, Any], number: int, tokens: int) -> dict[str, Any]:
         """A pass's arguments for the rows of a group, which are run next."""
-        group = self._groups[number]
-        self._cache.choose(group, tokens)
+        self._choose(number, tokens)
         self._manipulation.factors = self._factors[number]
-        rows = group.stop - group.start
+        rows = self._groups[number].stop - self._groups[number].start
         widened = {}
         for name, value in given.items():
             axis = _ROW_AXIS.get(name, 0)
@@ -208,6 +239,14 @@ class SideRows:
                 value = value.expand(shape)
             widened[name] = value
         return widened
+
+    def _choose(self, number: int, tokens: int) -> None:
+        """Which group runs next, and how many tokens of its own it ran before."""
+        store = self._manipulation.store
+        assert store is not None
+        store.recording = self._alone and number == 0
+        store.tokens = self._prefix_tokens + (tokens if store.recording else 0)
+        self._cache.choose(self._groups[number], tokens, store.recording)
 
 
 def _of_rows(factors: Sequence[Tensor | None], rows: slice) -> tuple[Tensor | None, ...]:

@@ -89,6 +89,8 @@ def attention_portable(
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         empty = query.new_empty(batch, query_heads, 0, value.shape[-1])
         return empty, query.new_empty(batch, query_heads, 0, dtype=lse_dtype)
+    if isinstance(query_offset, int) and query_offset >= key_tokens - 1:
+        causal = False  # the first query sees all keys already, as when decoding
     visibility = Visibility(causal, query_offset, window, mask, key_tokens)
     half = query.dtype in (torch.float16, torch.bfloat16)
     tensors = (query, key, value, key_factor, sinks, position_bias)
