@@ -34,7 +34,7 @@ from .tokens import Span, Tokens, encode_prompt, tokens_of_ids
 from .units import Layout, lay_out
 
 # Tokens that are scored at a time. Tokens per second with 20 units, as a share of plain generation
-# (`python -m bench.live` on 2 threads): 0.26 with 1, 0.51 with 8, not more with 12 and 16.
+# (`python -m bench.live` on 2 threads): 0.26 with 1, 0.49 with 8, not more with 12 and 16.
 EVERY = {"cpu": 8}
 
 
