@@ -37,6 +37,8 @@ from .units import Layout, lay_out
 # (`python -m bench.live` on 2 threads): 0.26 with 1, 0.49 with 8, not more with 12 and 16.
 EVERY = {"cpu": 8}
 
+OF_THE_ANSWER = "of the answer, of which live scores measure nothing"
+
 
 @dataclass(frozen=True)
 class LiveToken:
@@ -146,7 +148,10 @@ class LiveExplanation(Iterator[LiveToken]):
         )
         rows = torch.stack(self._rows[: len(ids)])  # [T, 1 + U]
         rest = [token.token_id for token in self.tokens[len(ids) :]]
-        left_out = list(layout.left_out)
+        left_out = [
+            piece if piece.branch is None else replace(piece, reason=OF_THE_ANSWER)
+            for piece in layout.left_out
+        ]
         if rest:
             names = tokens_of_ids(rest, explainer.tokenizer, after=self._words).names
             left_out.append(LeftOut("".join(names), (), END_OF_TEXT))
