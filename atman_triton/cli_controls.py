@@ -22,6 +22,13 @@ WRITTEN = (
 )
 """How controls are written, for the help of commands."""
 
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
+        show_default=False,
+    ),
+]
 Overlap = Annotated[
     str,
     typer.Option(

@@ -10,13 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from .cli_controls import OVERLAPS, WRITTEN, Overlap, Written, place_control, split_control
+from .cli_controls import (
+    OVERLAPS,
+    WRITTEN,
+    Controls,
+    Overlap,
+    Written,
+    place_control,
+    split_control,
+)
 from .cli_live import explain_live, refuse_with_live
 from .cli_shared import (
     DTYPES,
     AsJson,
     Debug,
+    Device,
+    Dtype,
+    File,
     Html,
+    Model,
     Plot,
     Quiet,
     TopK,
@@ -58,15 +70,8 @@ def explain(
             show_default=False,
         ),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Folder or hub id of a causal language model; the shipped one if none.",
-        ),
-    ] = None,
+    file: File = None,
+    model: Model = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -191,16 +196,10 @@ def explain(
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Scale the ranking's values to 0 to 1.")
     ] = False,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
-            show_default=False,
-        ),
-    ] = None,
+    control: Controls = None,
     overlap: Overlap = "complete",
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
-    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_size: Annotated[str, typer.Option(help="auto, or perturbations per pass.")] = "auto",
     max_new_tokens: Annotated[
         int | None,

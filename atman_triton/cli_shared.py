@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+File = Annotated[Path | None, typer.Option(help="Read the prompt from this file.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Folder or hub id of a causal language model; the shipped one if none.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")]
+Dtype = Annotated[str, typer.Option(help=" | ".join(DTYPES))]
 Html = Annotated[Path | None, typer.Option(help="Write the interactive page to this file.")]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure: .png, .svg or .pdf.")]
 TopK = Annotated[

@@ -7,13 +7,24 @@ import dataclasses
 import json
 import math
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_controls import OVERLAPS, WRITTEN, Overlap, place_control, split_control
-from .cli_shared import DTYPES, AsJson, Debug, check_one_of, our_errors, parse_indices, read_prompt
+from .cli_controls import OVERLAPS, WRITTEN, Controls, Overlap, place_control, split_control
+from .cli_shared import (
+    DTYPES,
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    File,
+    Model,
+    check_one_of,
+    our_errors,
+    parse_indices,
+    read_prompt,
+)
 from .loading import BadUsage, load_model, pick_device
 
 if TYPE_CHECKING:
@@ -39,22 +50,9 @@ def steer(
             show_default=False,
         ),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="Folder or hub id of a causal language model; the shipped one if none.",
-        ),
-    ] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
-            show_default=False,
-        ),
-    ] = None,
+    file: File = None,
+    model: Model = None,
+    control: Controls = None,
     overlap: Overlap = "complete",
     similarity: Annotated[
         float | None,
@@ -84,8 +82,8 @@ def steer(
         int | None, typer.Option(help="Of sampling; the same both times.", show_default="0")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Next tokens to list of each.")] = 5,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")] = "auto",
-    dtype: Annotated[str, typer.Option(help=" | ".join(DTYPES))] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from families import VOCAB
+import torch._dynamo
+from families import FAMILIES, VOCAB
 from torch import Tensor, nn
 
 from atman_triton.integration import manipulate
 
 TOKENS = 10
 ROUNDING = 1e-9  # float64
+
+
+@pytest.fixture
+def llama() -> Any:
+    return FAMILIES["llama"].build("sdpa")  # its eager softmax is float32
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Any:
+    yield
+    torch._dynamo.reset()
 
 
 def some_ids(batch: int = 2, tokens: int = TOKENS) -> Tensor:

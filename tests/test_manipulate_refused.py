@@ -15,7 +15,9 @@ from families import FAMILIES, LAYERS, VOCAB
 from manipulated import (
     a_factor,
     checkpoint_layers,
+    fresh_dynamo,
     is_close,
+    llama,
     logits_of,
     logits_under,
     some_ids,
@@ -26,16 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atman_triton.integration import UnsupportedModelError, manipulate
 
-
-@pytest.fixture
-def llama() -> Any:
-    return FAMILIES["llama"].build("sdpa")  # its eager softmax is float32
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    yield
-    torch._dynamo.reset()
+__all__ = ["fresh_dynamo", "llama"]  # fixtures
 
 
 class _OwnMindedAttention(LlamaAttention):

@@ -16,7 +16,9 @@ from manipulated import (
     TOKENS,
     a_factor,
     checkpoint_layers,
+    fresh_dynamo,
     is_close,
+    llama,
     logits_of,
     logits_under,
     some_ids,
@@ -28,16 +30,7 @@ from torch import Tensor, nn
 import atman_triton.layers
 from atman_triton.integration import manipulate
 
-
-@pytest.fixture
-def llama() -> Any:
-    return FAMILIES["llama"].build("sdpa")  # its eager softmax is float32
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Any:
-    yield
-    torch._dynamo.reset()
+__all__ = ["fresh_dynamo", "llama"]  # fixtures
 
 
 # --- checkpointed ---------------------------------------------------------------------------------
