@@ -11,7 +11,6 @@ V vocabulary.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from .branches import Branches
 from .capabilities import dtype_of, why_not_branches, why_not_prefix
 from .perturbations import SAVINGS, Effect, Near, Record, RunFailed, Settings, Unit
 from .runner import NotSideBySide, Runner, check_nan
+from .scored import check_base, rows_of, stands_before, timed
 from .stacks import find_stack
 
 __all__ = [
@@ -68,7 +68,7 @@ class Engine:
         self.record = Record()
         self._settings = settings
         self.targets = [tuple(target) for target in targets]
-        self.rows = _slices(self.targets)  # of each target, its rows among the M
+        self.rows = rows_of(self.targets)  # of each target, its rows among the M
         prompt = inputs["input_ids"].shape[1]
         self.prompt_tokens = prompt
 
@@ -76,7 +76,7 @@ class Engine:
             branches = Branches(prompt, tuple(self.targets[k] for k in chosen))
             return Runner(model, inputs, branches, chosen, settings, self.record, expect, advance)
 
-        with _timed(self.record):
+        with timed(self.record):
             try:
                 self._runners = [start(c) for c in self._partition(model, inputs, settings)]
             except NotSideBySide as error:
@@ -86,7 +86,7 @@ class Engine:
         self.base_logprobs = torch.empty_like(base)
         """``[M]`` float32, nats: nothing suppressed, one target after the other."""
         self.base_logprobs[order] = base
-        _check(self.base_logprobs, dtype_of(model))
+        check_base(self.base_logprobs, dtype_of(model))
 
     @property
     def shares_prefix(self) -> bool:
@@ -107,7 +107,7 @@ class Engine:
                 cannot share a prefix.
         """
         result = torch.full((len(units), len(self.base_logprobs)), torch.nan)
-        with _timed(self.record):
+        with timed(self.record):
             for each in self._runners:
                 mine = [u for u, unit in enumerate(units) if each.reads(unit)]
                 found = each.perturb([units[u] for u in mine], effect)  # [mine, M of the pass]
@@ -149,7 +149,7 @@ class Engine:
         measured, begun = self._before(units, max), self._before(units, min)  # [U, M]
         scores = torch.full(measured.shape, torch.nan)
         together = self.base_logprobs.clone()
-        with _timed(self.record):
+        with timed(self.record):
             for each in self._runners:
                 mine = [u for u, unit in enumerate(units) if each.reads(unit)]
                 if not mine:
@@ -170,14 +170,7 @@ class Engine:
 
     def _before(self, units: Sequence[Unit], end: Callable[[Sequence[int]], int]) -> Tensor:
         """Bool ``[U, M]``: the unit's last (or first) token is read before the scored one."""
-        owner = torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows])  # [M]
-        place = torch.tensor(
-            [self.prompt_tokens + i for rows in self.rows for i in range(len(rows))]
-        )
-        edge = torch.tensor([end(unit.positions) for unit in units], dtype=torch.long)[:, None]
-        branch = [-1 if unit.branch is None else unit.branch for unit in units]
-        branch = torch.tensor(branch, dtype=torch.long)[:, None]
-        return ((branch < 0) | (branch == owner)) & (edge < place)
+        return stands_before(units, self.rows, self.prompt_tokens, end)
 
     def _partition(
         self, model: nn.Module, inputs: Mapping[str, Any], settings: Settings
@@ -228,28 +221,3 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _slices(targets: Sequence[Sequence[int]]) -> list[range]:
-    slices, first = [], 0
-    for target in targets:
-        slices.append(range(first, first + len(target)))
-        first += len(target)
-    return slices
-
-
-@contextmanager
-def _timed(record: Record) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        record.seconds += time.perf_counter() - started
-
-
-def _check(base: Tensor, dtype: torch.dtype) -> None:
-    """Refuse base runs that cannot be explained."""
-    check_nan(base, dtype)
-    if not bool(base.isfinite().all()):
-        token = int((~base.isfinite()).nonzero()[0])
-        raise RunFailed(f"the model gives target token {token} probability 0: nothing to explain.")

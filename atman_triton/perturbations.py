@@ -12,6 +12,8 @@ SAVINGS = ("target_logits", "batching", "shared_prefix", "one_pass")
 """What ``Settings.without`` can switch off, to measure what each is worth."""
 
 Effect = Literal["total", "direct"]
+Attention = Literal["encoder", "cross", "both"]
+"""Where a prompt is suppressed in a model with an encoder and cross-attention."""
 
 
 class RunFailed(ValueError):
@@ -24,7 +26,7 @@ class Settings:
 
     ``without`` names savings to leave out, see ``SAVINGS``. ``gradients`` makes every pass run over
     the whole input, as ``Engine.attribute`` needs it. ``similarity`` is κ, a number, or None where
-    units are suppressed alone.
+    units are suppressed alone. ``attention`` is for models with an encoder and cross-attention.
     """
 
     factor: float
@@ -37,6 +39,7 @@ class Settings:
     gradients: bool = False
     similarity: float | None = None
     rule: Rule = "released"
+    attention: Attention | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(self.without - set(SAVINGS))
