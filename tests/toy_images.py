@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import toy_processors
 import transformers as tf
 
 IMAGE, BEGIN, END, VIDEO = 100, 101, 102, 103  # token ids
@@ -159,3 +160,85 @@ MODELS = {
     "gemma3": gemma3,
     "paligemma": paligemma,
 }
+
+
+# --- with the family's real processor, whose vocabulary and sizes the model has -------------------
+
+_SEEING: dict[str, Any] = _TOWER | {"image_size": toy_processors.SHOWN}
+_WIDE: dict[str, Any] = {"max_position_embeddings": 1024}
+
+
+def _text_of(processor):
+    return _TEXT | _WIDE | {"vocab_size": len(processor.tokenizer)}
+
+
+def _llava_config(processor):
+    return tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**_SEEING, projection_dim=16),
+        text_config=tf.LlamaConfig(**_text_of(processor)),
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+    )
+
+
+def _qwen_config(processor):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    return tf.Qwen2_5_VLConfig(
+        vision_config=_QWEN_TOWER | {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1]},
+        text_config=_text_of(processor) | {"rope_parameters": rope},
+        **_qwen_ids(processor),
+    )
+
+
+def _qwen3_config(processor):
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    deep = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    return tf.Qwen3VLConfig(
+        vision_config=_QWEN_TOWER | deep,
+        text_config=_text_of(processor) | {"head_dim": 8, "rope_parameters": rope},
+        **_qwen_ids(processor),
+    )
+
+
+def _qwen_ids(processor):
+    names = ["image_pad", "vision_start", "vision_end", "video_pad"]
+    ids = processor.tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in names])
+    return dict(zip(_QWEN_TOKENS, ids, strict=True))
+
+
+def _gemma3_config(processor):
+    ids = processor.tokenizer
+    return tf.Gemma3Config(
+        vision_config=_SEEING,
+        text_config=_text_of(processor) | {"head_dim": 8, "sliding_window": 16},
+        mm_tokens_per_image=processor.image_seq_length,
+        image_token_index=ids.image_token_id,
+        boi_token_index=ids.boi_token_id,
+        eoi_token_index=ids.eoi_token_id,
+    )
+
+
+def _paligemma_config(processor):
+    return tf.PaliGemmaConfig(
+        vision_config=_SEEING | {"projection_dim": 32},
+        text_config=_text_of(processor) | {"head_dim": 8, "model_type": "gemma"},
+        image_token_index=processor.image_token_id,
+        projection_dim=32,
+        hidden_size=32,
+    )
+
+
+_CONFIGS = {
+    "llava": (tf.LlavaForConditionalGeneration, _llava_config),
+    "qwen2.5-vl": (tf.Qwen2_5_VLForConditionalGeneration, _qwen_config),
+    "qwen3-vl": (tf.Qwen3VLForConditionalGeneration, _qwen3_config),
+    "gemma3": (tf.Gemma3ForConditionalGeneration, _gemma3_config),
+    "paligemma": (tf.PaliGemmaForConditionalGeneration, _paligemma_config),
+}
+
+
+def seeing(name, processor=None):
+    """A family's model and the processor that prepares prompts for it."""
+    processor = processor or toy_processors.PROCESSORS[name]()
+    kind, config = _CONFIGS[name]
+    return _drawn(kind(config(processor))), processor
