@@ -5,7 +5,7 @@ from .attention import attention
 from .controls import ImageControl, TextControl, TokenControl
 from .explain import Explainer
 from .explanation import Explanation, load
-from .granularity import Delimiter, Spans, TokenSpans
+from .granularity import Delimiter, Images, Seconds, Spans, Tiles, TokenSpans
 from .integration import UnsupportedModelError, manipulate
 from .live import LiveToken, generate_explained
 from .steer import steer
@@ -15,9 +15,12 @@ __all__ = [
     "Explainer",
     "Explanation",
     "ImageControl",
+    "Images",
     "LiveToken",
+    "Seconds",
     "Spans",
     "TextControl",
+    "Tiles",
     "TokenControl",
     "TokenSpans",
     "UnsupportedModelError",

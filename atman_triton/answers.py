@@ -152,31 +152,22 @@ def limited(answer: Tokens, target_span: str | Span, tokenizer: Any, skipped: in
     return Answers([cut], left_out, {"target_span": list(place)}, rows[0])
 
 
-def contrasted(
-    model: Any,
-    tokenizer: Any,
-    prompt: Any,
-    words: Tokens,
-    answers: Answers,
-    other: Any,
-    separator: str | None,
-) -> Answers:
-    """One answer and what it is compared with, given as ``given_answers`` takes it.
+def contrasted(answers: Answers, other: Answers) -> Answers:
+    """One answer and the one that it is compared with.
 
-    Raises: ValueError: if both are the same tokens; else as ``given_answers`` does.
+    Raises: ValueError: if both are the same tokens.
     """
-    given = given_answers(model, tokenizer, prompt, words, [other], separator, alone=True)
-    if given.tokens[0].ids == answers.tokens[0].ids:
+    if other.tokens[0].ids == answers.tokens[0].ids:
         raise ValueError(
-            f"contrast_target must differ from the target, but both are {given.tokens[0].text!r}."
+            f"contrast_target must differ from the target, but both are {other.tokens[0].text!r}."
         )
     facts = dict(answers.facts)
-    between = [each.facts["separator"] for each in (answers, given) if "separator" in each.facts]
+    between = [each.facts["separator"] for each in (answers, other) if "separator" in each.facts]
     if between:
         facts["separator"] = between
     # What the model wrote is of the first answer only.
     left_out = [replace(piece, branch=0) for piece in answers.left_out]
-    return Answers(answers.tokens + given.tokens, left_out, facts)
+    return Answers(answers.tokens + other.tokens, left_out, facts)
 
 
 def _generate(

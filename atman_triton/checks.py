@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from .pictures import Picture, Sound
 from .pieces import EFFECTS, LEVELS, Document, Neighbour, Target, TargetPart, Unit
-from .reduction import Postprocessing, Reduction
+from .reduction import Postprocessing, Quantity, Reduction
 
 if TYPE_CHECKING:
     from .explanation import Explanation
 
+_EDGE = 0.01  # pixels, for rounding
 METHODS = ("exact", "direct", "hybrid", "hierarchical", "path", "score_gradient")
 GRADIENT_METHODS = ("path", "score_gradient")
 
@@ -35,6 +37,8 @@ def check_settings(explanation: Explanation) -> None:
         raise ValueError(
             f"postprocessing must be 'none', 'absolute' or 'square', got {e.postprocessing!r}."
         )
+    if e.quantity not in get_args(Quantity):
+        raise ValueError(f"quantity must be 'logprob', 'logit' or 'output', got {e.quantity!r}.")
     for name in ("normalize", "contrast"):
         if not isinstance(getattr(e, name), bool):
             raise TypeError(f"{name} must be True or False, got {getattr(e, name)!r}.")
@@ -186,6 +190,52 @@ def check_documents(explanation: Explanation) -> None:
             )
 
 
+def check_pictures(explanation: Explanation) -> None:
+    """Raise unless units that stand in a picture or a sound stand within one that is there."""
+    e = explanation
+    for index, picture in enumerate(e.pictures):
+        if not isinstance(picture, Picture):
+            raise TypeError(f"pictures[{index}] must be a Picture, got {type(picture).__name__}.")
+        if picture.start > e.prompt_stop:
+            raise ValueError(
+                f"pictures[{index}].start must lie within the prompt, [0, {e.prompt_stop}], got "
+                f"{picture.start}."
+            )
+    if e.sound is not None and not isinstance(e.sound, Sound):
+        raise TypeError(f"sound must be a Sound or None, got {type(e.sound).__name__}.")
+    for index, unit in enumerate(e.units):
+        name = f"units[{index}]"
+        if unit.seconds is not None:
+            start, stop = unit.seconds
+            if e.sound is None or not 0 <= start < stop:
+                raise ValueError(
+                    f"{name}.seconds must rise from 0 or later in a sound that is there, got "
+                    f"{unit.seconds}."
+                )
+        if unit.image is None:
+            if unit.boxes:
+                raise ValueError(f"{name}.boxes must be empty where image is None.")
+            continue
+        if not _is_index(unit.image, len(e.pictures)):
+            raise ValueError(
+                f"{name}.image must be None or one of the {len(e.pictures)} pictures, counted "
+                f"from 0, got {unit.image!r}."
+            )
+        picture = e.pictures[unit.image]
+        for box in unit.boxes:
+            left, top, width, height = box
+            inside = left > -_EDGE and top > -_EDGE and width > 0 and height > 0
+            if not (
+                inside
+                and left + width <= picture.width + _EDGE
+                and top + height <= picture.height + _EDGE
+            ):
+                raise ValueError(
+                    f"{name}.boxes must lie within the picture of {picture.width}×"
+                    f"{picture.height} pixels, got {box}."
+                )
+
+
 def check_neighbours(explanation: Explanation) -> None:
     """Raise unless neighbours are other tokens that the unit's own run can suppress."""
     e = explanation
@@ -322,7 +372,8 @@ def check_coarse(explanation: Explanation) -> None:
         return
     if not isinstance(coarse, type(e)):
         raise TypeError(f"coarse must be an Explanation or None, got {type(coarse).__name__}.")
-    for name in ("text", "prompt_stop", "target_stops", "targets", "documents"):
+    same = ("text", "prompt_stop", "target_stops", "targets", "documents", "pictures", "sound")
+    for name in (*same, "quantity"):
         if getattr(coarse, name) != getattr(e, name):
             raise ValueError(f"coarse must explain the same prompt and targets; {name} differ.")
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
-import torch
 from torch import Tensor
 
-from .answers import contrasted, generated_answer, given_answers
+from .answers import contrasted
 from .arguments import (
     check_contrast,
     check_generation,
@@ -22,16 +21,20 @@ from .arguments import (
     checked_targets,
 )
 from .attention import BACKENDS, MODES
-from .capabilities import check_causal, vocabulary_size
 from .controls import Control, plain_control
 from .documents import checked_documents, filled, located
-from .engine import Engine, Settings, undisturbed
+from .engine import Settings, undisturbed
 from .explanation import Explanation, LeftOut
 from .granularity import (
     Granularity,
+    ImageGranularity,
+    Images,
+    Tiles,
     checked_granularity,
+    checked_image_granularity,
     checked_max_units,
     described,
+    tiles_of,
 )
 from .methods import (
     DEFAULT_STEPS,
@@ -47,13 +50,12 @@ from .placing import checked_span
 from .presets import PRESETS
 from .progress import token_progress
 from .provenance import provenance
-from .raw_scores import negative_share
-from .reduction import Postprocessing, Reduction
+from .reduction import Postprocessing, Quantity, Reduction
 from .selection import checked_explain_only
-from .stacks import find_stack
 from .steer import under_controls
 from .suppression import Rule
-from .tokens import Span, encode_prompt
+from .tasks import task_of
+from .tokens import Span
 from .units import Layout, lay_out, token_places
 
 
@@ -64,6 +66,7 @@ class Reading(NamedTuple):
     postprocessing: Postprocessing
     normalize: bool
     contrast: bool
+    quantity: Quantity = "logprob"
 
 
 class Explainer:
@@ -166,7 +169,7 @@ class Explainer:
         progress: bool = True,
         backend: str = "auto",
     ) -> None:
-        check_causal(model)
+        self.task = task_of(model, tokenizer)
         check_one_of("preset", preset, tuple(PRESETS))
         chosen = PRESETS[preset]
         mode = chosen.mode if mode is None else mode
@@ -186,9 +189,8 @@ class Explainer:
                 f"method={method!r} needs that no token acts on those before it, but with "
                 "mode='min_shift_full' all do; take method='exact' or mode='min_shift'."
             )
-        _, stack = find_stack(model)
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = self.task.tokenizer
         self.preset = preset
         self.method: Method = method
         self.budget = checked_budget(method, budget)
@@ -198,8 +200,8 @@ class Explainer:
         self.settings = Settings(
             factor=checked_factor(chosen.factor if factor is None else factor),
             mode=mode,
-            layers=checked_indices("layers", layers, stack.layers),
-            heads=checked_indices("heads", heads, range(stack.heads)),
+            layers=checked_indices("layers", layers, self.task.layers),
+            heads=checked_indices("heads", heads, range(self.task.heads)),
             backend=backend,
             batch_size=checked_batch_size(batch_size),
             gradients=method in GRADIENT_METHODS,
@@ -211,15 +213,19 @@ class Explainer:
         self,
         prompt: Any,
         target: Any = None,
-        granularity: Granularity | Sequence[Span] | None = None,
+        granularity: Granularity | Tiles | Sequence[Span] | str | None = None,
         *,
         targets: Sequence[Any] | None = None,
         contrast_target: Any = None,
         target_granularity: TargetGranularity = "complete",
         target_span: str | Span | None = None,
         documents: Sequence[str | Mapping[str, str]] | None = None,
-        explain_only: str | Span | Sequence[int] | Sequence[str | Span] | None = None,
+        explain_only: (
+            str | Span | Images | Sequence[int] | Sequence[str | Span | Images] | None
+        ) = None,
+        image_granularity: ImageGranularity | str | None = None,
         max_units: int | None = None,
+        score: Quantity | None = None,
         controls: Sequence[Control] | None = None,
         reduction: Reduction = "mean",
         postprocessing: Postprocessing | None = None,
@@ -278,9 +284,17 @@ class Explainer:
                 ``Unit.document`` and ``Explanation.sources()`` say what came from which.
             explain_only: The part of the prompt to explain; None is all that the user wrote. A
                 passage as text that occurs once, or ``(start, stop)`` in characters of the prompt;
-                several of these in a list; or a list of unit indices, counted as an explanation
-                without this argument counts them. ``left_out`` lists the rest.
+                ``Images()`` or ``Images(0)`` for the pictures; several of these in a list; or a
+                list of unit indices, counted as an explanation without this argument counts them.
+                ``left_out`` lists the rest.
+            image_granularity: What one unit of a picture is, beside a ``granularity`` of the text:
+                ``patch`` (None: one image token, as many as the model makes of it), a grid over
+                the picture such as ``"6x6"`` or ``Tiles(6, 6)``, or ``image``, the whole of it.
+                ``granularity="6x6"`` says the same, with tokens for the text. ``Seconds(0.5)`` or
+                ``"0.5s"`` as ``granularity`` divides a sound.
             max_units: About how many units ``auto`` aims at; None is 30.
+            score: What is scored: ``logprob`` (None, but of a regression), of classifiers also
+                ``logit``; ``output`` of a regression.
             controls: ``TextControl``, ``TokenControl``: what the explained model says while they
                 act on the prompt, in every layer and head, with the explainer's mode; a target is
                 generated under them too. Characters count in the prompt as it is read (the text
@@ -310,7 +324,16 @@ class Explainer:
         if granularity is None:  # hierarchical chooses for itself
             hierarchical = self.method == "hierarchical"
             granularity = "token" if hierarchical else PRESETS[self.preset].granularity
+        if (tiles := tiles_of(granularity)) is not None:
+            if image_granularity is not None:
+                raise TypeError(
+                    f"granularity={granularity!r} and image_granularity={image_granularity!r} both "
+                    "say how pictures are divided; give one."
+                )
+            granularity, image_granularity = "token", tiles
         granularity = checked_granularity(granularity)
+        images = checked_image_granularity(image_granularity)
+        quantity = self._quantity(score)
         units_wanted = checked_max_units(max_units, granularity)
         check_one_of("target_granularity", target_granularity, TARGET_GRANULARITIES)
         check_one_of("reduction", reduction, get_args(Reduction))
@@ -337,11 +360,16 @@ class Explainer:
                 f"method='hierarchical' chooses the size of units itself, got "
                 f"granularity={described(granularity)!r}; leave it out."
             )
-        vocabulary = vocabulary_size(self.model)
         if sources and self.tokenizer is None:
             raise ValueError("documents need text; pass the tokenizer.")
         whole = filled(prompt, sources)
-        words = encode_prompt(whole.prompt, self.tokenizer, vocabulary)
+        read = self.task.read(whole.prompt)
+        words = read.words
+        if image_granularity is not None and not read.pictures:
+            raise ValueError(
+                f"image_granularity={described(images)!r} is of pictures, but the prompt holds "
+                "none."
+            )
         placed = located(sources, whole, words)
         mode, backend = self.settings.mode, self.settings.backend
         with (
@@ -349,57 +377,36 @@ class Explainer:
             under_controls(self.model, controls, words, mode, backend) as acting,
         ):
             if several is None:
-                answers = generated_answer(
-                    self.model,
-                    self.tokenizer,
-                    words,
-                    max_new_tokens,
-                    generation_kwargs,
-                    target_span,
-                )
+                answers = self.task.generated(read, max_new_tokens, generation_kwargs, target_span)
             else:
-                answers = given_answers(
-                    self.model,
-                    self.tokenizer,
-                    whole.prompt,
-                    words,
-                    several,
-                    separator,
-                    alone=targets is None,
-                    target_span=target_span,
+                answers = self.task.given(
+                    read, several, separator, alone=targets is None, target_span=target_span
                 )
             if contrast_target is not None:
-                answers = contrasted(
-                    self.model,
-                    self.tokenizer,
-                    whole.prompt,
-                    words,
-                    answers,
-                    contrast_target,
-                    separator,
+                other = self.task.given(
+                    read, [contrast_target], separator, alone=True, target_span=None
                 )
+                answers = contrasted(answers, other)
             facts = answers.facts | {"controls": [plain_control(one) for one in acting]}
             layout = lay_out(
                 words,
                 answers.tokens,
                 granularity,
                 explain_only,
-                is_text=self.tokenizer is not None,
+                is_text=self.task.is_text,
                 documents=placed,
                 context=answers.context,
                 max_units=units_wanted,
                 target_granularity=target_granularity,
+                image_granularity=images,
+                pictures=read.pictures,
+                sound=read.sound,
             )
             if granularity == "auto":
                 facts |= {"max_units": units_wanted, "level": described(layout.granularity)}
             with token_progress("Explaining", self.progress) as bar:
-                engine = Engine(
-                    self.model,
-                    {"input_ids": torch.tensor([layout.prompt_ids])},
-                    layout.target_ids,
-                    self.settings,
-                    bar.expect,
-                    bar.advance,
+                engine = self.task.measures(
+                    read, answers, layout, self.settings, quantity, bar.expect, bar.advance
                 )
                 method = self.method
                 facts["method_choice"] = "default" if self._default_method else "given"
@@ -422,22 +429,24 @@ class Explainer:
                 counts = [len(unit.neighbours) for unit in outcome.units]
                 facts["mean_neighbours"] = sum(counts) / len(counts)
             if self.settings.mode == "multiplicative":
-                facts["negative_scores"] = negative_share(
-                    self.model,
-                    layout.prompt_ids + layout.target_ids[0][:-1],
-                    self.settings.layers,
-                    self.settings.heads,
-                    self.settings.backend,
-                )
+                share = self.task.negative_share(read, layout, self.settings)
+                facts |= {} if share is None else {"negative_scores": share}
         return self._explanation(
             layout,
             outcome,
             engine.base_logprobs,
-            Reading(reduction, postprocessing, normalize, contrast_target is not None),
+            Reading(reduction, postprocessing, normalize, contrast_target is not None, quantity),
             layout.left_out + answers.left_out,
             provenance(self, method, engine.record, described(granularity), len(layout.prompt_ids))
             | facts,
         )
+
+    def _quantity(self, score: Any) -> Quantity:
+        """What is scored, which the model must have."""
+        known = self.task.quantities
+        if score is not None:
+            check_one_of("score", score, known)
+        return known[0] if score is None else score
 
     def _explanation(
         self,
@@ -469,4 +478,6 @@ class Explainer:
             **reading._asdict(),
             documents=layout.documents,
             parts=layout.parts,
+            pictures=layout.pictures,
+            sound=layout.sound,
         )

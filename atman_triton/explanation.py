@@ -20,8 +20,9 @@ from torch import Tensor
 
 from . import checks
 from .completeness import Completeness
+from .pictures import Picture, Sound
 from .pieces import Document, LeftOut, Target, TargetPart, Unit
-from .reduction import Postprocessing, Reduction, normalized, postprocessed, reduced
+from .reduction import Postprocessing, Quantity, Reduction, normalized, postprocessed, reduced
 from .saving import from_json, load, save, to_json
 from .single import single, whole_targets
 from .sources import sources
@@ -30,6 +31,8 @@ from .table import dataframe, import_extra
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+_LISTS = ("units", "targets", "left_out", "documents", "parts", "pictures")
 
 __all__ = ["Explanation", "LeftOut", "Target", "Unit", "from_json", "load", "to_json"]
 
@@ -86,6 +89,11 @@ class Explanation:
         contrast: Whether ``relevance`` is that for target 0 minus that for target 1: why this
             rather than that. Positive: the unit speaks for target 0. Units of either target are
             NaN, as they say nothing about the other one.
+        pictures: Those that the prompt holds, in order (``Unit.image``).
+        sound: What the prompt is, if it is a sound (``Unit.seconds``).
+        quantity: What is scored, and what ``base_logprobs`` and ``suppressed_logprobs`` hold:
+            ``"logprob"`` (of a token or a class, nats), ``"logit"`` (of a class) or ``"output"``
+            (of a regression, in its own unit; a positive score raises it).
 
     Tensors are kept on the CPU, detached; ``provenance`` as JSON returns it (tuples become lists).
 
@@ -113,10 +121,13 @@ class Explanation:
     postprocessing: Postprocessing = "none"
     normalize: bool = False
     contrast: bool = False
+    pictures: list[Picture] = field(default_factory=list)
+    sound: Sound | None = None
+    quantity: Quantity = "logprob"
 
     def __post_init__(self) -> None:
         checks.check_settings(self)
-        for name in ("units", "targets", "left_out", "documents", "parts", "target_stops"):
+        for name in (*_LISTS, "target_stops"):
             setattr(self, name, list(getattr(self, name)))
         self.target_stops = self.target_stops or [len(self.text)]
         checks.check_targets(self)
@@ -140,6 +151,7 @@ class Explanation:
             raise TypeError(f"provenance must hold JSON values only: {error}.") from error
         checks.check_documents(self)
         checks.check_neighbours(self)
+        checks.check_pictures(self)
         self.parts = self.parts or whole_targets(self)
         checks.check_parts(self)
         self._join_coarse()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -120,7 +121,105 @@ class TokenSpans:
         object.__setattr__(self, "spans", _checked_spans(type(self).__name__, spans))
 
 
-Granularity = Named | Delimiter | Spans | TokenSpans
+@dataclass(frozen=True)
+class Tiles:
+    """Units of a picture: the cells of a grid over it.
+
+    A cell holds the image tokens whose centres lie in it, those of an overview and of crops alike;
+    empty cells are no units. One cell, the whole picture, also holds tokens without a place.
+
+    Args:
+        columns: Cells from left to right.
+        rows: Cells from top to bottom; None is as many as columns.
+    Raises: TypeError, ValueError: if a number is no int, or below 1.
+    """
+
+    columns: int
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            object.__setattr__(self, "rows", self.columns)
+        for name in ("columns", "rows"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} of Tiles must be an int, got {value!r}.")
+            if value < 1:
+                raise ValueError(f"{name} of Tiles must be at least 1, got {value}.")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Columns and rows."""
+        return self.columns, self.rows or self.columns
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Units of a sound: stretches of so many seconds.
+
+    Raises: TypeError, ValueError: if the length is no finite number above 0.
+    """
+
+    length: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.length, bool) or not isinstance(self.length, int | float):
+            raise TypeError(f"Seconds must be given a number, got {self.length!r}.")
+        if not (math.isfinite(self.length) and self.length > 0):
+            raise ValueError(f"Seconds must be finite and above 0, got {self.length}.")
+
+
+@dataclass(frozen=True, init=False)
+class Images:
+    """For ``explain_only``: the pictures of a prompt, all of them or some.
+
+    Args:
+        indices: Which, from 0; none stands for all.
+    Raises: TypeError, ValueError: if an index is no int, or negative.
+    """
+
+    indices: tuple[int, ...]
+
+    def __init__(self, *indices: int) -> None:
+        for index in indices:
+            if isinstance(index, bool) or not isinstance(index, int):
+                raise TypeError(f"an index of Images must be an int, got {index!r}.")
+            if index < 0:
+                raise ValueError(f"an index of Images must be at least 0, got {index}.")
+        object.__setattr__(self, "indices", indices)
+
+
+Granularity = Named | Delimiter | Spans | TokenSpans | Seconds
+ImageGranularity = Literal["patch"] | Tiles
+
+_TILES = re.compile(r"([1-9]\d*)\s*[x×]\s*([1-9]\d*)")
+_SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*s")
+
+
+def tiles_of(given: Any) -> Tiles | None:
+    """A grid given as ``Tiles``, as "6x6" or as "image", the whole picture; None if it is none."""
+    if isinstance(given, Tiles):
+        return given
+    if given == "image":
+        return Tiles(1)
+    found = _TILES.fullmatch(given) if isinstance(given, str) else None
+    return None if found is None else Tiles(int(found[1]), int(found[2]))
+
+
+def checked_image_granularity(given: Any) -> ImageGranularity:
+    """How large a unit of a picture is; None is one image token.
+
+    Raises: ValueError: if it is not known.
+    """
+    tiles = tiles_of(given)
+    if tiles is not None:
+        return tiles
+    if given is None or given == "patch":
+        return "patch"
+    raise ValueError(
+        "image_granularity must be 'patch' (one image token), 'image' (the whole picture), a grid "
+        f"such as '6x6', or Tiles, got {given!r}."
+    )
 
 
 def checked_granularity(given: Any, name: str = "granularity") -> Granularity:
@@ -133,15 +232,20 @@ def checked_granularity(given: Any, name: str = "granularity") -> Granularity:
         TypeError: if a list holds anything else.
         ValueError: if a name is unknown, or a list empty.
     """
-    if isinstance(given, (Delimiter, Spans, TokenSpans)):
+    if isinstance(given, (Delimiter, Spans, TokenSpans, Seconds)):
         return given
     if isinstance(given, (list, tuple)):
         return Spans(given)
     if isinstance(given, str) and given in GRANULARITIES:
         return given  # pyright: ignore[reportReturnType]
+    if given == "frame":  # one token of a sound
+        return "token"
+    if isinstance(given, str) and (found := _SECONDS.fullmatch(given)):
+        return Seconds(float(found[1]))
     raise ValueError(
         f"{name} must be one of {', '.join(GRANULARITIES)}, a Delimiter, Spans, TokenSpans "
-        f"or a list of (start, stop), got {given!r}."
+        f"or a list of (start, stop), of pictures a grid such as '6x6', 'image' or Tiles, of "
+        f"sounds Seconds, got {given!r}."
     )
 
 
@@ -165,9 +269,9 @@ def checked_max_units(given: Any, granularity: Granularity) -> int:
     return given
 
 
-def described(granularity: Granularity) -> str:
+def described(granularity: Granularity | ImageGranularity) -> str:
     """It as a str: names and delimiters as they are, spans by their kind."""
-    if isinstance(granularity, Delimiter):
+    if isinstance(granularity, (Delimiter, Tiles, Seconds)):
         return repr(granularity)
     return granularity if isinstance(granularity, str) else type(granularity).__name__
 
@@ -178,6 +282,8 @@ def level_of(granularity: Granularity) -> Level:
         return "delimited"
     if isinstance(granularity, (Spans, TokenSpans)):
         return "span"
+    if isinstance(granularity, Seconds):
+        return "seconds"
     if granularity == "auto":
         raise ValueError("what is automatic has no level before it is chosen.")
     return granularity

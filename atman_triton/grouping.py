@@ -1,4 +1,4 @@
-"""Neighbouring tokens as units: grouped by the pieces of the text that they stand in."""
+"""Tokens as units: grouped by the pieces of the text, picture or sound that they stand in."""
 
 from __future__ import annotations
 
@@ -8,23 +8,131 @@ from itertools import groupby
 from typing import Any
 
 from .chat import Span
-from .granularity import AUTOMATIC, Granularity, TokenSpans, divided_text, level_of
-from .pieces import Level, Unit
+from .granularity import (
+    AUTOMATIC,
+    Granularity,
+    ImageGranularity,
+    Seconds,
+    Tiles,
+    TokenSpans,
+    divided_text,
+    level_of,
+)
+from .pieces import Box, Level, Unit
 from .placing import owners
 
 
 def units_of(
-    tokens: list[Unit], text: str, regions: Sequence[Span], granularity: Granularity
+    tokens: list[Unit],
+    text: str,
+    regions: Sequence[Span],
+    granularity: Granularity,
+    images: ImageGranularity = "patch",
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> list[Unit]:
-    """Neighbouring tokens of one piece as one unit.
+    """Tokens of one piece as one unit.
 
     Args:
-        tokens: In text order.
+        tokens: In the order in which the model reads them.
         text: What their characters refer to.
         regions: Spans of the text that are divided, each by itself.
-        granularity: How; not ``auto``.
+        granularity: How text and sound are divided; not ``auto``.
+        images: How pictures are; ``TokenSpans`` divide them too.
+        sizes: Width and height of each picture.
     """
-    if granularity == "token":
+    if isinstance(granularity, TokenSpans):
+        return _of_text(tokens, text, regions, granularity)
+    pictures = [token for token in tokens if token.image is not None]
+    sounds = [token for token in tokens if token.seconds is not None]
+    words = [token for token in tokens if token.image is None and token.seconds is None]
+    units = _of_text(words, text, regions, granularity)
+    units += tiled(pictures, images, sizes) if isinstance(images, Tiles) else pictures
+    units += _stretches(sounds, granularity) if isinstance(granularity, Seconds) else sounds
+    return sorted(units, key=lambda unit: (-1 if unit.branch is None else unit.branch, unit.tokens))
+
+
+def tiled(tokens: list[Unit], tiles: Tiles, sizes: Sequence[tuple[int, int]]) -> list[Unit]:
+    """Image tokens by the cell of a grid over their picture in which their centre lies.
+
+    Tokens without a place are in no cell, but in that of a grid which has only one.
+    """
+    columns, rows = tiles.shape
+    cells: dict[tuple[int, int, int], list[Unit]] = {}
+    for token in tokens:
+        image = token.image
+        assert image is not None
+        width, height = sizes[image]
+        if (columns, rows) == (1, 1):
+            cells.setdefault((image, 0, 0), []).append(token)
+        for left, top, wide, high in token.boxes if (columns, rows) != (1, 1) else ():
+            column = min(columns - 1, int((left + wide / 2) / width * columns))
+            row = min(rows - 1, int((top + high / 2) / height * rows))
+            cells.setdefault((image, row, column), []).append(token)
+    units = []
+    for (image, row, column), held in sorted(cells.items()):
+        width, height = sizes[image]
+        box = (column * width / columns, row * height / rows, width / columns, height / rows)
+        whole = (columns, rows) == (1, 1)
+        text = f"image {image + 1}" if whole else f"tile {_at(box)}"
+        positions = tuple(sorted(position for token in held for position in token.tokens))
+        units.append(
+            replace(
+                held[0],
+                text=text,
+                tokens=positions,
+                level="image" if whole else "tile",
+                boxes=(box,),
+            )
+        )
+    return units
+
+
+def patch_text(box: Box | None, view: str) -> str:
+    """What a unit of one image token is called."""
+    return f"{view} token" if box is None else f"patch {_at(box)}"
+
+
+def seconds_text(start: float, stop: float) -> str:
+    """What a unit of a sound is called."""
+    return f"{start:.2f}–{stop:.2f} s"
+
+
+def _at(box: Box) -> str:
+    left, top, width, height = (f"{value:.4g}" for value in box)
+    return f"at {left},{top}, {width}×{height}"
+
+
+def _stretches(tokens: list[Unit], granularity: Seconds) -> list[Unit]:
+    """Frames of a sound by the stretch in which their middle lies."""
+    groups = groupby(tokens, key=lambda token: int(_middle(token) / granularity.length))
+    units = []
+    for _, group in groups:
+        held = list(group)
+        spans = [token.seconds for token in held if token.seconds is not None]
+        start, stop = min(a for a, _ in spans), max(b for _, b in spans)
+        positions = tuple(position for token in held for position in token.tokens)
+        units.append(
+            replace(
+                held[0],
+                text=seconds_text(start, stop),
+                tokens=positions,
+                level="seconds",
+                seconds=(start, stop),
+            )
+        )
+    return units
+
+
+def _middle(token: Unit) -> float:
+    assert token.seconds is not None
+    return sum(token.seconds) / 2
+
+
+def _of_text(
+    tokens: list[Unit], text: str, regions: Sequence[Span], granularity: Granularity
+) -> list[Unit]:
+    """Neighbouring tokens of one piece of the text as one unit."""
+    if granularity == "token" or isinstance(granularity, Seconds):
         return tokens
     if isinstance(granularity, TokenSpans):
         belongs = [
@@ -57,7 +165,7 @@ def automatic(
     The finer one of equals. Only where the coarsest gives more than that, neighbours are joined.
     """
     levels = AUTOMATIC if is_text else AUTOMATIC[:1]
-    prompt = [token for token in tokens if token.part == "prompt"]
+    prompt = [token for token in tokens if token.part == "prompt" and token.image is None]
     target = [token for token in tokens if token.part == "target"]
     found = {level: units_of(prompt, text, regions, level) for level in levels}
     level = min(levels, key=lambda each: abs(len(found[each]) - wanted))
@@ -122,7 +230,21 @@ def joined(tokens: list[Unit], text: str, level: Level) -> Unit:
     start = min((start for start, _ in spans), default=None)
     stop = max((stop for _, stop in spans), default=None)
     words = text[start:stop] if spans else "".join(token.text for token in tokens)
-    return replace(first, text=words, tokens=positions, start=start, stop=stop, level=level)
+    image, boxes = first.image, tuple(box for token in tokens for box in token.boxes)
+    if any(token.image != image for token in tokens):
+        image, boxes = None, ()
+    seconds = [token.seconds for token in tokens if token.seconds is not None]
+    return replace(
+        first,
+        text=words,
+        tokens=positions,
+        start=start,
+        stop=stop,
+        level=level,
+        image=image,
+        boxes=boxes,
+        seconds=(seconds[0][0], seconds[-1][1]) if seconds else None,
+    )
 
 
 def placed(piece: Any) -> Any:

@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from .engine import Engine, Near
-from .engine import Unit as Perturbation
-from .pieces import Effect, Neighbour, Unit
+from .gradients import Attribution
+from .perturbations import Effect as Measured
+from .perturbations import Near, Record
+from .perturbations import Unit as Perturbation
+from .pieces import FINEST, Effect, Neighbour, Unit
 from .units import Layout, TokenPlace, coarsest, divided
 
 Method = Literal["exact", "direct", "hybrid", "hierarchical", "path", "score_gradient"]
@@ -36,6 +38,31 @@ DEFAULT_BUDGET = {"hybrid": 0.2, "hierarchical": 0.25}
 
 DEFAULT_STEPS = 8
 """Parts of the line of ``path``, in each of which it takes a gradient."""
+
+
+class Measures(Protocol):
+    """A prompt and its targets, of which any units can be suppressed; see ``engine.Engine``."""
+
+    record: Record
+    base_logprobs: Tensor
+    rows: Sequence[range]
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether there are direct effects."""
+        ...
+
+    def perturb(self, units: Sequence[Perturbation], effect: Measured = "total") -> Tensor:
+        """``[U, M]`` of all scored tokens, each unit suppressed in turn; NaN where it is late."""
+        ...
+
+    def neighbours(self, unit: Perturbation) -> list[Near]:
+        """What is suppressed along with a unit."""
+        ...
+
+    def attribute(self, units: Sequence[Perturbation], steps: int | None) -> Attribution:
+        """Scores from gradients on the line to suppressing all units together."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +89,7 @@ def perturbation(unit: Unit) -> Perturbation:
 
 def measure(
     method: Method,
-    engine: Engine,
+    engine: Measures,
     layout: Layout,
     budget: float | int | None,
     reduction: str,
@@ -91,7 +118,7 @@ def measure(
 
 
 def with_neighbours(
-    outcome: Outcome, engine: Engine, places: Mapping[tuple[int | None, int], TokenPlace]
+    outcome: Outcome, engine: Measures, places: Mapping[tuple[int | None, int], TokenPlace]
 ) -> Outcome:
     """The same units, each with the tokens that were suppressed along with it.
 
@@ -118,19 +145,21 @@ def with_neighbours(
     return replace(outcome, units=units, coarse=coarse)
 
 
-def _all(engine: Engine, units: Sequence[Unit], effect: Literal["total", "direct"]) -> Outcome:
+def _all(engine: Measures, units: Sequence[Unit], effect: Literal["total", "direct"]) -> Outcome:
     found = engine.perturb([perturbation(unit) for unit in units], effect)
     return Outcome([replace(unit, effect=effect) for unit in units], found.T.contiguous())
 
 
-def _gradients(engine: Engine, units: Sequence[Unit], effect: Effect, steps: int | None) -> Outcome:
+def _gradients(
+    engine: Measures, units: Sequence[Unit], effect: Effect, steps: int | None
+) -> Outcome:
     found = engine.attribute([perturbation(unit) for unit in units], steps)
     logprobs = engine.base_logprobs[:, None] - found.scores.T
     own = [replace(unit, effect=effect) for unit in units]
     return Outcome(own, logprobs.contiguous(), together_logprobs=found.together)
 
 
-def _hybrid(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcome:
+def _hybrid(engine: Measures, layout: Layout, runs: int, reduction: str) -> Outcome:
     """Direct first; the units that stand first in some target's ranking are run exactly."""
     direct = _all(engine, layout.units, "direct")
     promise = _relevances(engine, direct, reduction)  # [K, U]
@@ -147,7 +176,7 @@ def _hybrid(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcom
     return Outcome(units, scores)
 
 
-def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> Outcome:
+def _hierarchical(engine: Measures, layout: Layout, runs: int, reduction: str) -> Outcome:
     """Choose by the pieces' direct effects, and spend the exact runs on tokens of the best.
 
     Exact runs of the pieces themselves would take half of a small budget. Only where a model
@@ -156,7 +185,7 @@ def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> 
     effect = "direct" if engine.shares_prefix else "total"
     price = 0 if effect == "direct" else 1  # exact runs for the score of a piece
     units = coarsest(layout)
-    tokens = sum(unit.level == "token" for unit in units)
+    tokens = sum(unit.level in FINEST for unit in units)
     left = runs - tokens - price * (len(units) - tokens)
     if left < 0:
         raise ValueError(
@@ -167,7 +196,7 @@ def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> 
     opened: list[Unit] = []
     while (best := _next(engine, found, layout, left, price, reduction)) is not None:
         place, parts = best
-        if parts[0].level == "token":
+        if parts[0].level in FINEST:
             left -= len(parts)
             opened += parts
             found = _replaced(found, [place])
@@ -176,15 +205,15 @@ def _hierarchical(engine: Engine, layout: Layout, runs: int, reduction: str) -> 
             found = _replaced(found, [place], _all(engine, parts, effect))
     order = _order(engine, found, reduction)
     direct = [place for place in order if found.units[place].effect == "direct"]
-    again = [place for place in direct if found.units[place].level == "token"]
-    again += [place for place in direct if found.units[place].level != "token"][:left]
+    again = [place for place in direct if found.units[place].level in FINEST]
+    again += [place for place in direct if found.units[place].level not in FINEST][:left]
     exact = _all(engine, opened + [found.units[place] for place in again], "total")
     result = _replaced(found, again, exact)
     return result if len(units) == tokens else replace(result, coarse=first)
 
 
 def _next(
-    engine: Engine, found: Outcome, layout: Layout, left: int, price: int, reduction: str
+    engine: Measures, found: Outcome, layout: Layout, left: int, price: int, reduction: str
 ) -> tuple[int, list[Unit]] | None:
     """The best piece that can be divided with the runs that are left, and its parts.
 
@@ -194,16 +223,16 @@ def _next(
     short = False
     for place in _order(engine, found, reduction) if left else []:
         unit = found.units[place]
-        if unit.level == "token" or (short and len(unit.tokens) > left):
+        if unit.level in FINEST or (short and len(unit.tokens) > left):
             continue
         parts = divided(unit, layout)
-        if len(parts) * (1 if parts[0].level == "token" else price) <= left:
+        if len(parts) * (1 if parts[0].level in FINEST else price) <= left:
             return place, parts
         short = True
     return None
 
 
-def _order(engine: Engine, outcome: Outcome, reduction: str) -> list[int]:
+def _order(engine: Measures, outcome: Outcome, reduction: str) -> list[int]:
     """Places of the units, the one first that is best for some target."""
     relevance = _relevances(engine, outcome, reduction).nan_to_num(-math.inf).amax(0)
     return relevance.argsort(descending=True, stable=True).tolist()
@@ -227,7 +256,7 @@ def _replaced(outcome: Outcome, places: Sequence[int], by: Outcome | None = None
     return Outcome([units[column] for column in order], scores[:, order])
 
 
-def _relevances(engine: Engine, outcome: Outcome, reduction: str) -> Tensor:
+def _relevances(engine: Measures, outcome: Outcome, reduction: str) -> Tensor:
     """``[K, U]`` scores over each target's tokens; NaN where nothing was measured."""
     scores = (engine.base_logprobs[:, None] - outcome.suppressed_logprobs).double()
     reduce: Callable[..., Tensor] = torch.nanmean if reduction == "mean" else torch.nansum

@@ -7,11 +7,14 @@ characters of ``Explanation.text`` from 0, ``stop`` exclusive.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 __all__ = [
     "EFFECTS",
+    "FINEST",
     "LEVELS",
+    "Area",
+    "Box",
     "Document",
     "Effect",
     "LeftOut",
@@ -25,10 +28,43 @@ __all__ = [
 Part = Literal["prompt", "target"]
 Effect = Literal["total", "direct", "path", "gradient"]
 Level = Literal[
-    "token", "word", "sentence", "paragraph", "chunk", "delimited", "span", "turn", "document"
+    "token",
+    "word",
+    "sentence",
+    "paragraph",
+    "chunk",
+    "delimited",
+    "span",
+    "turn",
+    "document",
+    "patch",
+    "tile",
+    "image",
+    "frame",
+    "seconds",
 ]
 EFFECTS: tuple[str, ...] = get_args(Effect)
 LEVELS: tuple[str, ...] = get_args(Level)
+FINEST: tuple[Level, ...] = ("token", "patch", "frame")
+"""Levels of one token: of text, of a picture, of a sound."""
+
+Box = tuple[float, float, float, float]
+"""Left, top, width, height in pixels of the picture as it was given."""
+
+
+class Area(NamedTuple):
+    """What of a picture a token stands for.
+
+    Args:
+        image: Which of the pictures, from 0.
+        box: Where; None for a token without a place of its own, such as one that ends a row.
+        view: ``grid`` where a picture is read once; where it is read twice, ``overview`` and
+            ``crop``; else what a token without a box is for.
+    """
+
+    image: int
+    box: Box | None
+    view: str = "grid"
 
 
 @dataclass(frozen=True)
@@ -69,7 +105,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the input that was suppressed as one: a token, a word, a sentence.
+    """A piece of the input that was suppressed as one: a token, a word, a sentence, a patch.
 
     Args:
         text: The piece as text; for a token that holds part of a character, what it decodes to.
@@ -88,6 +124,10 @@ class Unit:
         document: Which of ``Explanation.documents`` it stands in; None outside of them.
         neighbours: Tokens outside of it that were suppressed along with it (paper, 3.3); empty
             without ``similarity``.
+        image: Of a piece of a picture, which of ``Explanation.pictures``.
+        boxes: Where it stands there: one box for a patch, a tile or a whole picture, none for
+            tokens without a place of their own.
+        seconds: Of a piece of a sound, from when to when.
     """
 
     text: str
@@ -100,6 +140,9 @@ class Unit:
     level: Level = "token"
     document: int | None = None
     neighbours: tuple[Neighbour, ...] = ()
+    image: int | None = None
+    boxes: tuple[Box, ...] = ()
+    seconds: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ Every reader takes the name of what it reads, for its messages, and raises Value
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 from dataclasses import fields
 from typing import Any, cast
@@ -12,11 +14,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .pictures import Picture, Sound
 from .pieces import Document, LeftOut, Neighbour, Target, TargetPart, Unit
 
 # What later versions of the format added to a piece.
 _ADDED: dict[type, dict[int, tuple[str, ...]]] = {
-    Unit: {2: ("branch", "effect", "level"), 4: ("document", "neighbours")},
+    Unit: {
+        2: ("branch", "effect", "level"),
+        4: ("document", "neighbours"),
+        5: ("image", "boxes", "seconds"),
+    },
     Target: {2: ("branch",)},
     LeftOut: {2: ("branch",)},
 }
@@ -38,6 +45,14 @@ def unit(name: str, data: Any, version: int) -> Unit:
         level=cast(Any, string(f"{name}.level", piece["level"])),
         document=place(f"{name}.document", piece["document"]),
         neighbours=_neighbours(f"{name}.neighbours", piece["neighbours"]),
+        image=place(f"{name}.image", piece["image"]),
+        boxes=tuple(
+            cast(Any, _floats(f"{name}.boxes[{i}]", box, 4))
+            for i, box in enumerate(listed(f"{name}.boxes", piece["boxes"]))
+        ),
+        seconds=None
+        if piece["seconds"] is None
+        else cast(Any, _floats(f"{name}.seconds", piece["seconds"], 2)),
     )
 
 
@@ -123,6 +138,37 @@ def part(name: str, data: Any, version: int) -> TargetPart:
         stop=place(f"{name}.stop", piece["stop"]),
         branch=integer(f"{name}.branch", piece["branch"]),
     )
+
+
+def picture(name: str, data: Any, version: int) -> Picture:
+    """A picture of the prompt."""
+    piece = _object(name, data, Picture, version)
+    try:
+        data = base64.b64decode(string(f"{name}.data", piece["data"]), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"{name}.data must be base64: {error}.") from error
+    return Picture(
+        width=integer(f"{name}.width", piece["width"]),
+        height=integer(f"{name}.height", piece["height"]),
+        start=integer(f"{name}.start", piece["start"]),
+        data=data,
+    )
+
+
+def sound(name: str, data: Any) -> Sound | None:
+    """What the prompt is, or null."""
+    if data is None:
+        return None
+    piece = _object(name, data, Sound, 5)
+    levels = listed(f"{name}.envelope", piece["envelope"])
+    return Sound(
+        seconds=_number(f"{name}.seconds", piece["seconds"]),
+        envelope=_floats(f"{name}.envelope", levels, len(levels)),
+    )
+
+
+def _floats(name: str, data: Any, length: int) -> tuple[float, ...]:
+    return tuple(_number(f"{name}[{i}]", item) for i, item in enumerate(listed(name, data, length)))
 
 
 def _object(name: str, value: Any, kind: type[Any], version: int) -> dict[str, Any]:

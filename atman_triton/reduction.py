@@ -13,6 +13,7 @@ from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
 Postprocessing = Literal["none", "absolute", "square"]
+Quantity = Literal["logprob", "logit", "output"]
 
 
 def postprocessed(values: Tensor, how: Postprocessing) -> Tensor:

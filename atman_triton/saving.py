@@ -1,11 +1,13 @@
 """Explanations as JSON: what ``Explanation.save`` writes and ``load`` reads back exactly.
 
 Version 1 knew one target, token units and total effects only, version 2 no gradient methods,
-version 3 no documents, neighbours, parts and ways to read the scores; their files still load.
+version 3 no documents, neighbours, parts and ways to read the scores, version 4 no pictures, sounds
+and classes; their files still load.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -18,13 +20,14 @@ import torch
 from torch import Tensor
 
 from . import reading
+from .pictures import Picture, Sound
 from .pieces import LeftOut, Unit
 
 if TYPE_CHECKING:
     from .explanation import Explanation
 
 FORMAT = "atman_explanation"
-VERSION = 4
+VERSION = 5
 
 
 def load(path: str | os.PathLike[str]) -> Explanation:
@@ -91,6 +94,9 @@ def _body(explanation: Explanation) -> dict[str, Any]:
         "postprocessing": explanation.postprocessing,
         "normalize": explanation.normalize,
         "contrast": explanation.contrast,
+        "pictures": [_picture(picture) for picture in explanation.pictures],
+        "sound": _sound(explanation.sound),
+        "quantity": explanation.quantity,
         "coarse": None if coarse is None else _body(coarse),
     }
 
@@ -134,6 +140,12 @@ def _explanation(data: dict[str, Any], version: int) -> Explanation:
             "normalize": reading.flag("normalize", data["normalize"]),
             "contrast": reading.flag("contrast", data["contrast"]),
         }
+    if version > 4:
+        later |= {
+            "pictures": pieces("pictures", reading.picture),
+            "sound": reading.sound("sound", data["sound"]),
+            "quantity": reading.string("quantity", data["quantity"]),
+        }
     return Explanation(
         text=reading.string("text", data["text"]),
         prompt_stop=reading.integer("prompt_stop", data["prompt_stop"]),
@@ -164,7 +176,18 @@ def _coarse(data: Any, version: int) -> Explanation | None:
 def _unit(unit: Unit) -> dict[str, Any]:
     """A neighbour is written as a list, in the order of its fields: there can be very many."""
     near = [[getattr(each, name) for name in reading.NEIGHBOUR] for each in unit.neighbours]
-    return _piece(replace(unit, neighbours=())) | {"neighbours": near}
+    rest = _piece(replace(unit, neighbours=()))
+    boxes = [list(box) for box in unit.boxes]
+    seconds = None if unit.seconds is None else list(unit.seconds)
+    return rest | {"neighbours": near, "boxes": boxes, "seconds": seconds}
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    return asdict(picture) | {"data": base64.b64encode(picture.data).decode("ascii")}
+
+
+def _sound(sound: Sound | None) -> dict[str, Any] | None:
+    return sound and asdict(sound) | {"envelope": list(sound.envelope)}
 
 
 def _piece(piece: Unit | LeftOut) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from .chat import Span
-from .granularity import Granularity, Spans, TokenSpans
+from .granularity import Granularity, Images, Spans, TokenSpans
 from .placing import checked_span, owners, passage
 from .tokens import Tokens
 
@@ -38,33 +38,37 @@ class Selection:
     answer: str | None = None
 
 
-def checked_explain_only(given: Any) -> list[str | Span] | list[Any] | None:
-    """What ``explain_only`` names: passages, or unit indices still to be checked.
+def checked_explain_only(given: Any) -> list[str | Span | Images] | list[Any] | None:
+    """What ``explain_only`` names: passages and pictures, or unit indices still to be checked.
 
-    A str and a ``(start, stop)`` are passages, alone or several in a list; a list of anything else
-    holds indices.
+    A str and a ``(start, stop)`` are passages, ``Images`` pictures, alone or several in a list; a
+    list of anything else holds indices.
 
     Raises:
         TypeError: if it is none of these, or a mixture.
         ValueError: if it is empty, or a span is.
     """
-    kinds = "unit indices, a passage of the prompt, (start, stop) in characters, or several of them"
+    kinds = (
+        "unit indices, a passage of the prompt, (start, stop) in characters, Images, or several "
+        "of them"
+    )
     if given is None:
         return None
-    if isinstance(given, str) or _is_pair(given):
+    if isinstance(given, (str, Images)) or _is_pair(given):
         given = [given]
     if isinstance(given, bytes) or not isinstance(given, Iterable):
         raise TypeError(f"explain_only must be {kinds}, got {given!r}.")
     several = list(given)
     if not several:
         raise ValueError("explain_only must name at least one unit, or be None for all.")
-    places = [isinstance(item, (str, tuple, list)) for item in several]
+    places = [isinstance(item, (str, tuple, list, Images)) for item in several]
     if any(places) and not all(places):
         raise TypeError(f"explain_only must hold indices or passages, not both, got {given!r}.")
     if not all(places):
         return several
     return [
-        item if isinstance(item, str) else checked_span("explain_only", item) for item in several
+        item if isinstance(item, (str, Images)) else checked_span("explain_only", item)
+        for item in several
     ]
 
 
@@ -80,7 +84,7 @@ def select(
     prompt: Tokens,
     granularity: Granularity,
     documents: Sequence[Span],
-    asked: Sequence[str | Span] | None,
+    asked: Sequence[str | Span | Images] | None,
     *,
     is_text: bool,
 ) -> Selection:
@@ -90,12 +94,13 @@ def select(
         prompt: The prompt's tokens.
         granularity: How large a unit is.
         documents: Where the documents stand; without ``asked``, nothing else is explained.
-        asked: Passages to explain; None is all.
+        asked: Passages and pictures to explain; None is all.
         is_text: Whether the prompt's text is what was written, rather than a list of ids.
     Raises: ValueError: if a passage is not there, holds nothing to explain, or would make more
         than one unit.
     """
-    if asked is not None and not is_text:
+    written = None if asked is None else [item for item in asked if not isinstance(item, Images)]
+    if written and not is_text:
         raise ValueError(
             "explain_only by passage needs text, but without a tokenizer the prompt is token ids; "
             "pass the tokenizer, or give unit indices."
@@ -109,9 +114,12 @@ def select(
     if documents and (asked is None or granularity == "document"):
         _leave_out(reasons, belongs, NO_DOCUMENT)
         answer = NO_DOCUMENT
-    if asked is not None:
-        passages = _passages(prompt, asked, reasons)
-        _leave_out(reasons, owners(prompt.text, prompt.spans, passages), NOT_ASKED_FOR)
+    if asked is not None and written is not None:
+        passages = _passages(prompt, written, reasons)
+        inside = owners(prompt.text, prompt.spans, passages)
+        pictured = _pictured(prompt, [item for item in asked if isinstance(item, Images)])
+        inside = [0 if see else own for own, see in zip(inside, pictured, strict=True)]
+        _leave_out(reasons, inside, NOT_ASKED_FOR)
         answer = NOT_ASKED_FOR
     if isinstance(granularity, (Spans, TokenSpans)):
         inside = _inside(prompt, granularity)
@@ -184,6 +192,22 @@ def _passages(
         else:
             merged.append((start, stop))
     return merged
+
+
+def _pictured(prompt: Tokens, asked: Sequence[Images]) -> list[bool]:
+    """Of each token, whether it stands for a picture that is asked for."""
+    areas = prompt.areas or [None] * len(prompt)
+    count = 1 + max((area.image for area in areas if area is not None), default=-1)
+    for each in asked:
+        if not count:
+            raise ValueError("explain_only asks for Images, but the prompt holds no picture.")
+        if each.indices and max(each.indices) >= count:
+            raise ValueError(
+                f"explain_only asks for picture {max(each.indices)}, but the prompt holds {count}, "
+                f"0 to {count - 1}."
+            )
+    wanted = {index for each in asked for index in each.indices or range(count)}
+    return [area is not None and area.image in wanted for area in areas]
 
 
 def _inside(prompt: Tokens, granularity: Spans | TokenSpans) -> list[int | None]:

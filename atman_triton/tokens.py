@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .chat import Content, Span, find_contents, is_chat, message_numbers, render_chat
+from .pieces import Area
 from .placing import owners
 
 SPECIAL = "special token"
@@ -42,6 +43,8 @@ class Tokens:
         names: Each token as text, also where it has no place in ``text``.
         reasons: Why a token is left out of an explanation; None for the user's own content.
         contents: Of chat messages, where their contents stand in ``text``; else empty.
+        areas: Of each token, what of a picture it stands for; None of others. Empty without any.
+        seconds: Of each token of a sound, from when to when; None of others. Empty without any.
     """
 
     ids: list[int]
@@ -50,6 +53,8 @@ class Tokens:
     names: list[str]
     reasons: list[str | None]
     contents: list[Content] = field(default_factory=list)
+    areas: list[Area | None] = field(default_factory=list)
+    seconds: list[tuple[float, float] | None] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,15 +11,35 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from .chat import Span
-from .granularity import MAX_UNITS, Granularity, TokenSpans, described
-from .grouping import automatic, chunked, joined, placed, units_of
+from .granularity import (
+    MAX_UNITS,
+    Granularity,
+    ImageGranularity,
+    Images,
+    Seconds,
+    Tiles,
+    TokenSpans,
+    described,
+)
+from .grouping import (
+    automatic,
+    chunked,
+    joined,
+    patch_text,
+    placed,
+    seconds_text,
+    tiled,
+    units_of,
+)
 from .parts import TargetGranularity, target_parts
+from .pictures import Picture, Sound
 from .pieces import Document, LeftOut, Target, TargetPart, Unit
 from .selection import NOT_ASKED_FOR, checked_explain_only, select
 from .tokens import Tokens
 
 TOO_LATE = "no scored token comes after it"
 
+_COARSE_TILES = Tiles(3)
 _CHUNKS = (64, 8)  # tokens; how ids without a text are divided, and text without structure
 
 
@@ -42,6 +62,8 @@ class Layout:
         granularity: How large the units are; of ``auto``, what was chosen.
         documents: Sources in the prompt.
         parts: What the targets are read in; empty for whole ones.
+        pictures: Those of the prompt.
+        sound: What the prompt is, if it is one.
     """
 
     prompt_ids: list[int]
@@ -58,19 +80,29 @@ class Layout:
     granularity: Granularity
     documents: list[Document]
     parts: list[TargetPart]
+    pictures: list[Picture]
+    sound: Sound | None
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Width and height of each picture."""
+        return [(picture.width, picture.height) for picture in self.pictures]
 
 
 def lay_out(
     prompt: Tokens,
     targets: Sequence[Tokens],
     granularity: Granularity = "token",
-    explain_only: Sequence[Any] | None = None,
+    explain_only: Any = None,
     *,
     is_text: bool = True,
     documents: Sequence[Document] = (),
     context: int = 0,
     max_units: int = MAX_UNITS,
     target_granularity: TargetGranularity = "complete",
+    image_granularity: ImageGranularity = "patch",
+    pictures: Sequence[Picture] = (),
+    sound: Sound | None = None,
 ) -> Layout:
     """The user's own tokens in front of each target's last one make the units.
 
@@ -87,13 +119,16 @@ def lay_out(
             Only where paragraphs are more than that (without text, tokens), neighbours are joined,
             so that about as many tokens stand in each of at most ``max_units`` units; never across
             a border.
-        explain_only: Passages of the prompt, or indices of the units to keep, counted without
-            this argument; None keeps all (see ``selection.checked_explain_only``).
+        explain_only: Passages and pictures of the prompt, or indices of the units to keep,
+            counted without this argument; None keeps all (see ``selection.checked_explain_only``).
         is_text: Whether spans refer to written text; without it there are only tokens.
         documents: Sources in the prompt; without ``explain_only``, nothing else is explained.
         context: So many tokens of the only target are read, but not scored.
         max_units: Of ``auto``.
         target_granularity: What the targets are read in.
+        image_granularity: How large a unit of a picture is.
+        pictures: Those of the prompt.
+        sound: What the prompt is, if it is one.
     Raises:
         TypeError: if ``explain_only`` holds neither passages nor integers.
         ValueError: if it is empty or out of range, if no token can be a unit, or if the
@@ -141,13 +176,17 @@ def lay_out(
         granularity=granularity,
         documents=list(documents),
         parts=[],
+        pictures=list(pictures),
+        sound=sound,
     )
     if context or target_granularity != "complete":
         layout.parts.extend(_parts(layout, target_granularity))
     if granularity == "auto":
         granularity, units = automatic(tokens, text, layout.regions, max_units, is_text=is_text)
+        shown = [token for token in tokens if token.image is not None]
+        units = units_of(shown, text, [], "token", image_granularity, layout.sizes) + units
     else:
-        units = units_of(tokens, text, layout.regions, granularity)
+        units = units_of(tokens, text, layout.regions, granularity, image_granularity, layout.sizes)
     kept, late = [], []
     for unit in units:
         reached = unit.branch is None or max(unit.tokens) < _last(len(prompt), targets, unit)
@@ -160,8 +199,8 @@ def lay_out(
     left_out += _merged([u for u in kept if id(u) not in remaining], text)
     left_out.sort(key=lambda piece: (-1 if piece.branch is None else piece.branch, piece.tokens))
     if granularity == "token":
-        own = {(unit.branch, unit.tokens) for unit in chosen}
-        tokens = [token for token in tokens if (token.branch, token.tokens) in own]
+        own = {(unit.branch, position) for unit in chosen for position in unit.tokens}
+        tokens = [token for token in tokens if (token.branch, token.tokens[0]) in own]
     return replace(
         layout,
         units=[placed(unit) for unit in chosen],
@@ -205,7 +244,13 @@ def token_places(
 
 def coarsest(layout: Layout) -> list[Unit]:
     """The largest pieces that divide what stands before the scored tokens; those stay single."""
-    prompt = [token for token in layout.tokens if token.branch is None]
+    own = [token for token in layout.tokens if token.branch is None]
+    shown = [token for token in own if token.image is not None]
+    if shown:
+        words = replace(layout, tokens=[token for token in layout.tokens if token.image is None])
+        tiles = tiled(shown, _COARSE_TILES, layout.sizes)
+        return tiles + (coarsest(words) if words.tokens else [])
+    prompt = own
     target = [placed(token) for token in layout.tokens if token.branch is not None]
     levels: tuple[Granularity, ...] = ("paragraph", "sentence") if layout.is_text else ()
     for level in levels:
@@ -222,6 +267,8 @@ def divided(unit: Unit, layout: Layout) -> list[Unit]:
     """
     own = set(unit.tokens)
     tokens = [t for t in layout.tokens if t.branch == unit.branch and t.tokens[0] in own]
+    if unit.image is not None:
+        return tokens
     if unit.level == "paragraph":
         sentence = units_of(tokens, layout.text, layout.regions, "sentence")
         if len(sentence) > 1:
@@ -239,7 +286,12 @@ def _check(
     granularity: Granularity, prompt: Tokens, documents: Sequence[Span], is_text: bool
 ) -> None:
     """Refuse a granularity that this prompt does not have."""
-    if not is_text and granularity not in ("token", "auto") and type(granularity) is not TokenSpans:
+    if isinstance(granularity, Seconds) and not prompt.seconds:
+        raise ValueError(
+            f"granularity={described(granularity)!r} is of a sound, but the prompt is none."
+        )
+    apart = isinstance(granularity, (TokenSpans, Seconds))
+    if not is_text and granularity not in ("token", "auto") and not apart:
         raise ValueError(
             f"granularity={described(granularity)!r} needs text, but without a tokenizer the "
             "prompt is token ids; pass the tokenizer, or take granularity='token'."
@@ -253,10 +305,10 @@ def _check(
         raise ValueError("granularity='document' needs documents; give documents=[...].")
 
 
-def _asked(explain_only: Sequence[Any] | None) -> tuple[list[Any] | None, list[Any] | None]:
+def _asked(explain_only: Any) -> tuple[list[Any] | None, list[Any] | None]:
     """Passages, or indices."""
     checked = checked_explain_only(explain_only)
-    if checked is None or isinstance(checked[0], (str, tuple)):
+    if checked is None or isinstance(checked[0], (str, tuple, Images)):
         return checked, None
     return None, checked
 
@@ -276,16 +328,27 @@ def _token_units(
     for index in range(count):
         if tokens.reasons[index] is None:
             start, stop = _moved(tokens.spans[index], shift) or (None, None)
+            area = tokens.areas[index] if tokens.areas else None
+            seconds = tokens.seconds[index] if tokens.seconds else None
+            name, level = tokens.names[index], "token"
+            if area is not None:
+                name, level = patch_text(area.box, area.view), "patch"
+            elif seconds is not None:
+                name, level = seconds_text(*seconds), "frame"
             units.append(
                 Unit(
-                    tokens.names[index],
+                    name,
                     (first + index,),
                     start,
                     stop,
                     part="prompt" if branch is None else "target",
                     # What is read but not scored is as good as the prompt's, for the engine.
                     branch=None if index < context else branch,
+                    level=level,
                     document=documents[index] if documents else None,
+                    image=None if area is None else area.image,
+                    boxes=() if area is None or area.box is None else (area.box,),
+                    seconds=seconds,
                 )
             )
     return units

@@ -476,7 +476,7 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
             {"units": [UNIT, dataclasses.replace(UNIT, level="page")]},
             ValueError,
             "units[1].level must be one of token, word, sentence, paragraph, chunk, delimited, "
-            "span, turn, document, got 'page'.",
+            "span, turn, document, patch, tile, image, frame, seconds, got 'page'.",
         ),
         ({"coarse": {}}, TypeError, "coarse must be an Explanation or None, got dict."),
         (

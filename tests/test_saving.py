@@ -108,13 +108,14 @@ def test_a_file_of_version_1_holds_no_newer_field(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("make", [small, explain_several, hierarchical])
 def test_files_of_later_versions_still_load(make, version):
     old = as_version(to_json(make()), version)
     assert from_json(old) == make()
-    old["units"][0]["neighbours"] = []
-    with pytest.raises(ValueError, match=r"^units\[0\] has the unknown field 'neighbours'\.$"):
+    newer = "boxes" if version == 4 else "neighbours"
+    old["units"][0][newer] = []
+    with pytest.raises(ValueError, match=rf"^units\[0\] has the unknown field '{newer}'\.$"):
         from_json(old)
 
 
@@ -126,7 +127,7 @@ def test_the_file_is_strict_json_with_a_version(tmp_path):
     path = tmp_path / "saved.json"
     small().save(path)
     data = json.loads(path.read_text(), parse_constant=pytest.fail)
-    assert (data["format"], data["version"]) == ("atman_explanation", 4)
+    assert (data["format"], data["version"]) == ("atman_explanation", 5)
     assert data["suppressed_logprobs"][0] == [-2.0, None]
 
 
@@ -142,8 +143,8 @@ def damage(text, **changes):
         (lambda text: "[1, 2]", 'is no saved explanation: it lacks "format": "atman_explanation".'),
         (lambda text: damage(text, format="png"), 'it lacks "format": "atman_explanation".'),
         (
-            lambda text: damage(text, version=5),
-            "has version 5, this release reads up to version 4: upgrade atman_triton.",
+            lambda text: damage(text, version=6),
+            "has version 6, this release reads up to version 5: upgrade atman_triton.",
         ),
         (
             lambda text: damage(text, version="1"),

@@ -199,12 +199,16 @@ def sourced(explanation, **changes):
 
 
 def as_version(data, version):
-    """What version 2 or 3 of the format wrote of an explanation saved now."""
-    added = {"documents", "parts", "postprocessing", "normalize", "contrast"}
+    """What version 2, 3 or 4 of the format wrote of an explanation saved now."""
+    added = {"pictures", "sound", "quantity"}
+    added |= (
+        {"documents", "parts", "postprocessing", "normalize", "contrast"} if version < 4 else set()
+    )
     added |= {"together_logprobs"} if version < 3 else set()
+    of_unit = {"image", "boxes", "seconds"} | ({"document", "neighbours"} if version < 4 else set())
     old = {name: value for name, value in data.items() if name not in added}
     old["units"] = [
-        {name: value for name, value in unit.items() if name not in ("document", "neighbours")}
+        {name: value for name, value in unit.items() if name not in of_unit}
         for unit in data["units"]
     ]
     if old["coarse"] is not None:
