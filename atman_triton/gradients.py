@@ -19,24 +19,21 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import line, memory
+from .batches import Whole, in_batches
 from .capabilities import dtype_of, text_config
 from .layers import THREAD
 from .perturbations import Settings
-from .plan import Batch
 from .stacks import UnsupportedModelError, find_stack
-
-if TYPE_CHECKING:
-    from .runner import Runner
 
 _BACKWARD = 3  # forward passes that a backward one costs: two, and one because it runs layers again
 
@@ -45,6 +42,49 @@ _SCORE_COPIES = 4
 _LAYER_COPIES = 2
 # Switching layers and weights is not for two threads at once.
 _LOCK = threading.RLock()
+
+
+class Runs(Whole, Protocol):
+    """What runs an input whole: ``Runner`` of decoders, ``ClassifierEngine``."""
+
+    model: nn.Module
+    settings: Settings
+    advance: Callable[[int], None]
+
+    @property
+    def base(self) -> Tensor:
+        """``[M]`` float32: nothing suppressed."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """What is run again for a backward pass, in order."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The configuration of these layers."""
+        ...
+
+    def run_factors(self, factors: Tensor) -> Tensor:
+        """Rows with factors ``[B, S]``: ``[B, M]``."""
+        ...
+
+    def manipulated(self, factors: Tensor) -> AbstractContextManager[Any]:
+        """Runs in it feel factors ``[B, S]``."""
+        ...
+
+    def logprobs_of(self, scored: Sequence[int], rows: int) -> Tensor:
+        """``[B, scored]`` of a run in ``manipulated``, neither moved nor counted."""
+        ...
+
+    def count(self, rows: int, tokens: int) -> None:
+        """Note a finished forward pass."""
+        ...
+
+    def bytes_per_row(self) -> int:
+        """A rough estimate of what a forward pass takes for a row."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -122,7 +162,7 @@ def groups(measured: Tensor, begun: Tensor) -> list[Group]:
 
 
 def attribute(
-    runner: Runner,
+    runner: Runs,
     columns: Sequence[Sequence[int]],
     measured: Tensor,
     begun: Tensor,
@@ -145,7 +185,7 @@ def attribute(
     parts = groups(measured, begun)
     looks = 0 if steps is None else line.looks(steps)
     passes = sum(looks + 1 + len(group.rows) * (steps or 1) * (1 + _BACKWARD) for group in parts)
-    runner.expect(runner.branches.length * passes)
+    runner.expect(runner.length * passes)
     points: list[Point] = []
     for group in parts:
         moved = sorted(column for unit in group.moving for column in columns[unit])
@@ -159,7 +199,7 @@ def attribute(
         for row, own in zip(group.rows, found.T, strict=True):
             for start, stop in pairwise(line.edges(places, own, steps).tolist()):
                 points.append(Point(row, (start + stop) / 2, stop - start, moved))
-    slopes = torch.zeros(measured.shape[1], runner.branches.length, dtype=torch.float64)
+    slopes = torch.zeros(measured.shape[1], runner.length, dtype=torch.float64)
 
     def differentiate(chosen: Sequence[int]) -> None:
         batch = [points[index] for index in chosen]
@@ -168,14 +208,14 @@ def attribute(
             slopes[point.row] += point.length * slope
 
     with _differentiable(runner):
-        _in_batches(runner, len(points), differentiate)
+        in_batches(runner, len(points), _rows_per_batch(runner), differentiate)
     for unit, own in enumerate(columns):
         scores[unit] = slopes[:, list(own)].sum(1) * (runner.settings.factor - 1)
     return Attribution(scores.float().masked_fill_(~measured, torch.nan), together)
 
 
 def _losses(
-    runner: Runner, columns: Sequence[int], rows: Sequence[int], places: Sequence[float]
+    runner: Runs, columns: Sequence[int], rows: Sequence[int], places: Sequence[float]
 ) -> Tensor:
     """Losses of some tokens at places of the line: ``[places, rows]`` float32."""
     found = (-runner.base[list(rows)]).repeat(len(places), 1)
@@ -186,45 +226,21 @@ def _losses(
         factors = _factors(runner, [columns] * len(own), [places[index] for index in own])
         found[own] = -runner.run_factors(factors)[:, list(rows)]
 
-    _in_batches(runner, len(others), run)
+    in_batches(runner, len(others), _rows_per_batch(runner), run)
     return found
 
 
-def _factors(runner: Runner, columns: Sequence[Sequence[int]], places: Sequence[float]) -> Tensor:
+def _factors(runner: Runs, columns: Sequence[Sequence[int]], places: Sequence[float]) -> Tensor:
     """``[B, S]`` float32 on the CPU: each row at its place on its line."""
-    factors = torch.ones(len(places), runner.branches.length)
+    factors = torch.ones(len(places), runner.length)
     for factor, own, place in zip(factors, columns, places, strict=True):
         factor[list(own)] = 1 + place * (runner.settings.factor - 1)
     return factors
 
 
-def _in_batches(runner: Runner, count: int, run: Callable[[Sequence[int]], None]) -> None:
-    """Run things in batches, smaller ones where memory does not hold them."""
-    length = runner.branches.length
-    size = _rows_per_batch(runner)
-    pending = Batch(0, tuple(range(count))).split(length, size * length)
-    while pending:
-        batch, before = pending[0], runner.record.tokens
-        try:
-            run(batch.rows)
-        except (RuntimeError, MemoryError) as error:
-            if not memory.out_of_memory(error):
-                raise
-            refused = str(error)
-        else:
-            pending = pending[1:]
-            continue
-        # Outside the except block, so that the failed pass's tensors are gone by now.
-        runner.expect(runner.record.tokens - before)
-        most = runner.smaller(batch, refused)
-        pending = [part for each in pending for part in each.split(length, most)]
-        if runner.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-
-def _slopes(runner: Runner, points: Sequence[Point]) -> Tensor:
+def _slopes(runner: Runs, points: Sequence[Point]) -> Tensor:
     """dL/dm by every column, of each point's own token: ``[B, S]`` float64."""
-    length, count = runner.branches.length, len(points)
+    length, count = runner.length, len(points)
     name = type(runner.model).__name__
     factors = _factors(
         runner, [point.columns for point in points], [point.place for point in points]
@@ -260,7 +276,7 @@ def _slopes(runner: Runner, points: Sequence[Point]) -> Tensor:
 
 
 @contextmanager
-def _differentiable(runner: Runner) -> Iterator[None]:
+def _differentiable(runner: Runs) -> Iterator[None]:
     """Gradients to factors alone, of every layer only the input kept; undone whatever happens."""
     model = runner.model
     with _LOCK, ExitStack() as undo:
@@ -268,11 +284,11 @@ def _differentiable(runner: Runner) -> Iterator[None]:
         undo.callback(lambda: [weight.requires_grad_(True) for weight in trained])
         for weight in trained:
             weight.requires_grad_(False)
-        layers = decoder_layers(model)
+        layers = runner.layers
         for layer in layers:
             undo.callback(_checkpoint(layer))
         runner.record.activations = (
-            f"checkpointed: only the inputs of {len(layers)} decoder layers are kept, and each is "
+            f"checkpointed: only the inputs of {len(layers)} layers are kept, and each is "
             "run again for every backward pass"
         )
         yield
@@ -333,14 +349,14 @@ def _thread_state(state: tuple[Any, Any, Any]) -> Iterator[None]:
         THREAD.stacks, THREAD.by_config, THREAD.switched = before
 
 
-def _rows_per_batch(runner: Runner) -> int:
+def _rows_per_batch(runner: Runs) -> int:
     """How many rows go through the model together."""
     settings: Settings = runner.settings
     if "batching" in settings.without:
         return 1
     if settings.batch_size != "auto":
         return settings.batch_size
-    length = runner.branches.length
+    length = runner.length
     size = max(1, memory.tokens_per_batch(runner.device) // length)
     free = memory.free_memory(runner.model)
     if free is None:
@@ -348,12 +364,10 @@ def _rows_per_batch(runner: Runner) -> int:
     return max(1, min(size, int(free * memory.SHARE) // _bytes_per_row(runner)))
 
 
-def _bytes_per_row(runner: Runner) -> int:
+def _bytes_per_row(runner: Runs) -> int:
     """A rough estimate of what one row takes: every layer's input, and all of one layer."""
-    model, length = runner.model, runner.branches.length
-    config = text_config(model)
-    kept = length if not runner.replay.keeps_logits else length - runner.tail
-    inputs = config.num_hidden_layers * length * int(getattr(config, "hidden_size", 1024))
+    config, length = runner.config, runner.length
+    inputs = len(runner.layers) * length * int(getattr(config, "hidden_size", 1024))
     scores = 4 * int(getattr(config, "num_attention_heads", 1)) * length**2
-    layer = memory.bytes_per_row(model, length, kept, length)
-    return inputs * dtype_of(model).itemsize + _SCORE_COPIES * scores + _LAYER_COPIES * layer
+    element = dtype_of(runner.model).itemsize
+    return inputs * element + _SCORE_COPIES * scores + _LAYER_COPIES * runner.bytes_per_row()

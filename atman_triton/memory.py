@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,17 +34,28 @@ def bytes_per_row(model: nn.Module, tokens: int, logits: int, keys: int) -> int:
         logits: Positions at which the model computes logits.
         keys: Tokens that its queries attend to, a shared prefix included.
     """
-    config = text_config(model)
+    element = dtype_of(model).itemsize
+    layer = layer_bytes(text_config(model), element, tokens, keys)
+    return layer + 3 * logits * vocabulary_size(model) * element
+
+
+def layer_bytes(config: Any, element: int, tokens: int, keys: int) -> int:
+    """The same without logits.
+
+    Args:
+        config: Of the layers.
+        element: Bytes of a number of the model's dtype.
+        tokens: Tokens that the row runs.
+        keys: Tokens that its queries attend to.
+    """
     hidden = int(getattr(config, "hidden_size", 1024))
     inner = getattr(config, "intermediate_size", None)
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner or 4 * hidden
-    element = dtype_of(model).itemsize
     # Residual stream, its norm, queries, keys, values, output; the gated products of the MLP.
     layer = tokens * element * (6 * hidden + 3 * inner)
     heads = int(getattr(config, "num_attention_heads", 1))
     scores = 3 * 4 * heads * min(tokens, _SCORE_ROWS) * keys
-    factors = 2 * 4 * keys
-    return layer + scores + factors + 3 * logits * vocabulary_size(model) * element
+    return layer + scores + 2 * 4 * keys
 
 
 def free_memory(model: nn.Module) -> int | None:

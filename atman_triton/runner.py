@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 from . import memory
 from .branches import Branches, TreeMask
-from .capabilities import device_of, dtype_of, why_not_prefix
+from .capabilities import device_of, dtype_of, text_config, why_not_prefix
+from .gradients import decoder_layers
 from .integration import UnsupportedModelError, run_as_atman
 from .layers import Manipulation
 from .perturbations import Effect, Near, Record, RunFailed, Settings, Unit
@@ -279,6 +281,28 @@ class Runner:
         first = length - logits.shape[1]
         places = (self.predictors[list(scored)] - first).to(logits.device)
         return target_logprobs(logits, places, self.ids[list(scored)])
+
+    # --- for gradients, which run the whole input -------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Columns of the input."""
+        return self.branches.length
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the decoder layers."""
+        return text_config(self.model)
+
+    @cached_property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, in order."""
+        return decoder_layers(self.model)
+
+    def bytes_per_row(self) -> int:
+        """A rough estimate of what a pass over the whole input takes for a row."""
+        kept = self.length - self.tail if self.replay.keeps_logits else self.length
+        return memory.bytes_per_row(self.model, self.length, kept, self.length)
 
     @property
     def _alone(self) -> bool:

@@ -87,7 +87,7 @@ def test_what_the_result_says_of_itself(method):
     assert e.provenance["steps"] == (8 if method == "path" else None)
     assert "all units together" in e.provenance["effect"]
     assert ("a poor one" in e.provenance["effect"]) == (method == "score_gradient")
-    assert "2 decoder layers are kept" in e.provenance["activations"]
+    assert "2 layers are kept" in e.provenance["activations"]
     assert e.provenance["logits"] == "target positions"
     assert (e.provenance["exact_runs"], e.provenance["direct_runs"]) == (0, 0)
     assert e.provenance["runner_reasons"] == ["gradients are taken through the whole input"]

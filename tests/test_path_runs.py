@@ -117,7 +117,7 @@ def test_only_the_inputs_of_layers_are_kept(monkeypatch):
         return total[0], engine.record.activations
 
     held, text = saved()
-    assert text is not None and "only the inputs of 6 decoder layers are kept" in text
+    assert text is not None and "only the inputs of 6 layers are kept" in text
     monkeypatch.setattr(gradients, "_checkpoint", lambda layer: lambda: None)
     assert held < saved()[0] / 3
 
