@@ -33,19 +33,23 @@ def checked_indices(
     return None if given is None else _known_indices(name, given, tuple(known))
 
 
-def checked_targets(target: Any, targets: Any) -> list[Any] | None:
-    """All targets, of which there must be one way to give them; None to generate one."""
+def checked_targets(target: Any, targets: Any, *, classes: bool = False) -> list[Any] | None:
+    """All targets, of which there must be one way to give them; None to generate one.
+
+    A single int is a class, where targets are classes.
+    """
     if targets is None:
         return None if target is None else [target]
     if target is not None:
         raise TypeError("target and targets exclude each other; put the one among the several.")
     if isinstance(targets, (str, bytes)) or not isinstance(targets, Iterable):
-        raise TypeError(f"targets must be a sequence of str or token ids, got {targets!r}.")
+        kinds = "class names or indices" if classes else "str or token ids"
+        raise TypeError(f"targets must be a sequence of {kinds}, got {targets!r}.")
     several = list(targets)
     if not several:
         raise ValueError("targets must hold at least one target, got none.")
     for index, each in enumerate(several):
-        if isinstance(each, int):
+        if isinstance(each, int) and not classes:
             raise TypeError(
                 f"targets[{index}] must be a str or a sequence of token ids, got {each!r}; a "
                 f"single token id is [{each!r}]."
@@ -53,12 +57,14 @@ def checked_targets(target: Any, targets: Any) -> list[Any] | None:
     return several
 
 
-def check_contrast(contrast_target: Any, targets: Any) -> None:
+def check_contrast(contrast_target: Any, targets: Any, *, classes: bool = False) -> None:
     """Refuse what the one target is compared with if there are several, or it is a single id."""
     if contrast_target is None:
         return
     if targets is not None:
         raise TypeError("contrast_target is compared with one target; give target, not targets.")
+    if classes:
+        return
     if isinstance(contrast_target, int) or not isinstance(contrast_target, (str, Iterable)):
         raise TypeError(
             f"contrast_target must be a str or a sequence of token ids, got {contrast_target!r}."

@@ -9,18 +9,35 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .reduction import Quantity
+
 Problem = Literal["single_label", "multi_label", "regression"]
-Score = Literal["logprob", "logit"]
-Quantity = Literal["logprob", "logit", "output"]
-SCORES: tuple[str, ...] = get_args(Score)
+Kind = Literal["sequence", "token", "image"]
 
 _SHOWN = 12  # labels that an error message lists
+_KINDS: dict[str, Kind] = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForImageClassification": "image",
+}
+
+
+def kind_of(model: Any) -> Kind | None:
+    """What a model classifies, by the name of its class or of one that it inherits from.
+
+    None if it is no classifier.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if hasattr(model, "get_base_model"):  # adapters (PEFT)
+        model = model.get_base_model()
+    names = [each.__name__ for each in type(model).__mro__]
+    return next((kind for end, kind in _KINDS.items() if any(end in n for n in names)), None)
 
 
 def problem_of(config: Any) -> Problem:
@@ -80,7 +97,7 @@ def _class_named(name: str, target: str, labels: list[str]) -> int:
     if near:
         hint = f"near ones are {', '.join(map(repr, near))}"
     else:
-        more = ", ..." if len(labels) > _SHOWN else ""
+        more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
         hint = f"they are {', '.join(map(repr, labels[:_SHOWN]))}{more}"
     raise ValueError(
         f"{name} must be one of the model's {len(labels)} classes, got {target!r}; {hint}."
@@ -101,22 +118,17 @@ class Readout:
     Args:
         classes: ``K`` indices.
         problem: What the head was made for.
-        score: ``logprob``: of one class of all the log softmax, of labels that do not exclude each
-            other the log sigmoid. ``logit``: what either is taken of. Regression knows only its
-            output.
+        quantity: ``logprob``: of one class of all the log softmax, of labels that do not exclude
+            each other the log sigmoid. ``logit``: what either is taken of. ``output``: that of a
+            regression, which has no other.
         places: Of token classification, the ``P`` tokens whose class is scored; None where there
             is one answer for the whole input.
     """
 
     classes: tuple[int, ...]
     problem: Problem = "single_label"
-    score: Score = "logprob"
+    quantity: Quantity = "logprob"
     places: tuple[int, ...] | None = None
-
-    @property
-    def quantity(self) -> Quantity:
-        """What the numbers are."""
-        return "output" if self.problem == "regression" else self.score
 
     @property
     def rows(self) -> list[range]:

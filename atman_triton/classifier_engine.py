@@ -23,7 +23,16 @@ from . import gradients, memory
 from .batches import in_batches
 from .capabilities import device_of, dtype_of
 from .classes import Readout
-from .embedded import as_read, catching, content_of, entry_of, expanded, in_columns, replayed
+from .embedded import (
+    as_read,
+    catching,
+    content_of,
+    encoder_config,
+    entry_of,
+    expanded,
+    in_columns,
+    replayed,
+)
 from .integration import UnsupportedModelError, run_as_atman
 from .perturbations import Effect, Near, Record, RunFailed, Settings, Unit
 from .plan import Batch
@@ -77,11 +86,7 @@ class ClassifierEngine:
         self.expect, self.advance = expect, advance
         self.record = Record(runners=["full"], logits="classes")
         self.record.reasons.append(f"{type(self.model).__name__} reads its whole input at once")
-        self._inputs = {
-            name: as_read(value, self.device, self.dtype) for name, value in inputs.items()
-        } | {"return_dict": True}
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            self._inputs["use_cache"] = False
+        self._inputs = arguments_of(self.model, inputs)
         self._entry = entry_of(self.model)
         self._embedded: Tensor | None = None
         self.correlated: Correlated | None = None
@@ -233,9 +238,7 @@ class ClassifierEngine:
     @property
     def config(self) -> Any:
         """The configuration of the layers, which may be a part of the model's."""
-        parts = self.model.modules()
-        owners = [part for part in parts if self._entry in list(part.children())]
-        return getattr(owners[0] if owners else self.model, "config", self.model.config)
+        return encoder_config(self.model)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -313,6 +316,15 @@ class ClassifierEngine:
             f"not even one row of {self.length} tokens fits in memory: shorten the prompt, use a "
             f"smaller dtype or free some memory. ({refused})"
         )
+
+
+def arguments_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a classifier's forward is called with: inputs where it is, numbers in its dtype."""
+    device, dtype = device_of(model), dtype_of(model)
+    found = {name: as_read(value, device, dtype) for name, value in inputs.items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        found["use_cache"] = False
+    return found | {"return_dict": True}
 
 
 def _check(base: Tensor, dtype: torch.dtype) -> None:

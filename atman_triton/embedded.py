@@ -18,6 +18,12 @@ import torch
 from torch import Tensor, nn
 
 _PATCHES = ("patch_embeddings", "patch_embedding")
+_IN_FRONT = {  # in the order in which they stand there
+    "cls_token": "class token",
+    "class_embedding": "class token",
+    "distillation_token": "distillation token",
+    "register_tokens": "register token",
+}
 _LOCK = threading.RLock()
 _USERS: dict[int, list[Any]] = {}  # module id -> [what stood in its place, users]
 
@@ -48,6 +54,26 @@ def content_of(model: nn.Module) -> nn.Module | None:
         if isinstance(patches, nn.Module):
             return patches
     return _input_embeddings(model)
+
+
+def encoder_config(model: nn.Module) -> Any:
+    """The configuration of the layers behind an input, which may be a part of the model's."""
+    entry: Any = entry_of(model)
+    for part in model.modules():
+        if entry in list(part.children()) and hasattr(part, "config"):
+            return part.config
+    return model.config
+
+
+def special_tokens(model: nn.Module) -> list[str]:
+    """What the tokens in front of the patches of a picture are, by how they are left out."""
+    entry = entry_of(model)
+    found = []
+    for name, reason in _IN_FRONT.items():
+        weight = getattr(entry, name, None)
+        if isinstance(weight, Tensor):
+            found += [reason] * (weight.shape[1] if weight.dim() == 3 else 1)
+    return found
 
 
 def _input_embeddings(model: Any) -> nn.Module | None:

@@ -348,9 +348,11 @@ class Explainer:
             target_span = checked_span("target_span", target_span)
         if separator is not None and not isinstance(separator, str):
             raise TypeError(f"separator must be a str or None, got {separator!r}.")
-        several = checked_targets(target, targets)
-        check_contrast(contrast_target, targets)
-        if target_span is not None and (targets is not None or contrast_target is not None):
+        classes = self.task.classifies
+        several = checked_targets(target, targets, classes=classes)
+        check_contrast(contrast_target, targets, classes=classes)
+        one = targets is None and contrast_target is None
+        if target_span is not None and not (one or classes):
             raise TypeError(
                 "target_span is of one answer; give target, without targets and contrast_target."
             )
@@ -383,8 +385,9 @@ class Explainer:
                     read, several, separator, alone=targets is None, target_span=target_span
                 )
             if contrast_target is not None:
+                span = target_span if classes else None
                 other = self.task.given(
-                    read, [contrast_target], separator, alone=True, target_span=None
+                    read, [contrast_target], separator, alone=True, target_span=span
                 )
                 answers = contrasted(answers, other)
             facts = answers.facts | {"controls": [plain_control(one) for one in acting]}

@@ -45,6 +45,7 @@ class Tokens:
         contents: Of chat messages, where their contents stand in ``text``; else empty.
         areas: Of each token, what of a picture it stands for; None of others. Empty without any.
         seconds: Of each token of a sound, from when to when; None of others. Empty without any.
+        read: Whether the model reads them; it does not read the name of a class.
     """
 
     ids: list[int]
@@ -55,6 +56,7 @@ class Tokens:
     contents: list[Content] = field(default_factory=list)
     areas: list[Area | None] = field(default_factory=list)
     seconds: list[tuple[float, float] | None] = field(default_factory=list)
+    read: bool = True
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,11 +73,11 @@ class Tokens:
         )
 
 
-def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
+def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int, *, closing: bool = False) -> Tokens:
     """Tokenise a prompt as the model's tokenizer does by default.
 
     A str gets the tokenizer's own special tokens in front, such as BOS; one that it would add
-    behind the text is dropped, because the target continues the prompt. Chat messages go through
+    behind the text is dropped where the target continues the prompt. Chat messages go through
     the tokenizer's template with the opening of the answer behind them. Ids are taken as they are.
 
     Args:
@@ -83,6 +85,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
             sequence or tensor | an encoding such as ``tokenizer(text)`` returns.
         tokenizer: A transformers tokenizer; None is enough for ids.
         vocabulary: How many token ids the model knows.
+        closing: Keep special tokens that the tokenizer puts behind a str.
     Raises:
         TypeError: if the prompt is none of these.
         ValueError: if it is empty, holds an id the model does not know, or needs a tokenizer or a
@@ -93,7 +96,7 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int) -> Tokens:
         if not prompt:
             raise ValueError("prompt must not be empty.")
         _require_tokenizer(tokenizer, "a str prompt")
-        tokens = _encode_text(prompt, tokenizer, special_tokens=True)
+        tokens = _encode_text(prompt, tokenizer, special_tokens=True, closing=closing)
         _check_vocabulary("prompt", tokens.ids, vocabulary)
         return tokens
     if is_chat(prompt):
@@ -137,7 +140,7 @@ def encode_target(
     text = separator + target
     ids, spans = _continuation(text, prompt, tokenizer)
     _check_vocabulary("target", ids, vocabulary)
-    return _describe(text, ids, spans, tokenizer)
+    return describe(text, ids, spans, tokenizer)
 
 
 def border(prompt: Any, words: Tokens, target: Any) -> str:
@@ -185,7 +188,7 @@ def tokens_of_ids(ids: list[int], tokenizer: Any, after: Tokens | None = None) -
             stop += 1 + len(piece)
         return Tokens(ids, text, spans, pieces, [None] * len(ids))
     text, spans = _decoded_spans(ids, tokenizer, [] if after is None else after.ids)
-    return _describe(text, ids, spans, tokenizer)
+    return describe(text, ids, spans, tokenizer)
 
 
 # --- text → ids ---------------------------------------------------------------------------------
@@ -196,16 +199,18 @@ def _require_tokenizer(tokenizer: Any, what: str) -> None:
         raise ValueError(f"{what} needs a tokenizer, got None; pass one or give token ids.")
 
 
-def _encode_text(text: str, tokenizer: Any, *, special_tokens: bool) -> Tokens:
-    """Ids, spans and reasons of a whole text; the tokenizer's closing special tokens dropped."""
+def _encode_text(
+    text: str, tokenizer: Any, *, special_tokens: bool, closing: bool = False
+) -> Tokens:
+    """Ids, spans and reasons of a whole text; closing special tokens dropped, or not."""
     ids, spans, added = _encode(text, tokenizer, special_tokens=special_tokens)
-    while ids and added[-1]:
+    while ids and added[-1] and not closing:
         ids, spans, added = ids[:-1], spans[:-1], added[:-1]
     if all(added):
         raise ValueError(f"prompt must not be empty: the tokenizer makes no token of {text!r}.")
     if not getattr(tokenizer, "is_fast", False):
         text, spans = _decoded_spans(ids, tokenizer, [], hidden=added)
-    tokens = _describe(text, ids, spans, tokenizer)
+    tokens = describe(text, ids, spans, tokenizer)
     reasons = [SPECIAL if mark else why for mark, why in zip(added, tokens.reasons, strict=True)]
     return Tokens(ids, text, tokens.spans, tokens.names, reasons)
 
@@ -231,10 +236,10 @@ def _encode(
         None if mark else (start, stop)
         for (start, stop), mark in zip(encoding["offset_mapping"], added, strict=True)
     ]
-    return ids, _filled(text, spans, tokenizer.convert_ids_to_tokens(ids)), added
+    return ids, with_whitespace(text, spans, tokenizer.convert_ids_to_tokens(ids)), added
 
 
-def _filled(text: str, spans: list[Span | None], tokens: list[str]) -> list[Span | None]:
+def with_whitespace(text: str, spans: list[Span | None], tokens: list[str]) -> list[Span | None]:
     """Give whitespace that the tokenizer trims from its spans back to the token that holds it."""
     filled: list[Any] = list(spans)
     previous = 0  # where the text read so far ends
@@ -323,7 +328,7 @@ def spans_of_encoding(encoding: Any) -> list[Span | None]:
         )
     ]
     length = max((span[1] for span in spans if span is not None), default=0)
-    return _filled(" " * length, spans, encoding.tokens)
+    return with_whitespace(" " * length, spans, encoding.tokens)
 
 
 # --- ids → text ---------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def _decoded_spans(
     return text, spans
 
 
-def _describe(text: str, ids: list[int], spans: list[Span | None], tokenizer: Any) -> Tokens:
+def describe(text: str, ids: list[int], spans: list[Span | None], tokenizer: Any) -> Tokens:
     """Name every token and mark the special ones."""
     special = _special_ids(tokenizer)
     names = []

@@ -323,9 +323,8 @@ def _token_units(
 ) -> list[Unit]:
     """A prompt's or target's own tokens that something is predicted from."""
     first = 0 if branch is None else prompt
-    count = len(tokens) if branch is None else len(tokens) - 1  # the last one is never read
     units = []
-    for index in range(count):
+    for index in range(_count_read(tokens, branch)):
         if tokens.reasons[index] is None:
             start, stop = _moved(tokens.spans[index], shift) or (None, None)
             area = tokens.areas[index] if tokens.areas else None
@@ -352,6 +351,13 @@ def _token_units(
                 )
             )
     return units
+
+
+def _count_read(tokens: Tokens, branch: int | None) -> int:
+    """How many the model reads, those of a target before its last one."""
+    if not tokens.read:
+        return 0
+    return len(tokens) if branch is None else len(tokens) - 1
 
 
 def _last(prompt: int, targets: Sequence[Tokens], unit: Unit) -> int:
@@ -382,7 +388,7 @@ def _chosen(candidates: list[Unit], indices: Sequence[Any] | None) -> list[Unit]
 def _left_out(tokens: Tokens, shift: int, branch: int | None, prompt: int) -> list[LeftOut]:
     """Tokens that the model reads but that are none of the user's; neighbours make one piece."""
     first = 0 if branch is None else prompt
-    count = len(tokens) if branch is None else len(tokens) - 1
+    count = _count_read(tokens, branch)
     why = [(index, reason) for index in range(count) if (reason := tokens.reasons[index])]
     left_out = []
     # Token minus rank is constant along a run of neighbours.

@@ -50,6 +50,9 @@ MAKERS = {
     "distilbert": lambda **more: tf.DistilBertForSequenceClassification(
         tf.DistilBertConfig(vocab_size=200, pad_token_id=0, **_DISTIL | _LABELLED | more)
     ),
+    "deberta": lambda **more: tf.DebertaV2ForSequenceClassification(
+        tf.DebertaV2Config(**_TEXT | more)
+    ),
     "llama": lambda **more: tf.LlamaForSequenceClassification(tf.LlamaConfig(**_TEXT | more)),
     "gpt2": lambda **more: tf.GPT2ForSequenceClassification(
         tf.GPT2Config(**_IDS | _GPT2 | _LABELLED | {"pad_token_id": None} | more)
@@ -85,6 +88,14 @@ def make(name, **more):
                 scale = 1.5 / parameter[0].numel() ** 0.5
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return model.double().eval()
+
+
+def make_seq2seq():
+    """A classifier that reads both an encoder and a decoder."""
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 50}
+    layers = {"encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return tf.BartForSequenceClassification(tf.BartConfig(**sizes, **layers, **heads))
 
 
 def inputs_of(name, tokens=9, padding=0):

@@ -109,8 +109,7 @@ def test_all_classes_come_from_the_same_passes():
 )
 def test_other_heads(problem, read):
     short = {"multi_label_classification": "multi_label"}.get(problem, problem)
-    readout = Readout((1, 3), short)
-    assert readout.quantity == ("output" if problem == "regression" else "logprob")
+    readout = Readout((1, 3), short, "output" if problem == "regression" else "logprob")
     model, inputs, tokens, engine = engine_of("bert", readout)
     units = units_of(tokens)
     base, loop = plain(model, inputs, tokens, units, MIN_SHIFT, lambda x: read(x)[[1, 3]].float())

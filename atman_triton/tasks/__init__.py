@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Prompt, Task
+from .classifier import ClassifierTask
 from .decoder import DecoderTask
 
 __all__ = ["Prompt", "Task", "task_of"]
 
 # The last one serves all the others, or says why it cannot.
-_TASKS: tuple[type[Task], ...] = (DecoderTask,)
+_TASKS: tuple[type[Task], ...] = (ClassifierTask, DecoderTask)
 
 
 def task_of(model: Any, processor: Any = None) -> Task:

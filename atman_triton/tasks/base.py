@@ -47,8 +47,10 @@ class Task(ABC):
         UnsupportedModelError: if it cannot be explained.
     """
 
-    quantities: ClassVar[tuple[Quantity, ...]] = ("logprob",)
+    quantities: tuple[Quantity, ...] = ("logprob",)
     """What ``score`` may ask for, the default first."""
+    classifies: ClassVar[bool] = False
+    """Whether targets are classes, by name or index, and ``target_span`` is one of the prompt."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
