@@ -121,9 +121,9 @@ class TreeMask:
 
         Args:
             mask: What the model made, for rows from column ``start`` on.
-            start: A column of the prompt, or the first behind it.
+            start: A column before ``Branches.first_stop``, where columns are positions.
         """
-        first, columns = self.prompt_tokens, mask.key_tokens
+        first, columns = max(self.prompt_tokens, start), mask.key_tokens
         if mask.dense is not None:
             rows = self._positions[first:columns] - start
             seen = mask.dense[:, :, rows][..., self._positions[:columns]]

@@ -207,13 +207,12 @@ def _attend_in_branches(
 ) -> Tensor:
     """Rows of the prompt as the model's own mask has it, rows of the branches under the tree's.
 
-    The branches' columns are the last ones, so the prompt's rows do without them. The first row
-    stands in the prompt or is the first behind it.
+    The branches' columns are the last ones, so the prompt's rows do without them.
     """
     if position_bias is not None:
         raise ValueError("a position bias counts columns, which in branches are no positions.")
     start = mask.key_tokens - query.shape[2]
-    rows = min(query.shape[2], tree.prompt_tokens - start)  # of the prompt
+    rows = max(0, min(query.shape[2], tree.prompt_tokens - start))  # of the prompt
     rest = query.shape[2] - rows
     outputs = []
     if rows:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_models import MODELS, VOCABULARY, in_float64, llama, plain_loop
+from toy_models import MODELS, VOCABULARY, gemma2, in_float64, llama, plain_loop
 from transformers import LlamaForCausalLM
 
 from atman_triton import memory, runner
@@ -304,6 +304,20 @@ def test_many_targets_equal_each_alone(name, effect):
         close(own, perturbed(alone, [units[u].positions for u in mine], effect))
     rows = [list(run.rows[k]) for k in (2, 4)]
     assert torch.equal(found[:5, rows[0]], found[:5, rows[1]])
+
+
+@pytest.mark.parametrize("make", [llama, gemma2])
+def test_a_prompt_shorter_than_its_targets(make):
+    """Whether the input can be split is tried once, on a new model within the first target."""
+    model, targets = make().double(), [[18, 38, 6, 32], [40, 18], [25]]
+    units = [Unit((0,)), Unit((2,), 0), Unit((1,), 1)]
+    run = started(model, targets, [25])
+    found = perturbed(run, units)
+    for k, target in enumerate(targets):
+        mine = [u for u, unit in enumerate(units) if unit.branch in (None, k)]
+        alone = started(model, [target], [25])
+        own = found[[0, *(u + 1 for u in mine)]][:, list(run.rows[k])]
+        close(own, perturbed(alone, [units[u].positions for u in mine]))
 
 
 class CountsPositionsItself(LlamaForCausalLM):
