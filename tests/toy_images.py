@@ -228,17 +228,93 @@ def _paligemma_config(processor):
     )
 
 
+def _llava_next_config(processor):
+    return tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**_SEEING, projection_dim=16),
+        text_config=tf.LlamaConfig(**_text_of(processor)),
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        vision_feature_layer=-1,
+    )
+
+
+def _llava_onevision_config(processor):
+    images = processor.image_processor
+    return tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**_SEEING | {"image_size": images.size["height"]}),
+        text_config=tf.Qwen2Config(**_text_of(processor)),
+        image_token_index=processor.image_token_id,
+        video_token_index=processor.video_token_id,
+        image_grid_pinpoints=images.image_grid_pinpoints,
+        vision_aspect_ratio=processor.vision_aspect_ratio,
+        vision_feature_layer=-1,
+    )
+
+
+def _idefics3_config(processor, kind: Any = tf.Idefics3Config):
+    return kind(
+        vision_config=_SEEING,
+        text_config=_text_of(processor) | {"model_type": "llama"},
+        scale_factor=2,
+        image_token_id=processor.image_token_id,
+        pad_token_id=0,
+    )
+
+
+def _smolvlm_config(processor):
+    return _idefics3_config(processor, tf.SmolVLMConfig)
+
+
+def _internvl_config(processor):
+    return tf.InternVLConfig(
+        vision_config=_SEEING,
+        text_config=_text_of(processor) | {"model_type": "qwen2"},
+        image_token_id=processor.image_token_id,
+        image_seq_length=processor.image_seq_length,
+        downsample_ratio=0.5,
+    )
+
+
+def _mllama_config(processor):
+    tower = _SEEING | {
+        "attention_heads": 2,
+        "num_global_layers": 1,
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 32,
+        "max_num_tiles": processor.image_processor.max_image_tiles,
+    }
+    return tf.MllamaConfig(
+        vision_config=tower,
+        text_config=_text_of(processor) | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        image_token_index=processor.image_token_id,
+    )
+
+
 _CONFIGS = {
     "llava": (tf.LlavaForConditionalGeneration, _llava_config),
     "qwen2.5-vl": (tf.Qwen2_5_VLForConditionalGeneration, _qwen_config),
     "qwen3-vl": (tf.Qwen3VLForConditionalGeneration, _qwen3_config),
     "gemma3": (tf.Gemma3ForConditionalGeneration, _gemma3_config),
     "paligemma": (tf.PaliGemmaForConditionalGeneration, _paligemma_config),
+    "llava-next": (tf.LlavaNextForConditionalGeneration, _llava_next_config),
+    "llava-onevision": (tf.LlavaOnevisionForConditionalGeneration, _llava_onevision_config),
+    "idefics3": (tf.Idefics3ForConditionalGeneration, _idefics3_config),
+    "smolvlm": (tf.SmolVLMForConditionalGeneration, _smolvlm_config),
+    "internvl": (tf.InternVLForConditionalGeneration, _internvl_config),
+    "mllama": (tf.MllamaForConditionalGeneration, _mllama_config),
 }
 
 
-def seeing(name, processor=None):
-    """A family's model and the processor that prepares prompts for it."""
+def seeing(name, processor=None, **changes):
+    """A family's model and the processor that prepares prompts for it.
+
+    Args:
+        processor: Another than the one with the usual settings.
+        changes: What else the model's configuration says.
+    """
     processor = processor or toy_processors.PROCESSORS[name]()
-    kind, config = _CONFIGS[name]
-    return _drawn(kind(config(processor))), processor
+    kind, configured = _CONFIGS[name]
+    config = configured(processor)
+    for setting, value in changes.items():
+        setattr(config, setting, value)
+    return _drawn(kind(config)), processor

@@ -8,6 +8,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from toy_tokenizers import byte_level
 from transformers import PreTrainedTokenizerFast, processing_utils
+from transformers.models.smolvlm import processing_smolvlm
 from transformers.video_processing_utils import BaseVideoProcessor, VideoProcessorMixin
 
 # Without torchvision transformers does not export the class that it checks video processors by.
@@ -15,7 +16,7 @@ vars(processing_utils.transformers_module)["VideoProcessorMixin"] = VideoProcess
 
 PATCH = 4  # pixels, of every tower here
 SHOWN = 24  # pixels, of every tower of one size: 6x6 patches
-PINPOINTS = [[24, 24], [24, 48], [48, 24], [48, 48], [24, 72], [72, 24]]  # LLaVA's: height, width
+CANVASES = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1)]  # LLaVA's: rows and columns of tiles
 
 
 def _tokenizer(*others: str, **named: str) -> Any:
@@ -30,8 +31,14 @@ def _tokenizer(*others: str, **named: str) -> Any:
     )
 
 
-def llava(kind: Any = None, **settings: Any) -> Any:
-    """LLaVA 1.5's: the shorter edge resized, the middle cut out."""
+def llava(kind: Any = None, select: str = "default", extra: int = 1, **settings: Any) -> Any:
+    """LLaVA 1.5's: the shorter edge resized, the middle cut out.
+
+    Args:
+        kind: Class of image processors.
+        select: ``full`` passes the tower's class token on.
+        extra: Tokens of the tower that are no patches.
+    """
     defaults = {
         "size": {"shortest_edge": SHOWN},
         "crop_size": {"height": SHOWN, "width": SHOWN},
@@ -41,8 +48,8 @@ def llava(kind: Any = None, **settings: Any) -> Any:
         kind(**defaults | settings),
         _tokenizer("<image>"),
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=extra,
     )
 
 
@@ -79,13 +86,15 @@ def qwen3(**settings: Any) -> Any:
 
 
 def gemma3(**settings: Any) -> Any:
-    """Gemma 3's: stretched to a square."""
+    """Gemma 3's: stretched to a square; crops of long pictures where a call asks for them."""
     named = {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"}
-    return tf.Gemma3Processor(
+    processor: Any = tf.Gemma3Processor(
         tf.Gemma3ImageProcessorPil(**{"size": {"height": SHOWN, "width": SHOWN}} | settings),
         _tokenizer(**named),
         image_seq_length=9,
     )
+    processor.images_kwargs = processor.images_kwargs | {"pan_and_scan_min_crop_size": 20}
+    return processor
 
 
 def paligemma(**settings: Any) -> Any:
@@ -96,14 +105,105 @@ def paligemma(**settings: Any) -> Any:
     return tf.PaliGemmaProcessor(images, _tokenizer(image_token="<image>"))
 
 
-def encoded(processor: Any, rows: list[list[Image.Image]], text: str = "", **options: Any) -> Any:
-    """Prompts with the same text, each with its own pictures in front: what the model takes."""
+def llava_next(**settings: Any) -> Any:
+    """LLaVA-NeXT's: an overview, and tiles of the canvas that fits best."""
+    defaults = {
+        "size": {"shortest_edge": SHOWN},
+        "crop_size": {"height": SHOWN, "width": SHOWN},
+        "image_grid_pinpoints": [[SHOWN * rows, SHOWN * columns] for rows, columns in CANVASES],
+    }
+    return tf.LlavaNextProcessor(
+        tf.LlavaNextImageProcessorPil(**defaults | settings),
+        _tokenizer("<image>"),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def llava_onevision(most: int = 9, **settings: Any) -> Any:
+    """LLaVA-OneVision's: the same; its tower leaves some pixels of each tile unread."""
+    edge = SHOWN + 2
+    defaults = {
+        "size": {"height": edge, "width": edge},
+        "image_grid_pinpoints": [[edge * rows, edge * columns] for rows, columns in CANVASES],
+    }
+    return tf.LlavaOnevisionProcessor(
+        tf.LlavaOnevisionImageProcessorPil(**defaults | settings),
+        _tokenizer("<image>", "<video>"),
+        BaseVideoProcessor(),
+        num_image_tokens=(edge // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=f"anyres_max_{most}",
+    )
+
+
+def _idefics_parts(kind: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    defaults = {"size": {"longest_edge": 2 * SHOWN}, "max_image_size": {"longest_edge": SHOWN}}
+    places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+    marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
+    return kind(**defaults | settings), _tokenizer(*marks, *places, "<video>")
+
+
+def idefics3(**settings: Any) -> Any:
+    """Idefics 3's: stretched to whole tiles, an overview behind them."""
+    parts = _idefics_parts(tf.Idefics3ImageProcessorPil, settings)
+    return tf.Idefics3Processor(*parts, image_seq_len=9)
+
+
+def smolvlm(**settings: Any) -> Any:
+    """SmolVLM's: the same."""
+    smolvlm: Any = processing_smolvlm
+    smolvlm.num2words = str  # for videos alone, but asked for at once
+    parts = _idefics_parts(tf.SmolVLMImageProcessorPil, settings)
+    return tf.SmolVLMProcessor(*parts, BaseVideoProcessor(), image_seq_len=9)
+
+
+def internvl(**settings: Any) -> Any:
+    """InternVL's: stretched to the tiles that distort least, an overview behind them."""
+    named = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    defaults = {"size": {"height": SHOWN, "width": SHOWN}, "max_patches": 6}
+    return tf.InternVLProcessor(
+        tf.GotOcr2ImageProcessorPil(**defaults | settings),
+        _tokenizer(**named),
+        BaseVideoProcessor(),
+        image_seq_length=9,
+    )
+
+
+def mllama(**settings: Any) -> Any:
+    """Mllama's: padded to whole tiles, beside the prompt."""
+    return tf.MllamaProcessor(
+        tf.MllamaImageProcessorPil(**{"size": {"height": SHOWN, "width": SHOWN}} | settings),
+        _tokenizer("<|image|>", "<|python_tag|>"),
+    )
+
+
+def encoded(
+    processor: Any,
+    rows: list[list[Image.Image]],
+    text: str = "",
+    *,
+    flat: bool = False,
+    **options: Any,
+) -> Any:
+    """Prompts with the same text, each with its own pictures in front: what the model takes.
+
+    Args:
+        flat: Hand all pictures over in one list, which means something else to LLaVA-OneVision.
+    """
     mark = getattr(processor, "image_token", "<image>")
     texts = ["\n".join([mark] * len(rows[0])) + text] * len(rows)
     with warnings.catch_warnings():
         # PaliGemma's processor makes arrays of tensors in a way that numpy is to give up.
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
-        return processor(images=rows, text=texts, return_tensors="pt", **options)
+        images: Any = [picture for row in rows for picture in row] if flat else rows
+        return processor(images=images, text=texts, return_tensors="pt", **options)
 
 
 PROCESSORS = {
@@ -112,4 +212,10 @@ PROCESSORS = {
     "qwen3-vl": qwen3,
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "llava-next": llava_next,
+    "llava-onevision": llava_onevision,
+    "idefics3": idefics3,
+    "smolvlm": smolvlm,
+    "internvl": internvl,
+    "mllama": mllama,
 }

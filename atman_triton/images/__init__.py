@@ -1,8 +1,8 @@
 """Pictures in prompts: reading them, and where each image token stands on its picture."""
 
 from .geometry import Box
-from .layout import ImageToken, image_tokens
+from .layout import ImageToken, cross_image_tokens, image_tokens
 from .picture import readable
 from .tiles import tiles
 
-__all__ = ["Box", "ImageToken", "image_tokens", "readable", "tiles"]
+__all__ = ["Box", "ImageToken", "cross_image_tokens", "image_tokens", "readable", "tiles"]

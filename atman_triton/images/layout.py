@@ -8,18 +8,18 @@ Legend: P prompt tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..stacks import UnsupportedModelError
-from . import single
+from . import anyres, single, tiled
 from .geometry import Box, Cell
-from .prompt import Prompt
+from .prompt import Family, Prompt, is_one_of
 
-_FAMILIES: dict[str, Callable[[Prompt], list[list[Cell]]]] = {**single.FAMILIES}
+_FAMILIES = {**single.FAMILIES, **anyres.FAMILIES, **tiled.FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,12 @@ def image_tokens(
         TypeError: if ``processor`` has no image processor.
     """
     ids = _ids(encoding)
-    config = getattr(model, "config", None)
-    family = _family(model, _FAMILIES)
-    places = (ids == config.image_token_id).nonzero()[:, 0].tolist()  # pyright: ignore
-    prompt = _prompt(model, processor, encoding, sizes, len(places))
+    family = _family(model, processor, _FAMILIES)
+    places = (ids == model.config.image_token_id).nonzero()[:, 0].tolist()
     if not places and not sizes:
         return []
-    cells = family(prompt)
+    prompt = _prompt(model, processor, encoding, sizes, len(places))
+    cells = family.cells(prompt)
     if not prompt.fits([len(each) for each in cells]):
         raise ValueError(
             f"input_ids must hold {sum(map(len, cells))} image tokens for pictures of "
@@ -77,6 +76,21 @@ def image_tokens(
             "fit the pictures, and is the prompt whole?"
         )
     return _numbered(cells, places)
+
+
+def cross_image_tokens(
+    model: Any, processor: Any, encoding: Mapping[str, Any], sizes: Sequence[tuple[int, int]]
+) -> list[ImageToken]:
+    """What each key of the cross-attention to images stands for, in order.
+
+    For models that read images beside the prompt (Mllama) instead of in it: ``token`` is a column
+    of the cross-attention. Arguments and errors are those of :func:`image_tokens`.
+    """
+    family = _family(model, processor, tiled.CROSS)
+    if not sizes and "pixel_values" not in encoding:
+        return []
+    cells = family.cells(_prompt(model, processor, encoding, sizes, 0))
+    return _numbered(cells, range(sum(map(len, cells))))
 
 
 def _numbered(cells: Iterable[Iterable[Cell]], places: Iterable[int]) -> list[ImageToken]:
@@ -98,12 +112,25 @@ def _ids(encoding: Mapping[str, Any]) -> Tensor:
     return ids[0]
 
 
-def _family(model: Any, known: Mapping[str, Callable[[Prompt], Any]]) -> Callable[[Prompt], Any]:
+def _family(model: Any, processor: Any, known: Mapping[str, Family]) -> Family:
+    """The family of a model, if its pictures are prepared as that family's are."""
     kind = str(getattr(getattr(model, "config", None), "model_type", None))
     if kind not in known:
+        beside = " It reads images beside the prompt: see cross_image_tokens."
         raise UnsupportedModelError(
             f"{type(model).__name__} is a {kind}; where its image tokens stand is not known. "
-            f"Known families: {', '.join(sorted(known))}."
+            f"Known families: {', '.join(sorted(known))}.{beside if kind in tiled.CROSS else ''}"
+        )
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        raise TypeError(
+            "processor must prepare images and text, as AutoProcessor.from_pretrained loads it, "
+            f"got {type(processor).__name__}."
+        )
+    if not is_one_of(images, known[kind].processors):
+        raise UnsupportedModelError(
+            f"{type(images).__name__} prepares the pictures of this {kind}; where its image tokens "
+            f"then stand is not known. Known: {', '.join(known[kind].processors)}."
         )
     return known[kind]
 
@@ -115,11 +142,6 @@ def _prompt(
     sizes: Sequence[tuple[int, int]],
     tokens: int,
 ) -> Prompt:
-    if getattr(processor, "image_processor", None) is None:
-        raise TypeError(
-            "processor must prepare images and text, as AutoProcessor.from_pretrained loads it, "
-            f"got {type(processor).__name__}."
-        )
     if any(min(size) < 1 for size in sizes):
         raise ValueError(f"sizes must be widths and heights of at least 1, got {list(sizes)}.")
     config = model.config

@@ -14,8 +14,7 @@ _NO_SCALE = frozenset({"I", "F"})
 def readable(image: Any) -> Image.Image:
     """A picture in RGB, turned as its camera says, on white where it is transparent.
 
-    What processors make of other kinds differs from one to the next: some refuse them, some drop
-    the transparency, which shows whatever colour is hidden below, and 16 bits come out white.
+    Left to themselves, processors read a picture as it lies in its file, and 16 bits as white.
 
     Args:
         image: A picture of Pillow; of an animation, the frame that it stands at.

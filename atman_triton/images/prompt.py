@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..stacks import UnsupportedModelError
+from .geometry import CLASS, Axis, Cell, Span
+
+# Vision towers -> whether the first of their tokens is a class token.
+_HAS_CLASS = {"clip_vision_model": True, "siglip_vision_model": False}
+_BACKENDS = ("Pil", "Fast")  # endings of the names of image processors that do the same
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,12 @@ class Prompt:
         height, width = self.tensor("pixel_values").shape[-2:]
         return width, height
 
+    def patches(self, columns: Axis, rows: Axis, merged: int = 1) -> tuple[list[Span], list[Span]]:
+        """Columns and rows of squares of ``merged`` by ``merged`` of the tower's patches."""
+        size = self.config.vision_config.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return columns.patches(width * merged), rows.patches(height * merged)
+
     def setting(self, name: str, default: Any = None) -> Any:
         """How the processor prepares pictures: its own word, else its image processor's."""
         own = getattr(self.processor, "images_kwargs", None) or {}
@@ -64,6 +75,51 @@ class Prompt:
         names = ("height", "width", "shortest_edge", "longest_edge")
         return {key: int(named[key]) for key in names if named.get(key)}
 
+    def prepared(self, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
+        """What resizing and a centre crop make of a picture or a tile of one.
+
+        Raises:
+            UnsupportedModelError: if the processor resizes in another way.
+            ValueError: if the tower is shown something else.
+        """
+        before = f"{columns.pixels}x{rows.pixels}"
+        if self.setting("do_resize", True):
+            width, height = self._resized(columns.pixels, rows.pixels)
+            columns, rows = columns.resized(width), rows.resized(height)
+        if self.setting("do_center_crop", False):
+            crop = self.edges("crop_size")
+            columns, rows = columns.centred(crop["width"]), rows.centred(crop["height"])
+        if (columns.pixels, rows.pixels) != self.shown():
+            raise ValueError(
+                f"pixel_values must show {before} pixels in {columns.pixels}x{rows.pixels} by the "
+                f"processor's settings, got {'x'.join(map(str, self.shown()))}; do sizes fit the "
+                "pictures?"
+            )
+        return columns, rows
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        size = self.edges("size")
+        if set(size) == {"height", "width"}:
+            return size["width"], size["height"]
+        if set(size) != {"shortest_edge"}:
+            raise self.unknown(f"its processor resizes to {size}")
+        edge = size["shortest_edge"]
+        longer = int(edge * max(width, height) / min(width, height))
+        return (edge, longer) if width <= height else (longer, edge)
+
+    def selected(self, cells: list[Cell]) -> list[Cell]:
+        """The cells of a tower's tokens that go on to the language model.
+
+        Raises: UnsupportedModelError: if the tower is of another kind.
+        """
+        tower = self.config.vision_config.model_type
+        if tower not in _HAS_CLASS:
+            raise self.unknown(
+                f"its vision tower is a {tower}; known are {', '.join(sorted(_HAS_CLASS))}"
+            )
+        tokens = [CLASS, *cells] if _HAS_CLASS[tower] else cells
+        return tokens[1:] if self.config.vision_feature_select_strategy == "default" else tokens
+
     def fits(self, counts: Sequence[int]) -> bool:
         """Whether pictures of so many tokens each make all tokens."""
         return sum(counts) == self.tokens
@@ -73,3 +129,21 @@ class Prompt:
         return UnsupportedModelError(
             f"where the image tokens of this {self.model_type} stand is not known: {what}."
         )
+
+
+class Family(NamedTuple):
+    """A family of models: the rule by which its image tokens stand, and whose rule that is.
+
+    Args:
+        cells: What each picture's tokens stand for, in order.
+        processors: Image processors that it holds for.
+    """
+
+    cells: Callable[[Prompt], list[list[Cell]]]
+    processors: tuple[str, ...]
+
+
+def is_one_of(image_processor: Any, names: Sequence[str]) -> bool:
+    """Whether an image processor is of one of these classes, by whatever backend."""
+    kinds = {kind.__name__ for kind in type(image_processor).__mro__}
+    return any(name + end in kinds for name in names for end in ("", *_BACKENDS))

@@ -1,73 +1,28 @@
-"""Families that show the vision tower each picture once, whole or its middle.
+"""Families that show the vision tower a picture once, whole or its middle.
 
-Sources: the image processors and ``get_image_features`` of the classes in transformers.
+Gemma 3, which may add crops of long pictures, does the same with each crop. Sources: the image
+processors and ``get_image_features`` of the classes in transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
-from .geometry import CLASS, Axis, Cell, cells_of
-from .prompt import Prompt
-
-# Vision towers -> whether the first of their tokens is a class token.
-_HAS_CLASS = {"clip_vision_model": True, "siglip_vision_model": False, "internvl_vision": True}
-
-
-def prepared(columns: Axis, rows: Axis, prompt: Prompt) -> tuple[Axis, Axis]:
-    """What resizing and a centre crop make of a picture or a tile of one.
-
-    Raises: UnsupportedModelError: if the processor resizes in another way.
-    """
-    if prompt.setting("do_resize", True):
-        size = prompt.edges("size")
-        if set(size) == {"shortest_edge"}:
-            edge, short, long = size["shortest_edge"], *sorted((columns.pixels, rows.pixels))
-            longer = int(edge * long / short)
-            width, height = (edge, longer) if columns.pixels <= rows.pixels else (longer, edge)
-        elif set(size) == {"height", "width"}:
-            width, height = size["width"], size["height"]
-        else:
-            raise prompt.unknown(f"its processor resizes to {size}")
-        columns, rows = columns.resized(width), rows.resized(height)
-    if prompt.setting("do_center_crop", False):
-        crop = prompt.edges("crop_size")
-        columns, rows = columns.centred(crop["width"]), rows.centred(crop["height"])
-    return columns, rows
-
-
-def selected(cells: list[Cell], prompt: Prompt) -> list[Cell]:
-    """The cells of a tower's tokens that go on to the language model.
-
-    Raises: UnsupportedModelError: if the tower is of another kind.
-    """
-    tower = prompt.config.vision_config.model_type
-    if tower not in _HAS_CLASS:
-        raise prompt.unknown(
-            f"its vision tower is a {tower}; known are {', '.join(sorted(_HAS_CLASS))}"
-        )
-    tokens = [CLASS, *cells] if _HAS_CLASS[tower] else cells
-    return tokens[1:] if prompt.config.vision_feature_select_strategy == "default" else tokens
+from .geometry import Axis, Cell, cells_of
+from .prompt import Family, Prompt, is_one_of
 
 
 def llava(prompt: Prompt) -> list[list[Cell]]:
     """Resized, its middle cut out (CLIP) or all of it (SigLIP), one token a patch."""
-    patch = prompt.config.vision_config.patch_size
+    images = prompt.processor.image_processor
+    squared = prompt.setting("do_pad", False) and is_one_of(images, ["LlavaImageProcessor"])
     found = []
     for size in prompt.sizes:
         columns, rows = map(Axis.whole, size)
-        if prompt.setting("do_pad", False):
+        if squared:
             columns, rows = columns.padded(max(size)), rows.padded(max(size))
-        columns, rows = prepared(columns, rows, prompt)
-        if (columns.pixels, rows.pixels) != prompt.shown():
-            raise ValueError(
-                f"pixel_values of a picture of {size[0]}x{size[1]} pixels must show "
-                f"{columns.pixels}x{rows.pixels} by the processor's settings, got "
-                f"{'x'.join(map(str, prompt.shown()))}; do sizes fit the pictures?"
-            )
-        cells = cells_of(columns.patches(patch), rows.patches(patch), size, "grid")
-        found.append(selected(cells, prompt))
+        columns, rows = prompt.prepared(columns, rows)
+        found.append(prompt.selected(cells_of(*prompt.patches(columns, rows), size, "grid")))
     return found
 
 
@@ -95,7 +50,7 @@ def paligemma(prompt: Prompt) -> list[list[Cell]]:
 def gemma3(prompt: Prompt) -> list[list[Cell]]:
     """Stretched to a square, a token for each square of patches; crops of long pictures behind."""
     vision = prompt.config.vision_config
-    side = int(vision.image_size // vision.patch_size)
+    side = vision.image_size // vision.patch_size
     pooled = side // int(prompt.config.mm_tokens_per_image**0.5)
 
     def whole(size: tuple[int, int], view: str) -> list[Cell]:
@@ -125,9 +80,8 @@ def _stretched(
 ) -> list[Cell]:
     """A part of a picture stretched to what the tower is shown."""
     width, height = prompt.shown()
-    patch = prompt.config.vision_config.patch_size * pooled
     columns, rows = columns.resized(width), rows.resized(height)
-    return cells_of(columns.patches(patch), rows.patches(patch), size, view)
+    return cells_of(*prompt.patches(columns, rows, pooled), size, view)
 
 
 def _panned(size: tuple[int, int], prompt: Prompt) -> tuple[list[Axis], list[Axis]]:
@@ -149,10 +103,10 @@ def _panned(size: tuple[int, int], prompt: Prompt) -> tuple[list[Axis], list[Axi
     return (whole, parts) if size[0] >= size[1] else (parts, whole)
 
 
-FAMILIES: dict[str, Callable[[Prompt], list[list[Cell]]]] = {
-    "llava": llava,
-    "qwen2_5_vl": qwen,
-    "qwen3_vl": qwen,
-    "gemma3": gemma3,
-    "paligemma": paligemma,
+FAMILIES = {
+    "llava": Family(llava, ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")),
+    "qwen2_5_vl": Family(qwen, ("Qwen2VLImageProcessor",)),
+    "qwen3_vl": Family(qwen, ("Qwen2VLImageProcessor",)),
+    "gemma3": Family(gemma3, ("Gemma3ImageProcessor",)),
+    "paligemma": Family(paligemma, ("SiglipImageProcessor",)),
 }
