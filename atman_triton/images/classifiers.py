@@ -12,7 +12,6 @@ from typing import Any
 from ..stacks import UnsupportedModelError
 from .geometry import PADDING, Axis, Cell, cells_of
 from .prompt import Prompt
-from .single import prepared
 
 _STRETCHED_FROM = 384
 """From this edge on, ConvNeXT's processor stretches a picture to a square; else it crops."""
@@ -68,7 +67,7 @@ def _patch(prompt: Prompt) -> int:
 def _shown(prompt: Prompt, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
     """What is left of a picture after resizing and cropping."""
     if prompt.setting("crop_pct") is None or not prompt.setting("do_resize", True):
-        return prepared(columns, rows, prompt)
+        return prompt.prepared(columns, rows)
     name = type(prompt.processor.image_processor).__name__
     if not name.startswith("ConvNext"):
         raise prompt.unknown(f"{name} crops by crop_pct in a way of its own")
