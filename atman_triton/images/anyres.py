@@ -33,7 +33,7 @@ def llava_onevision(prompt: Prompt) -> list[list[Cell]]:
     for size, whole in zip(prompt.sizes, together, strict=True):
         if whole:
             columns, rows = (Axis.whole(length).padded(max(size)) for length in size)
-            columns, rows = prompt.prepared(columns, rows)
+            columns, rows = prompt.matched(columns, rows)
             found.append([*cells_of(*prompt.patches(columns, rows), size, "grid"), NEWLINE])
             continue
         columns, rows = _patches(size, prompt)
@@ -60,7 +60,7 @@ def _given_together(prompt: Prompt) -> list[bool]:
 def _overview(size: tuple[int, int], prompt: Prompt) -> list[Cell]:
     width, height = _tile(prompt)
     columns, rows = Axis.whole(size[0]).resized(width), Axis.whole(size[1]).resized(height)
-    columns, rows = prompt.prepared(columns, rows)
+    columns, rows = prompt.matched(columns, rows)
     return prompt.selected(cells_of(*prompt.patches(columns, rows), size, "overview"))
 
 
@@ -86,9 +86,9 @@ def _patches(size: tuple[int, int], prompt: Prompt) -> tuple[list[Span], list[Sp
     rows = Axis.whole(height).resized(fitted[1]).padded(down)
     edge = prompt.edges("crop_size").get("height") or _tile(prompt)[1]
     tiles, lines = columns.tiles(edge), rows.tiles(edge)
-    ready = [prompt.prepared(tile, lines[0]) for tile in tiles]
+    ready = [prompt.matched(tile, lines[0]) for tile in tiles]
     columns_of = [span for pair in ready for span in prompt.patches(*pair)[0]]
-    ready = [prompt.prepared(tiles[0], line) for line in lines]
+    ready = [prompt.matched(tiles[0], line) for line in lines]
     rows_of_ = [span for pair in ready for span in prompt.patches(*pair)[1]]
     return _unpadded(columns_of, rows_of_, size)
 

@@ -78,17 +78,23 @@ class Prompt:
     def prepared(self, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
         """What resizing and a centre crop make of a picture or a tile of one.
 
-        Raises:
-            UnsupportedModelError: if the processor resizes in another way.
-            ValueError: if the tower is shown something else.
+        Raises: UnsupportedModelError: if the processor resizes in another way.
         """
-        before = f"{columns.pixels}x{rows.pixels}"
         if self.setting("do_resize", True):
             width, height = self._resized(columns.pixels, rows.pixels)
             columns, rows = columns.resized(width), rows.resized(height)
         if self.setting("do_center_crop", False):
             crop = self.edges("crop_size")
             columns, rows = columns.centred(crop["width"]), rows.centred(crop["height"])
+        return columns, rows
+
+    def matched(self, columns: Axis, rows: Axis) -> tuple[Axis, Axis]:
+        """The same as :meth:`prepared`, where that is what the tower is shown.
+
+        Raises: ValueError: if it is not.
+        """
+        before = f"{columns.pixels}x{rows.pixels}"
+        columns, rows = self.prepared(columns, rows)
         if (columns.pixels, rows.pixels) != self.shown():
             raise ValueError(
                 f"pixel_values must show {before} pixels in {columns.pixels}x{rows.pixels} by the "

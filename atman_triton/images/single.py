@@ -21,7 +21,7 @@ def llava(prompt: Prompt) -> list[list[Cell]]:
         columns, rows = map(Axis.whole, size)
         if squared:
             columns, rows = columns.padded(max(size)), rows.padded(max(size))
-        columns, rows = prompt.prepared(columns, rows)
+        columns, rows = prompt.matched(columns, rows)
         found.append(prompt.selected(cells_of(*prompt.patches(columns, rows), size, "grid")))
     return found
 
