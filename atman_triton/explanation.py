@@ -454,16 +454,20 @@ class Explanation:
         target: int | None = None,
         branch: int | None = None,
         part: int | None = None,
+        smooth: bool = True,
     ) -> Figure:
-        """A matplotlib figure: the text as a heat map, the strongest units, targets against units.
+        """A matplotlib figure: pictures, sound and text as heat maps, the strongest units, targets.
 
-        Of several targets, the prompt is coloured by what it does for all of them.
+        Of several targets, every picture is drawn once for each (the likeliest seven), on a colour
+        scale of its own; text and sound are coloured by what they do for all of them.
 
         Args:
             path: Also write the figure to this file; its ending (png, svg, pdf) says the format.
             target: Draw this target token's scores instead of ``relevance``.
             branch: Draw this one of several targets.
             part: Draw what supports this one of ``parts``.
+            smooth: Whether colours on pictures run over into each other, or keep to the exact edges
+                of patches and tiles.
         Raises:
             ImportError: if matplotlib is not installed.
             ValueError: if there is no such target.
@@ -472,7 +476,7 @@ class Explanation:
         from .render.figure import plot
 
         explanation, target, part = self._chosen(target, branch, part)
-        return plot(explanation, path=path, target=target, part=part)
+        return plot(explanation, path=path, target=target, part=part, smooth=smooth)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything as JSON, which ``load`` reads back exactly."""

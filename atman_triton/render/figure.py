@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,8 @@ from matplotlib.patches import Rectangle
 from rich.cells import cell_len, get_character_cell_size
 from torch import Tensor
 
-from . import layout, wording
-from .palette import LIGHT, Colour, hexadecimal, mix
+from . import gallery, layout, wording
+from .palette import LIGHT, WHITE, hexadecimal, mix
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -30,17 +31,17 @@ MARGIN = 0.35  # inches
 WIDTH = COLUMNS * CELL / 72 + 2 * MARGIN
 MAX_LINES = 44
 TOP = 14  # bars
+FEW = 8  # bars below pictures and sounds, which show where the others are
 MATRIX_TARGETS = 16
 MATRIX_UNITS = 48
 TELLING = 0.01  # of the strongest; weaker units get no bar, but three bars there always are
-LABEL = 26  # cells of a bar's label
-SOURCE = 10  # of them, those of a document's id
+LABEL = 29  # cells of a bar's label
+SOURCE = 12  # of them, those of a document's id
 ADVANCE = 0.602  # width of a character of the font, in font sizes
 LINE = 1.55  # distance of lines, in font sizes
 LISTED = 12  # targets that have no matrix
 WEAK = 0.02
 NOTABLE = 0.35
-WHITE: Colour = (255, 255, 255)
 MISSING = "▯"
 
 # matplotlib brings the first two; the others are what systems have for the rest of the world.
@@ -71,36 +72,48 @@ def plot(
     path: str | os.PathLike[str] | None = None,
     target: int | None = None,
     part: int | None = None,
+    smooth: bool = True,
 ) -> Figure:
-    """Draw the explanation.
+    """Draw the explanation: its pictures and sound, its text, the strongest units.
 
     Args:
         explanation: What to draw.
         path: Also write the figure there; the file's ending says the format.
         target: Draw this target token's scores instead of ``relevance``.
         part: Draw what supports this part of the target.
+        smooth: Whether colours on pictures run over into each other, or keep to their patches.
     Raises: ValueError: if there is no such target, or the ending names no format.
     """
     values = layout.in_sight(explanation, target, part)
     rows = layout.shown_lines(explanation, values, COLUMNS, MAX_LINES, NOTABLE)
-    bars = _bars(values)
+    elsewhere = bool(explanation.pictures) or explanation.sound is not None
+    bars = _bars(values, FEW if elsewhere else TOP)
     names, table = _table(explanation)
     with_matrix = 1 < len(names) <= MATRIX_TARGETS and table.shape[1] <= MATRIX_UNITS
-    listed = [] if with_matrix else _likeliest(explanation)
+    with_matrix = with_matrix and not explanation.pictures
+    title = _title(explanation, target, part)
+    shown = gallery.chosen(explanation, values, title.name) if explanation.pictures else []
+    panels, seen = gallery.arranged(explanation, shown, WIDTH - 2 * MARGIN)
+    named = {each.branch for each in shown}
+    listed = [] if with_matrix else _likeliest(explanation, named)
     family = _families(explanation)
 
     size = CELL / ADVANCE
-    heat = len(rows) * size * LINE / 72
+    written = any(run.text.strip() for row in rows for run in row)
+    heat = len(rows) * size * LINE / 72 if written else 0.0
+    heard = 0.0 if explanation.sound is None else gallery.SOUND
     chart = max(1.6, 0.25 * len(bars) + 0.5)
     matrix = 0.26 * len(names) if with_matrix else 0.0
     more = [wording.DIFFERENCE] if explanation.effect == "mixed" else []
     more += [line] if (line := wording.completeness(explanation)) else []
     if explanation.normalize:
         more.append(f"Values are {wording.SCALED}.")
-    head, foot = 0.8, 0.63 + 0.17 * len(more)
+    if sum(each.values is not None for each in shown) > 1:
+        more.append(gallery.remark(explanation))
+    head, foot = 0.7 if elsewhere else 0.8, 0.63 + 0.17 * len(more)
     # A matrix has its title above and its labels below.
     below = matrix + 1.4 if with_matrix else 0.4 + 0.22 * len(listed) if listed else 0.0
-    height = head + heat + 0.5 + chart + below + foot
+    height = head + seen + heard + heat + 0.5 + chart + below + foot
     figure = Figure(figsize=(WIDTH, height), facecolor="white", dpi=144)
 
     def box(left: float, top: float, width: float, tall: float) -> Axes:
@@ -108,10 +121,34 @@ def plot(
             (left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height)
         )
 
-    _title(figure, explanation, target, part, height, family)
-    text = box(MARGIN, head, WIDTH - 2 * MARGIN, heat)
-    _draw_text(text, rows, explanation.prompt_stop, size, family)
-    top = head + heat + 0.5
+    def from_top(start: float) -> gallery.Box:
+        return lambda left, top, width, tall: box(MARGIN + left, start + top, width, tall)
+
+    def write(axes: Axes, title: str, strong: bool) -> None:
+        room = int(axes.get_position().width * WIDTH * 72 / (9 * ADVANCE))
+        weight = "bold" if strong else "normal"
+        ink = _ink("ink" if strong else "faint")
+        axes.set_title(
+            _short(title, room),
+            fontsize=9,
+            loc="left",
+            pad=4,
+            color=ink,
+            weight=weight,
+            family=family,
+            parse_math=False,
+        )
+
+    _draw_title(figure, title, height, family)
+    gallery.draw(explanation, panels, from_top(head), smooth, write)
+    top = head + seen
+    if heard:
+        gallery.draw_sound(explanation, values, from_top(top), WIDTH - 2 * MARGIN)
+        top += heard
+    if written:
+        text = box(MARGIN, top, WIDTH - 2 * MARGIN, heat)
+        _draw_text(text, rows, explanation.prompt_stop, size, family)
+    top += heat + 0.5
     _draw_bars(box(2.6, top, WIDTH - 2.6 - MARGIN, chart), explanation, values, bars, family)
     if with_matrix:
         area = box(1.4, top + chart + 0.4, WIDTH - 1.4 - MARGIN, matrix)
@@ -138,52 +175,61 @@ def plot(
     return figure
 
 
-def _title(
-    figure: Figure,
-    explanation: Explanation,
-    target: int | None,
-    part: int | None,
-    height: float,
-    family: list[str],
-) -> None:
-    e, text, logprob = explanation, explanation.answer, float(explanation.base_logprobs.sum())
-    verb = "supports" if e.postprocessing == "none" else "matters for"
-    words, probability = f"What {verb} the answer", True
+@dataclass(frozen=True)
+class _Title:
+    """What a figure is of.
+
+    Args:
+        question: What it shows.
+        name: What it shows it of.
+        base: What the model gives for that with nothing suppressed; nothing of several targets.
+    """
+
+    question: str
+    name: str
+    base: str
+
+
+def _title(explanation: Explanation, target: int | None, part: int | None) -> _Title:
+    e, scale, noun = explanation, wording.scale(explanation), wording.noun(explanation)
+    plain = e.postprocessing == "none"
+    verb = wording.sides(e)[0] if plain else "matters for"
+    question, text = f"What {verb} the {noun.whole}", layout.visible(e.answer)
+    value: float | None = float(e.base_logprobs.sum())
     if e.contrast:
-        verb = "speaks" if e.postprocessing == "none" else "matters"
-        words = f"What {verb} for it rather than “{layout.visible(e.answers[1])}”"
-        text, logprob = e.answers[0], float(e.answer_logprobs[0])
+        verb = "speaks" if plain else scale.high
+        question = f"What {verb} for it rather than “{layout.visible(e.answers[1])}”"
+        text, value = layout.visible(e.answers[0]), float(e.answer_logprobs[0])
     elif layout.several(e):
-        words, probability = f"What {verb} the targets, on average", False
-        text = f"{len(e.target_stops)} targets"
+        question = f"What {verb} the {noun.many}, on average"
+        text, value = f"{len(e.target_stops)} {noun.many}", None
     elif target is not None:
-        text, logprob = e.targets[target].text, float(e.base_logprobs[target])
-        words = f"What {verb} target token {target}"
+        text, value = layout.visible(e.targets[target].text), float(e.base_logprobs[target])
+        question = f"What {verb} {noun.row} {target}"
     elif part is not None:
-        text, logprob = e.parts[part].text, float(e.part_logprobs[part])
-        words = f"What {verb} part {part} of the answer"
-    left, top = MARGIN / WIDTH, 1 - 0.22 / height
-    figure.text(
-        left,
-        top,
-        _short(words, COLUMNS),
-        color=_ink("faint"),
-        fontsize=9,
-        va="top",
-        family=family,
-        parse_math=False,
-    )
-    figure.text(
-        left,
-        1 - 0.42 / height,
-        _short(layout.visible(text), 70) + f"   (p = {math.exp(logprob):.3g})" * probability,
-        color=_ink("ink"),
-        fontsize=12,
-        weight="bold",
-        va="top",
-        family=family,
-        parse_math=False,
-    )
+        text, value = layout.visible(e.parts[part].text), float(e.part_logprobs[part])
+        question = f"What {verb} part {part} of the {noun.whole}"
+    return _Title(question, text, "" if value is None else wording.base(e, value))
+
+
+def _draw_title(figure: Figure, title: _Title, height: float, family: list[str]) -> None:
+    left, name = MARGIN / WIDTH, _short(title.name, 70)
+    name += f"   ({title.base})" * bool(title.base)
+    for text, down, points, ink, weight in (
+        (_short(title.question, COLUMNS), 0.22, 9, "faint", "normal"),
+        (name, 0.42, 12, "ink", "bold"),
+    ):
+        figure.text(
+            left,
+            1 - down / height,
+            text,
+            color=_ink(ink),
+            fontsize=points,
+            weight=weight,
+            va="top",
+            family=family,
+            parse_math=False,
+        )
 
 
 def _draw_text(
@@ -257,13 +303,13 @@ def _chunks(text: str) -> list[tuple[int, str]]:
     return chunks
 
 
-def _bars(values: list[float]) -> list[int]:
+def _bars(values: list[float], most: int) -> list[int]:
     """The units to draw as bars: the strongest by magnitude, the highest first."""
     ranking = layout.ranking(values)
     strength = layout.strengths(values)
     strong = sorted(ranking, key=lambda unit: -abs(values[unit]))
     telling = sum(abs(strength[unit]) >= TELLING for unit in ranking)
-    return sorted(strong[: min(TOP, max(3, telling))], key=ranking.index)
+    return sorted(strong[: min(most, max(3, telling))], key=ranking.index)
 
 
 def _table(explanation: Explanation) -> tuple[list[str], Tensor]:
@@ -276,25 +322,31 @@ def _table(explanation: Explanation) -> tuple[list[str], Tensor]:
         return names, torch.stack([e.values(target) for target in range(len(names))])
     logprobs = e.answer_logprobs.tolist()
     names = [
-        f"{_short(layout.visible(answer), 10)} {100 * math.exp(logprob):.2g}%"
+        f"{_short(layout.visible(answer), 10)} {wording.base_brief(e, logprob, 2)}"
         for answer, logprob in zip(e.answers, logprobs, strict=True)
     ]
     return names, e.relevances
 
 
-def _likeliest(explanation: Explanation) -> list[str]:
-    """Several targets with their probability when nothing is suppressed, the likeliest first."""
-    if not layout.several(explanation):
+def _likeliest(explanation: Explanation, named: set[int | None]) -> list[str]:
+    """Several targets with what the model gives them, the likeliest first.
+
+    Args:
+        named: Targets that are named elsewhere; where all are, there is no list.
+    """
+    if not layout.several(explanation) or named >= set(range(len(explanation.target_stops))):
         return []
     logprobs = explanation.answer_logprobs.tolist()
     order = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])
     answers = explanation.answers
     lines = [
-        f"{math.exp(logprobs[branch]):<8.3g} {_short(layout.visible(answers[branch]), 70)}"
+        f"{wording.base_number(explanation, logprobs[branch]):<8} "
+        + _short(layout.visible(answers[branch]), 70)
         for branch in order[:LISTED]
     ]
     more = len(order) - LISTED
-    return ["p        target", *lines, *([f"         and {more} more"] if more > 0 else [])]
+    head = f"{wording.base_name(explanation):<8} {wording.noun(explanation).one}"
+    return [head, *lines, *([f"         and {more} more"] if more > 0 else [])]
 
 
 def _draw_bars(
@@ -360,7 +412,8 @@ def _draw_matrix(
     )
     units = [_short(layout.visible(unit.text), 14) for unit in explanation.units]
     targets = [_short(name, 14) for name in names]
-    rows = "target" if layout.several(explanation) else "target token"
+    noun = wording.noun(explanation)
+    rows = noun.one if layout.several(explanation) else noun.row
     axes.set_xticks(
         range(len(units)), units, rotation=90, family=family, fontsize=7, parse_math=False
     )

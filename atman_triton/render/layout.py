@@ -84,12 +84,14 @@ class Placed:
 def place(explanation: Explanation, *, overview: bool = False) -> Placed:
     """Give every unit a place, behind the text where it has none in it.
 
+    Units that are drawn elsewhere, on a picture or along a sound, have empty spans.
+
     Args:
         explanation: Whose units.
         overview: Leave out the targets' text; their units then have empty spans.
     """
     text = printable(explanation.prompt if overview else explanation.text)
-    kept = [not (overview and unit.part == "target") for unit in explanation.units]
+    kept = [not (drawn(unit) or (overview and unit.part == "target")) for unit in explanation.units]
     spans = [_span(unit) for unit in explanation.units]
     if any(keep and span is None for keep, span in zip(kept, spans, strict=True)):
         text += ("\n" if text else "") + "Not in the text:"
@@ -128,10 +130,12 @@ class Run:
 def heat_lines(explanation: Explanation, values: Iterable[float], width: int) -> list[list[Run]]:
     """The text in lines of at most ``width`` cells, cut into runs. A line break ends its run.
 
-    Of several targets only the prompt is shown: behind it stands one or another of them. Every
-    document starts a line, and so does what comes behind it.
+    Of several targets only the prompt is shown: behind it stands one or another of them, and of
+    classes, which are not read, nothing does. Every document starts a line, and so does what comes
+    behind it.
     """
-    placed, strength = place(explanation, overview=several(explanation)), strengths(values)
+    overview = several(explanation) or named(explanation)
+    placed, strength = place(explanation, overview=overview), strengths(values)
     pieces = cut(len(placed.text), placed.units)
     top = [strongest_unit(strength, piece.covers[0]) for piece in pieces]
     level = [0.0 if unit is None else strength[unit] for unit in top]
@@ -216,9 +220,19 @@ def strongest_unit(strength: Sequence[float], units: Iterable[int]) -> int | Non
     return max(measured, key=lambda unit: abs(strength[unit]), default=None)
 
 
+def drawn(unit: Unit) -> bool:
+    """Whether a unit has a place on a picture or in a sound, rather than in the text."""
+    return bool(unit.boxes) or unit.seconds is not None
+
+
 def several(explanation: Explanation) -> bool:
     """Whether it explains more than one target."""
     return len(explanation.target_stops) > 1
+
+
+def named(explanation: Explanation) -> bool:
+    """Whether the targets are classes or outputs: their text is a name, which no model reads."""
+    return explanation.quantity != "logprob" or explanation.provenance.get("target") == "class"
 
 
 def in_sight(
@@ -282,12 +296,20 @@ def visible(text: str) -> str:
     return ("" if lead == 1 else "␣" * lead) + core + "␣" * tail
 
 
+def name(unit: Unit) -> str:
+    """A unit on its own on one line: its text, or where its corner lies on its picture."""
+    if len(unit.boxes) != 1 or unit.level == "image":
+        return visible(unit.text)
+    left, top, *_ = unit.boxes[0]
+    return f"{unit.level} at {left:.0f},{top:.0f}"
+
+
 def context(explanation: Explanation, unit: int, size: int = 24) -> tuple[str, str, str]:
     """The unit and up to ``size`` characters of text on either side, each on one line."""
     piece = explanation.units[unit]
     text, span = _read(explanation, piece)
     if span is None:
-        return "", visible(piece.text), ""
+        return "", name(piece), ""
     text, (start, stop) = text.replace("\n", " "), span
     low, high = max(0, start - size), min(len(text), stop + size)
     before, after = text[low:start], text[stop:high]
@@ -310,7 +332,7 @@ def in_word(explanation: Explanation, unit: int, size: int = 12) -> str:
     piece = explanation.units[unit]
     text, span = _read(explanation, piece)
     if span is None or not piece.text.strip():
-        return visible(piece.text)
+        return name(piece)
     core = text[span[0] : span[1]]
     before = "" if core[0].isspace() else re.split(r"\s", text[: span[0]][-size:])[-1]
     after = "" if core[-1].isspace() else re.split(r"\s", text[span[1] :][:size])[0]
@@ -382,7 +404,7 @@ def elide(marked: Sequence[float], limit: int) -> list[int | None]:
 def _read(explanation: Explanation, unit: Unit) -> tuple[str, Span | None]:
     """The printable text in which the model read a unit, its own target only, and its span."""
     span = _span(unit)
-    if not several(explanation):
+    if not several(explanation) and not named(explanation):
         return printable(explanation.text), span
     text = printable(explanation.prompt)
     if unit.branch is None:

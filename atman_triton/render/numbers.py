@@ -113,8 +113,7 @@ def numbers(
 
 
 def _scale(explanation: Explanation) -> dict[str, Any]:
-    scale = wording.scale(explanation)
-    return asdict(scale) | {"suffix": scale.suffix}
+    return asdict(wording.scale(explanation))
 
 
 def _row(values: list[float]) -> list[float | None]:

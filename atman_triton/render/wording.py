@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from ..pieces import LEVELS, Neighbour
-from .layout import of_prompt, printable, several, visible
+from .layout import named, of_prompt, printable, several, visible
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -19,11 +19,69 @@ NAME = 24  # characters of a target in a phrase
 
 
 @dataclass(frozen=True)
+class Noun:
+    """What is explained, in words.
+
+    Args:
+        whole: One of them, where it is the only one: ``answer``.
+        one: One of several: ``target``.
+        many: Several: ``targets``.
+        row: What a row of scores is about: ``target token``.
+    """
+
+    whole: str
+    one: str
+    many: str
+    row: str
+
+
+_ANSWER = Noun("answer", "target", "targets", "target token")
+_CLASS = Noun("class", "class", "classes", "class")
+_OUTPUT = Noun("output", "output", "outputs", "output")
+_UNITS = {"logprob": "nats", "logit": "logits", "output": "change of the output"}
+
+
+def noun(explanation: Explanation) -> Noun:
+    """What is explained: an answer's tokens, a class or the output of a regression."""
+    if explanation.quantity == "output":
+        return _OUTPUT
+    return _CLASS if named(explanation) else _ANSWER
+
+
+def base(explanation: Explanation, value: float) -> str:
+    """What the model gives with nothing suppressed: ``p = 0.472``, ``logit 1.5``, ``output 1.5``.
+
+    Args:
+        value: As in ``base_logprobs``, of whatever is read as one.
+    """
+    name = base_name(explanation)
+    return f"{name} = {base_number(explanation, value)}"
+
+
+def base_name(explanation: Explanation) -> str:
+    """``p``, ``logit`` or ``output``."""
+    return "p" if explanation.quantity == "logprob" else explanation.quantity
+
+
+def base_number(explanation: Explanation, value: float) -> str:
+    """A probability, or what the model gives instead."""
+    return f"{math.exp(value) if explanation.quantity == 'logprob' else value:.3g}"
+
+
+def base_brief(explanation: Explanation, value: float, digits: int = 3) -> str:
+    """The same where there is little room: ``47.2%``, ``1.5``."""
+    if explanation.quantity == "logprob":
+        return f"{100 * math.exp(value):.{digits}g}%"
+    return f"{value:.3g}"
+
+
+@dataclass(frozen=True)
 class Scale:
     """What the numbers in sight are.
 
     Args:
-        unit: ``nats``, ``nats²``, or ``0 to 1``.
+        unit: ``nats``, ``nats²``, or ``0 to 1``; of logits and of outputs their own.
+        suffix: The unit behind a number; nothing where there is none.
         signed: Whether some may lie below 0.
         high: What the largest do.
         low: What the smallest do; empty where none does the opposite.
@@ -31,15 +89,11 @@ class Scale:
     """
 
     unit: str
+    suffix: str
     signed: bool
     high: str
     low: str
     object: str
-
-    @property
-    def suffix(self) -> str:
-        """The unit behind a number; nothing where there is none."""
-        return f" {self.unit}" if self.unit.startswith("nats") else ""
 
     def number(self, value: float, digits: int) -> str:
         """With its sign, where there are both; NaN is a dash."""
@@ -49,18 +103,29 @@ class Scale:
 
 def scale(explanation: Explanation) -> Scale:
     """What ``relevance`` and its like are."""
-    how = explanation.postprocessing
-    unit = "0 to 1" if explanation.normalize else "nats²" if how == "square" else "nats"
+    how, what = explanation.postprocessing, noun(explanation).whole
+    output = explanation.quantity == "output"
+    unit = _UNITS[explanation.quantity] + (", squared" if output else "²") * (how == "square")
+    suffix = "" if output else f" {unit}"
+    if explanation.normalize:
+        unit, suffix = "0 to 1", ""
     if how != "none":
-        what = "choice" if explanation.contrast else "answer"
-        return Scale(unit, False, "matters", "", f" for the {what}, one way or the other")
-    high, low, to = "supports", "opposes", " the answer"
+        what = "choice" if explanation.contrast else what
+        object = f" for the {what}, one way or the other"
+        return Scale(unit, suffix, False, "matters", "", object)
+    high, low = sides(explanation)
+    to = f" the {what}"
     if explanation.contrast:
         high, low = (f"for “{name}”" for name in map(name_of, explanation.answers))
         to = ""
     if explanation.normalize:
-        return Scale(unit, False, high, "", f"{to} the most")
-    return Scale(unit, True, high, low, to)
+        return Scale(unit, suffix, False, high, "", f"{to} the most")
+    return Scale(unit, suffix, True, high, low, to)
+
+
+def sides(explanation: Explanation) -> tuple[str, str]:
+    """What a unit with a positive score does, and one with a negative score."""
+    return ("raises", "lowers") if explanation.quantity == "output" else ("supports", "opposes")
 
 
 SCALED = "scaled: 0 is the smallest of the measured values, 1 the largest"
@@ -101,9 +166,19 @@ def neighbour_text(explanation: Explanation, neighbour: Neighbour) -> str:
 
 
 def source(explanation: Explanation, unit: int) -> str:
-    """The id of the document that a unit stands in, in brackets; nothing outside of them."""
-    index = explanation.units[unit].document
-    return "" if index is None else f"[{visible(explanation.documents[index].id)}]"
+    """Of a unit in brackets: the id of its document, or which of several pictures it is of."""
+    document, image = explanation.units[unit].document, explanation.units[unit].image
+    if document is not None:
+        return f"[{visible(explanation.documents[document].id)}]"
+    whole = explanation.units[unit].level == "image"
+    if image is None or whole or len(explanation.pictures) < 2:
+        return ""
+    return f"[{image_name(explanation, image)}]"
+
+
+def image_name(explanation: Explanation, image: int) -> str:
+    """``image``, or which of several: ``image 2``."""
+    return f"image {image + 1}" if len(explanation.pictures) > 1 else "image"
 
 
 DIFFERENCE = (
@@ -163,7 +238,7 @@ def settings(explanation: Explanation) -> str:
         *([f"steps {known['steps']}"] if known.get("steps") is not None else []),
         *(
             f"{name} {known[name]}"
-            for name in ("preset", "mode", "factor", "similarity", "rule")
+            for name in ("preset", "mode", "factor", "similarity", "rule", "attention")
             if known.get(name) is not None
         ),
         *(
@@ -172,9 +247,7 @@ def settings(explanation: Explanation) -> str:
             if known.get(name) is not None
         ),
         _count(len(explanation.units), "unit"),
-        *([_count(len(explanation.target_stops), "target")] if several(explanation) else []),
-        _count(len(explanation.targets), "target token")
-        + (f" ({explanation.reduction})" if len(explanation.targets) > 1 else ""),
+        *_explained(explanation),
         *([] if explanation.postprocessing == "none" else [explanation.postprocessing]),
         *(["normalized"] if explanation.normalize else []),
         *_controls(explanation),
@@ -186,6 +259,18 @@ def settings(explanation: Explanation) -> str:
     if isinstance(known.get("seconds"), int | float):
         words.append(f"{known['seconds']:.3g} s")
     return printable(" · ".join(words)).replace("\n", " ")
+
+
+def _explained(explanation: Explanation) -> list[str]:
+    """How many targets, and of answers how many tokens."""
+    what, found = noun(explanation), []
+    count, rows = len(explanation.target_stops), len(explanation.targets)
+    if several(explanation) or what.one == what.row:
+        found.append(f"{count} {what.one if count == 1 else what.many}")
+    if what.one != what.row:
+        how = f" ({explanation.reduction})" if rows > 1 else ""
+        found.append(_count(rows, what.row) + how)
+    return found
 
 
 def _controls(explanation: Explanation) -> list[str]:
