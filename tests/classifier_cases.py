@@ -160,3 +160,19 @@ def plain_logits(model, inputs, row=None, mode="min_shift", layers=None, heads=N
         return logits[0]
     finally:
         model.set_attn_implementation(before)
+
+
+# --- real image processors of small sizes ---------------------------------------------------------
+
+_SQUARE = {"height": SIZE, "width": SIZE}
+PROCESSORS = {
+    "stretched": lambda: tf.ViTImageProcessorPil(size=_SQUARE),
+    "cropped": lambda: tf.BitImageProcessorPil(size={"shortest_edge": 30}, crop_size=_SQUARE),
+    "middle": lambda: tf.CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=_SQUARE),
+    "stretched and cropped": lambda: tf.DeiTImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_size=_SQUARE
+    ),
+    "share": lambda: tf.ConvNextImageProcessorPil(size={"shortest_edge": SIZE}, crop_pct=0.8),
+    "siglip": lambda: tf.SiglipImageProcessorPil(size=_SQUARE),
+    "as it is": lambda: tf.ViTImageProcessorPil(do_resize=False),
+}

@@ -167,6 +167,8 @@ def test_correlated_suppression_by_embeddings_without_positions(name):
         assert sorted(found) == [k for k in near.nonzero().flatten().tolist() if k != token]
     near = {near.position: near for near in engine.neighbours(units[first])}
     assert near[again].similarity == 1 and near[again].factor == pytest.approx(0.1)
+    both = engine.neighbours(Unit((first, again)))
+    assert both and not {first, again} & {near.position for near in both}
     with torch.no_grad():
         loop = [numbers(cases.plain_logits(model, inputs, row), READ) for row in rows]
     torch.testing.assert_close(

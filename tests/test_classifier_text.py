@@ -177,6 +177,8 @@ def test_the_class_of_tokens_of_a_passage(span):
     assert e.answers == [" art", " sports"]
     assert {unit.part for unit in e.units} == {"prompt"}
     assert [each.reason for each in e.left_out] == ["special token"] * 2
+    two = explainer.explain(TEXT, "art", contrast_target="sports", target_span=span)
+    assert torch.equal(two.scores, e.scores) and two.contrast
     parts = explainer.explain(TEXT, "art", target_span=span, target_granularity="token").parts
     assert [part.rows for part in parts] == [(row,) for row in range(len(own))]
 
