@@ -284,6 +284,11 @@ def register() -> None:
     falcon.FALCON_ATTENTION_CLASSES[NAME] = AtmanFalconAttention
 
 
+def knows(stack: nn.Module) -> bool:
+    """Whether the attention layers of a stack have subclasses here."""
+    return any(type(module) in _ADAPTED for module in stack.modules())
+
+
 def adapt(stack: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:
     """Put our subclasses in place of the original attention layers; weights stay where they are.
 

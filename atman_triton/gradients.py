@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from . import line, memory
 from .batches import Whole, in_batches
 from .capabilities import dtype_of, text_config
-from .layers import THREAD
+from .layers import THREAD, ThreadState
 from .perturbations import Settings
 from .stacks import UnsupportedModelError, find_stack
 
@@ -320,7 +320,7 @@ def _checkpoint(layer: nn.Module) -> Callable[[], None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != owner or not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        state = (THREAD.stacks, THREAD.by_config, THREAD.switched)
+        state = THREAD.state
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with _thread_state(state):
@@ -339,14 +339,14 @@ def _checkpoint(layer: nn.Module) -> Callable[[], None]:
 
 
 @contextmanager
-def _thread_state(state: tuple[Any, Any, Any]) -> Iterator[None]:
+def _thread_state(state: ThreadState) -> Iterator[None]:
     """What the forward pass knew: autograd runs layers of a GPU again in a thread of its own."""
-    before = (THREAD.stacks, THREAD.by_config, THREAD.switched)
-    THREAD.stacks, THREAD.by_config, THREAD.switched = state
+    before = THREAD.state
+    THREAD.state = state
     try:
         yield
     finally:
-        THREAD.stacks, THREAD.by_config, THREAD.switched = before
+        THREAD.state = before
 
 
 def _rows_per_batch(runner: Runs) -> int:

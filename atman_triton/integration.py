@@ -1,9 +1,10 @@
 """Manipulated attention inside transformers models.
 
 Importing this module registers the attention implementation "atman" and its mask function.
-:func:`manipulate` hands factors to the attention layers of a model's text stack: a forward pre-hook
-on the stack puts them into its keyword arguments, which reach every attention layer and no vision
-tower, and which activation checkpointing keeps for the backward pass.
+:func:`manipulate` hands factors to the attention layers of a model's stacks (a decoder alone; an
+encoder; both): a forward pre-hook on the stack puts them into its keyword arguments, which reach
+every attention layer of a decoder and no vision tower, and which activation checkpointing keeps for
+the backward pass. Layers of an encoder that they do not reach look them up.
 
 Legend: B batch, Hq query heads, T tokens.
 """
@@ -11,8 +12,8 @@ Legend: B batch, Hq query heads, T tokens.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import finalize
 
@@ -22,10 +23,19 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import adapters
 from .attention import BACKENDS, MODES
-from .layers import THREAD, Manipulation, attention_forward, mask_function, present_columns
+from .layers import (
+    THREAD,
+    Manipulation,
+    ThreadState,
+    attention_forward,
+    mask_function,
+    present_columns,
+)
 from .masks import AttentionMask
+from .places import Places
 from .prefix import PrefixStore
-from .stacks import Stack, UnsupportedModelError, checkpoints_activations, find_stack
+from .sites import Attention, Site, named_sites
+from .stacks import Stack, UnsupportedModelError, checkpoints_activations
 
 __all__ = ["UnsupportedModelError", "manipulate"]
 
@@ -33,14 +43,15 @@ __all__ = ["UnsupportedModelError", "manipulate"]
 @contextmanager
 def manipulate(
     model: nn.Module,
-    key_factor: Tensor,
+    key_factor: Tensor | Mapping[str, Tensor],
     mode: str = "multiplicative",
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
     *,
+    attention: Attention | None = None,
     backend: str = "auto",
 ) -> Iterator[None]:
-    """Manipulate the attention scores of a model's text stack while the context is open.
+    """Manipulate a model's attention scores while the context is open.
 
     Works on forward passes and on ``generate``, in the thread that opened it: there, the model runs
     with the attention implementation "atman" meanwhile, whatever it was set to. Other threads may
@@ -52,15 +63,21 @@ def manipulate(
     one model combine: in every mode the product of two factors is one manipulation after the other.
 
     Args:
-        model: a transformers model; of a vision-language model only the text stack is touched.
+        model: a transformers model. Of a vision-language model only the text stack is touched,
+            which holds the image's tokens or, in Mllama, attends to them.
         key_factor: floating, ``[B, T]`` or ``[B, Hq, T]``, dimensionless; 1 keeps a key, < 1
             suppresses it, > 1 amplifies it. Columns are absolute positions in the sequence
             (padding and cached tokens included), continued with ones. One row serves every batch
             entry; if the model runs on a multiple of B, each row serves as many neighbours as
-            ``generate`` makes of one prompt (beams, returned sequences).
+            ``generate`` makes of one prompt (beams, returned sequences). A mapping gives one such
+            tensor for each source it names, see :func:`atman_triton.sites.sources`; a tensor alone
+            is for the first of them, in an encoder-decoder the encoder's tokens.
         mode: how a factor acts on scores, see :func:`atman_triton.attention`.
-        layers: indices of decoder layers, ``None`` for all that have attention.
+        layers: indices of layers, of encoder and decoder alike, ``None`` for all that have
+            attention.
         heads: indices of query heads, ``None`` for all.
+        attention: where the encoder's tokens are manipulated: in the "encoder"'s self-attention, in
+            the "cross"-attention, or in "both" (also if ``None``). Only for models that have both.
         backend: which implementation computes attention, see :func:`atman_triton.attention`.
     Raises:
         TypeError, ValueError: if an argument is not as above, or factors are not finite, or
@@ -69,110 +86,181 @@ def manipulate(
         UnsupportedModelError: if a layer that is named would not be manipulated: on entry, or from
             the forward pass; and on exit, if no forward pass of the model ran in this thread.
     """
-    _, stack = find_stack(model)
-    factor = _checked_factor(key_factor, mode, stack, heads)
+    _, named = named_sites(model, key_factor, attention)
+    factors: dict[str, Tensor] = {}
+    for source in dict.fromkeys(site.source for site, _ in named):
+        reading = [(site.stack, given) for site, given in named if site.source == source]
+        stacks = [stack for stack, _ in reading]
+        factors[source] = _checked_factor(reading[0][1], mode, stacks, heads)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
-    with run_as_atman(model, factor, mode, layers, backend):
+    with run_as_atman(model, factors, mode, layers, backend, attention=attention):
         yield
 
 
 @contextmanager
 def run_as_atman(
     model: nn.Module,
-    factor: Tensor | None,
+    factor: Tensor | Mapping[str, Tensor] | None,
     mode: str,
     layers: Iterable[int] | None = None,
     backend: str = "auto",
     store: PrefixStore | None = None,
+    attention: Attention | None = None,
 ) -> Iterator[Manipulation]:
-    """What :func:`manipulate` does with checked arguments; yields the manipulation.
+    """What :func:`manipulate` does with checked arguments; yields the last stack's manipulation.
 
     Args:
         factor: as :func:`manipulate` takes it; None leaves the scores alone, but checks all the
-            same that every layer named runs "atman".
+            same that every layer named runs "atman", in those stacks that run.
         store: keys and values in front of those of each forward pass, see :class:`PrefixStore`.
     """
-    module, stack = find_stack(model)
-    outer = stack.current.manipulation
-    device = next(module.parameters()).device
-    if device.type == "meta":
-        if getattr(model, "hf_device_map", None) is None:  # else offloaded, loaded when it runs
-            raise ValueError("model is on the meta device, where it has no weights to run with.")
-    elif factor is not None:
-        factor = factor.to(device)
-    named = checked_indices("layers", layers, stack.layers)
-    manipulation = _combine(outer, factor, mode, backend, named, 1 + max(stack.layers))
-    manipulation.store = store
+    sites, named = named_sites(model, factor, attention)
+    if _on_meta(sites[0].module) and getattr(model, "hf_device_map", None) is None:
+        raise ValueError("model is on the meta device, where it has no weights to run with.")
+    modules = {site.stack: site.module for site in sites}
+    outer = {stack: stack.current.manipulation for stack in modules}
+    new: dict[Stack, Manipulation] = {}
+    for stack, given in _given(named, layers).items():
+        new[stack] = _combine(outer[stack], given, mode, backend, stack.places)
+        new[stack].store = store
 
-    stacks, by_config, switched = THREAD.stacks, THREAD.by_config, THREAD.switched
+    with ExitStack() as undo:
+        for stack, module in modules.items():
+            _install(undo, stack, module, new.get(stack))
+        undo.callback(_become, [(stack.current, outer[stack]) for stack in new], THREAD.state)
+        _enter(new)
+        try:
+            yield list(new.values())[-1]
+        except (AttributeError, TypeError) as error:
+            if AttentionMask.__name__ not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"{sites[0].stack.model_name} changes the mask in its own code instead of leaving "
+                "it to transformers' attention interface, so its scores cannot be manipulated."
+            ) from error
+    _check_reached(new, outer, factor is None)
+
+
+Given = tuple[tuple[int, ...], Tensor | None]
+"""Places of a stack, and the factor that they are given."""
+
+
+def _given(
+    named: list[tuple[Site, Tensor | None]], layers: Iterable[int] | None
+) -> dict[Stack, list[Given]]:
+    """Of each stack, which of its places get which factor, on its device."""
+    known = sorted({layer for site, _ in named for layer in site.layers})
+    chosen = set(checked_indices("layers", layers, tuple(known)))
+    given: dict[Stack, list[Given]] = {}
+    read: set[str] = set()
+    for site, factor in named:
+        places = site.places(chosen)
+        if places:
+            device = next(site.module.parameters()).device
+            if factor is not None and device.type != "meta":  # else offloaded, loaded when it runs
+                factor = factor.to(device)
+            given.setdefault(site.stack, []).append((places, factor))
+            read.add(site.source)
+    left_out = sorted({site.source for site, _ in named} - read)
+    if left_out:
+        raise ValueError(
+            f"layers must name some that read {left_out[0]!r}, got {sorted(chosen)}; "
+            "leave them out for all."
+        )
+    return given
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return next(module.parameters()).device.type == "meta"
+
+
+def _install(
+    undo: ExitStack, stack: Stack, module: nn.Module, manipulation: Manipulation | None
+) -> None:
+    """Let a stack run "atman" in threads that say so, until ``undo`` is closed."""
     stack.install(module)
-    held = module.training and checkpoints_activations(module)
-    if held:
-        stack.hold()
-    try:
+    if manipulation is None or not (module.training and checkpoints_activations(module)):
+        undo.callback(stack.uninstall)
+        return
+    # A backward pass may yet recompute layers: they hold the manipulation until then.
+    stack.hold()
+    manipulation.recomputed = True
+    undo.callback(lambda: setattr(finalize(manipulation, stack.release), "atexit", False))
+
+
+def _enter(new: dict[Stack, Manipulation]) -> None:
+    """Let manipulations hold in this thread, beside those of other models."""
+    stacks, by_config, by_stack, switched = THREAD.state
+    by_config, by_stack, switched = dict(by_config), dict(by_stack), dict(switched)
+    serials = {*filter(None, stacks.split(","))}
+    for stack, manipulation in new.items():
         stack.current.manipulation = manipulation
-        THREAD.stacks = ",".join(sorted({*filter(None, stacks.split(",")), stack.serial}))
-        THREAD.by_config = {**by_config, stack.config_id: manipulation}
-        THREAD.switched = {**switched, **dict.fromkeys(stack.configs, True)}
-        yield manipulation
-    except (AttributeError, TypeError) as error:
-        if AttentionMask.__name__ not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"{stack.model_name} changes the mask in its own code instead of leaving it to "
-            "transformers' attention interface, so its scores cannot be manipulated."
-        ) from error
-    finally:
-        stack.current.manipulation = outer
-        THREAD.stacks, THREAD.by_config, THREAD.switched = stacks, by_config, switched
-        if held:
-            # A backward pass may yet recompute layers: they hold the manipulation until then.
-            finalize(manipulation, stack.release).atexit = False
-        else:
-            stack.uninstall()
-    if manipulation.reached is None:
+        serials.add(stack.serial)
+        by_config[stack.config_id] = manipulation
+        switched |= dict.fromkeys(stack.configs, True)
+        if stack.places.by_module:
+            by_stack[stack.serial] = manipulation
+    THREAD.state = ThreadState(",".join(sorted(serials)), by_config, by_stack, switched)
+
+
+def _become(currents: list[tuple[Any, Manipulation | None]], state: ThreadState) -> None:
+    """Put a thread back into the state that it had."""
+    for current, manipulation in currents:
+        current.manipulation = manipulation
+    THREAD.state = state
+
+
+def _check_reached(
+    new: dict[Stack, Manipulation], outer: dict[Stack, Manipulation | None], some: bool
+) -> None:
+    """Refuse a context in which a stack that it manipulates never ran; all of them, if ``some``."""
+    missed = [stack for stack, manipulation in new.items() if manipulation.reached is None]
+    if missed and not (some and len(missed) < len(new)):
+        stack = missed[0]
+        what = "this model" if len(new) == 1 else f"its {stack.role} stack"
+        advice = ""
+        if stack.role == "encoder":
+            advice = " If it is given the encoder's outputs, choose attention='cross'."
         raise UnsupportedModelError(
             f"{stack.model_name}: the manipulation reached no layer, because no forward pass of "
-            "this model ran in this thread while it was open."
+            f"{what} ran in this thread while it was open.{advice}"
         )
-    if outer is not None and outer.reached is None:
-        outer.reached = manipulation.reached
+    for stack, manipulation in new.items():
+        around = outer[stack]
+        if around is not None and around.reached is None:
+            around.reached = manipulation.reached
 
 
 def _combine(
-    outer: Manipulation | None,
-    factor: Tensor | None,
-    mode: str,
-    backend: str,
-    named: tuple[int, ...],
-    layer_count: int,
+    outer: Manipulation | None, given: list[Given], mode: str, backend: str, places: Places
 ) -> Manipulation:
-    """Join a manipulation with the one around it, layer by layer."""
+    """Join a manipulation with the one around it, place by place."""
+    inside = {place: index for index, (named, _) in enumerate(given) for place in named}
     if outer is None:
-        slots = tuple(0 if layer in named else -1 for layer in range(layer_count))
-        return Manipulation(mode, backend, (factor,), slots)
-    if factor is None:
+        slots = tuple(inside.get(place, -1) for place in range(places.count))
+        return Manipulation(mode, backend, tuple(factor for _, factor in given), slots, places)
+    if all(factor is None for _, factor in given):
         mode = outer.mode
     if outer.mode != mode:
         raise ValueError(
             f"mode must be that of the context around this one, {outer.mode!r}, got {mode!r}."
         )
     factors: list[Tensor | None] = []
-    known: dict[tuple[int, bool], int] = {}
+    known: dict[tuple[int, int], int] = {}
     slots = []
-    for layer, outer_slot in enumerate(outer.slots):
-        inside = layer in named
-        if outer_slot < 0 and not inside:
+    for place, outer_slot in enumerate(outer.slots):
+        pair = (outer_slot, inside.get(place, -1))
+        if pair == (-1, -1):
             slots.append(-1)
             continue
-        if (outer_slot, inside) not in known:
-            known[outer_slot, inside] = len(factors)
-            around = None if outer_slot < 0 else outer.factors[outer_slot]
-            factors.append(_product(around, factor if inside else None))
-        slots.append(known[outer_slot, inside])
+        if pair not in known:
+            known[pair] = len(factors)
+            around = None if pair[0] < 0 else outer.factors[pair[0]]
+            factors.append(_product(around, None if pair[1] < 0 else given[pair[1]][1]))
+        slots.append(known[pair])
     backend = outer.backend if backend == "auto" else backend
-    return Manipulation(mode, backend, tuple(factors), tuple(slots))
+    return Manipulation(mode, backend, tuple(factors), tuple(slots), places)
 
 
 def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
@@ -192,9 +280,13 @@ def _product(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 
 def _checked_factor(
-    key_factor: Tensor, mode: str, stack: Stack, heads: Iterable[int] | None
+    key_factor: Any, mode: str, stacks: list[Stack], heads: Iterable[int] | None
 ) -> Tensor:
-    """Validated factors, float32 ``[B, T]``, or ``[B, Hq, T]`` with ones in heads not named."""
+    """Validated factors, float32 ``[B, T]``, or ``[B, Hq, T]`` with ones in heads not named.
+
+    Args:
+        stacks: all that use them.
+    """
     if not isinstance(key_factor, Tensor):
         raise TypeError(f"key_factor must be a tensor, got {type(key_factor).__name__}.")
     if not key_factor.is_floating_point():
@@ -206,9 +298,11 @@ def _checked_factor(
         raise ValueError(
             f"key_factor must have shape [batch, tokens] or [batch, heads, tokens], got {shape}."
         )
-    if key_factor.dim() == 3 and shape[1] != stack.heads:
+    several = sorted({stack.heads for stack in stacks})
+    if key_factor.dim() == 3 and several != [shape[1]]:
+        count = " and ".join(map(str, several))
         raise ValueError(
-            f"key_factor must have {stack.heads} heads in {stack.model_name}, got shape {shape}."
+            f"key_factor must have {count} heads in {stacks[0].model_name}, got shape {shape}."
         )
     if key_factor.is_meta:
         raise ValueError("key_factor is on the meta device, where it has no values.")
@@ -219,8 +313,13 @@ def _checked_factor(
         raise ValueError("key_factor must be at least 0 with mode='log_additive'.")
     if heads is None:
         return factor
-    named = checked_indices("heads", heads, tuple(range(stack.heads)))
-    chosen = torch.zeros(stack.heads, 1, dtype=torch.bool, device=factor.device)
+    if len(several) > 1:
+        raise ValueError(
+            f"heads must be the same in all stacks, but {stacks[0].model_name} has "
+            f"{' and '.join(map(str, several))} heads; choose attention='encoder' or 'cross'."
+        )
+    named = checked_indices("heads", heads, tuple(range(several[0])))
+    chosen = torch.zeros(several[0], 1, dtype=torch.bool, device=factor.device)
     chosen[list(named)] = True
     factor = factor if factor.dim() == 3 else factor[:, None]
     return torch.where(chosen, factor, torch.ones_like(factor))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,12 @@ from . import adapters
 from .attention import attention
 from .branches import TreeMask
 from .masks import AttentionMask, cut_mask, dense_visibility, make_mask
+from .places import Places
 from .prefix import PrefixStore
 
 
 class Manipulation:
-    """Factors on their way through one text stack, in one thread."""
+    """Factors on their way through one stack, in one thread."""
 
     def __init__(
         self,
@@ -30,37 +31,59 @@ class Manipulation:
         backend: str,
         factors: tuple[Tensor | None, ...],
         slots: tuple[int, ...],
+        places: Places,
         store: PrefixStore | None = None,
     ) -> None:
         self.mode = mode
         self.backend = backend
         self.factors = factors  # distinct ones, float32 [B, T] or [B, Hq, T]; None = ones
-        self.slots = slots  # index into `factors` by layer, -1 = leave alone
+        self.slots = slots  # index into `factors` by place, -1 = leave alone
+        self.places = places
         self.store = store  # keys and values that come before those of this pass
-        self.reached: dict[int, bool] | None = None  # layers of the latest forward pass
+        self.reached: dict[int, bool] | None = None  # places of the latest forward pass
         self.traced = False  # marks go to `mark_while_tracing`
+        self.recomputed = False  # layers run again in the backward pass
         self.observe: Callable[[Tensor, Tensor, AttentionMask], None] | None = None
 
     @property
-    def layers(self) -> list[int]:
-        """Layers that the manipulation names."""
-        return [layer for layer, slot in enumerate(self.slots) if slot >= 0]
+    def named(self) -> list[int]:
+        """Places that the manipulation names."""
+        return [place for place, slot in enumerate(self.slots) if slot >= 0]
 
 
-class _ThreadState(threading.local):
-    """State of one thread.
+class ThreadState(NamedTuple):
+    """Which manipulations hold in a thread."""
+
+    stacks: str  # names the manipulated stacks, see `_watch`
+    by_config: dict[int, Manipulation]
+    by_stack: dict[str, Manipulation]  # of stacks that are known by their modules
+    switched: dict[int, bool]  # ids of the configs that answer "atman" here
+
+
+class _Thread(threading.local):
+    """State of one thread, see :class:`ThreadState`.
 
     Set in ``__init__``, not as class attributes: only so does dynamo guard on the thread's values.
     """
 
     def __init__(self) -> None:
-        self.stacks = ""  # names the manipulated stacks, see `_watch`
+        self.stacks = ""
         self.by_config: dict[int, Manipulation] = {}
-        self.switched: dict[int, bool] = {}  # ids of the configs that answer "atman" here
+        self.by_stack: dict[str, Manipulation] = {}
+        self.switched: dict[int, bool] = {}
         self.serves = threading.get_ident()  # the thread whose call runs here, itself mostly
 
+    @property
+    def state(self) -> ThreadState:
+        """To be put back later, or into another thread."""
+        return ThreadState(self.stacks, self.by_config, self.by_stack, self.switched)
 
-THREAD = _ThreadState()
+    @state.setter
+    def state(self, state: ThreadState) -> None:
+        self.stacks, self.by_config, self.by_stack, self.switched = state
+
+
+THREAD = _Thread()
 KEYWORD = "key_factor"
 """The keyword argument of attention layers that holds a manipulation."""
 
@@ -117,12 +140,13 @@ def _attention_forward(
         if bias is not None:
             position_bias = bias if position_bias is None else position_bias + bias
     manipulation = key_factor if key_factor is not None else mask.manipulation
-    if manipulation is not None and _is_cross_attention(module):
-        manipulation = None
-    store = None if manipulation is None else manipulation.store
+    if manipulation is None and THREAD.by_stack:
+        manipulation = _of_module(module)
+    crossing = manipulation is not None and manipulation.places.crosses(module)
+    store = None if manipulation is None or crossing else manipulation.store
     prefix = None
-    if store is not None:
-        layer = _layer_index(module)
+    if store is not None and manipulation is not None:
+        layer = manipulation.places.layer(module)
         if layer is None:
             raise ValueError(f"{type(module).__name__} does not know which layer it is.")
         key, value, prefix = store.around(layer, key, value, mask)
@@ -135,7 +159,7 @@ def _attention_forward(
     factor, mode, backend = None, "multiplicative", "auto"
     if manipulation is not None:
         mode, backend = manipulation.mode, manipulation.backend
-        factor = _factor_of_layer(manipulation, module)
+        factor = _factor_of(manipulation, module)
         if factor is not None and manipulation.observe is not None:
             manipulation.observe(query, key, mask)
     if factor is not None:
@@ -143,7 +167,7 @@ def _attention_forward(
         factor = _rows(factor, query.shape[0]).to(query.device)
         if store is not None and store.own_factors_only:
             factor = factor[..., before:]
-        if mode == "min_shift_full" and query.shape[2] != mask.key_tokens:
+        if mode == "min_shift_full" and not crossing and query.shape[2] != mask.key_tokens:
             raise ValueError(
                 "mode='min_shift_full' looks at future keys, so it cannot use a cache; "
                 "pass use_cache=False or choose mode='min_shift'."
@@ -285,31 +309,31 @@ def _mask_from_model(
     return AttentionMask(key_tokens, 0, 0, causal), None
 
 
-def _is_cross_attention(module: nn.Module) -> bool:
-    """Its keys are not text tokens, so factors do not apply to them."""
-    return bool(getattr(module, "is_cross_attention", False)) or "Cross" in type(module).__name__
-
-
-def _layer_index(module: nn.Module) -> int | None:
-    for name in ("layer_idx", "layer_id"):
-        index = getattr(module, name, None)
-        if isinstance(index, int):
-            return index
+def _of_module(module: nn.Module) -> Manipulation | None:
+    """The manipulation of a layer that its stack's keyword arguments do not reach."""
+    for manipulation in THREAD.by_stack.values():
+        if manipulation.places.layer(module) is not None:
+            if manipulation.recomputed and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{type(module).__name__} takes no factors as arguments, so activation "
+                    "checkpointing would run it again without them; switch checkpointing off."
+                )
+            return manipulation
     return None
 
 
-def _factor_of_layer(manipulation: Manipulation, module: nn.Module) -> Tensor | None:
-    """The factor of this layer, if the manipulation names it; marks the layer as reached."""
-    layer = _layer_index(module)
-    if layer is None or not 0 <= layer < len(manipulation.slots):
+def _factor_of(manipulation: Manipulation, module: nn.Module) -> Tensor | None:
+    """The factor of this module, if the manipulation names its place; marks it as reached."""
+    place = manipulation.places.place(module)
+    if place is None or not 0 <= place < len(manipulation.slots):
         return None
-    slot = manipulation.slots[layer]
+    slot = manipulation.slots[place]
     if slot < 0:
         return None
     if manipulation.traced:
-        mark_while_tracing(layer)
+        mark_while_tracing(place)
     elif manipulation.reached is not None:
-        manipulation.reached[layer] = True
+        manipulation.reached[place] = True
     return manipulation.factors[slot]
 
 
@@ -348,13 +372,13 @@ def start_tracing() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def mark_while_tracing(layer: int) -> bool:
-    """Note that the graph being traced manipulates this layer."""
-    _TRACED.add(layer)
+def mark_while_tracing(place: int) -> bool:
+    """Note that the graph being traced manipulates this place."""
+    _TRACED.add(place)
     return True
 
 
 @torch.compiler.assume_constant_result
 def marked_while_tracing() -> tuple[int, ...]:
-    """Layers that the graph being traced manipulates."""
+    """Places that the graph being traced manipulates."""
     return tuple(_TRACED)

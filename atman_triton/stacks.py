@@ -1,4 +1,4 @@
-"""The text stack of a model: finding it, switching it to "atman", and seeing that it obeys.
+"""A stack of attention layers: finding it, switching it to "atman", and seeing that it obeys.
 
 A stack's hooks hand factors to its layers and check after each forward pass that every layer named
 has applied them.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,10 +25,20 @@ from .layers import (
     marked_while_tracing,
     start_tracing,
 )
+from .places import Places, found_places, is_cross_attention
 
 _WITHOUT_ATTENTION = frozenset({"linear_attention", "mamba", "conv", "moe", "recurrent"})
+_HIERARCHICAL = ("depths", "window_size")  # of Swin and its like
 _LAYER_LISTS = ("layers", "h", "blocks", "layer")
 _LOCK = threading.RLock()
+
+
+Role = Literal["decoder", "encoder", "answering"]
+_HEADS = {
+    "decoder": "num_attention_heads",
+    "encoder": "encoder_attention_heads",
+    "answering": "decoder_attention_heads",
+}
 
 
 class UnsupportedModelError(RuntimeError):
@@ -57,18 +67,27 @@ _refuse.register_autograd(lambda ctx, grad: (grad, None))
 
 
 class Stack:
-    """The text stack of a model: which layers it has, and the manipulations it is under."""
+    """A stack of layers: which places it has, and the manipulations it is under.
 
-    def __init__(self, module: nn.Module, model_name: str) -> None:
+    Args:
+        module: What its hooks are put on.
+        model_name: For errors.
+        role: "decoder" is a decoder alone, whose layers know their index and are handed factors as
+            a keyword argument. An "encoder", and a decoder that is "answering" to one, are known by
+            their modules, which look factors up where the argument does not get there.
+    """
+
+    def __init__(self, module: nn.Module, model_name: str, role: Role = "decoder") -> None:
         self.model_name = model_name
+        self.role: Role = role
         self.serial = str(id(module))
         self.current = _Current()
-        config = _text_config(module)
+        config: Any = _text_config(module) if role == "decoder" else module.config
         self.config_id = id(getattr(module, "config", config))
-        self.heads: int = getattr(config, "num_attention_heads", 0)
+        self.heads = _head_count(config, role)
         self.carried = config.model_type in adapters.CARRIES_IN_MASK
-        self.layers = _attention_layers(module, config) if self.heads else ()
-        if not self.layers:
+        self.places = _places(module, config, role) if self.heads else Places(())
+        if not self.places.layers:
             raise UnsupportedModelError(
                 f"{model_name} has no layers with softmax attention, so there are no scores to "
                 "manipulate."
@@ -78,6 +97,11 @@ class Stack:
         self.holders = 0
         self._undo: list[Any] = []
         self._undo_hold: list[Any] = []
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have self-attention."""
+        return self.places.layers
 
     # The two hooks run inside the graph under torch.compile. torch looks up separately whether a
     # hook wants keyword arguments, so while another thread adds or removes them, they may be called
@@ -114,16 +138,25 @@ class Stack:
         if manipulation is None:
             return None
         reached = marked_while_tracing() if manipulation.traced else manipulation.reached or {}
-        missed = [layer for layer in manipulation.layers if layer not in reached]
+        missed = [place for place in manipulation.named if place not in reached]
         if not missed:
             return None
         message = (
-            f"{self.model_name}: the manipulation did not reach attention layers {missed} of "
-            f"{manipulation.layers}; these layers do not use transformers' attention interface."
+            f"{self.model_name}: the manipulation did not reach {self._places(missed)} of "
+            f"{self._places(manipulation.named, short=True)}; these layers did not run, or do not "
+            "use transformers' attention interface."
         )
         if torch.compiler.is_compiling():
             return _refuse_in_graph(output, message)
         raise UnsupportedModelError(message)
+
+    def _places(self, places: list[int], short: bool = False) -> str:
+        """Layers in words."""
+        crossing = [place - self.places.depth for place in places if place >= self.places.depth]
+        own = [place for place in places if place < self.places.depth]
+        words = [] if not own else [f"{own}" if short else f"attention layers {own}"]
+        words += [f"cross-attention layers {crossing}"] if crossing else []
+        return " and ".join(words)
 
     def install(self, module: nn.Module) -> None:
         """Hook the stack and let it run "atman" in some threads, for the first of its users."""
@@ -260,59 +293,123 @@ def _by_thread(kind: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 _STACKS: WeakKeyDictionary[nn.Module, Stack] = WeakKeyDictionary()
 
 
-def _unwrap(module: Any) -> Any:
-    return getattr(module, "_orig_mod", module)  # torch.compile's wrapper
+def unwrap(module: Any) -> Any:
+    """The module that ``torch.compile`` has wrapped."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _text_config(module: nn.Module) -> Any:
     return module.config.get_text_config(decoder=True)  # pyright: ignore
 
 
-def find_stack(model: Any) -> tuple[nn.Module, Stack]:
-    """The text stack of a model and what is known of it.
+def checked_model(model: Any) -> nn.Module:
+    """A transformers model, unwrapped.
 
     Raises:
         TypeError: if ``model`` is no module.
-        UnsupportedModelError: if it has no text stack that asks the attention interface.
+        UnsupportedModelError: if it is no model of transformers.
     """
-    model = _unwrap(model)
+    model = unwrap(model)
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a transformers model, got {name}.")
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig) or not hasattr(model, "get_decoder"):
         raise UnsupportedModelError(f"{name} is not a transformers model with a text stack.")
+    return model
+
+
+def find_stack(model: Any) -> tuple[nn.Module, Stack]:
+    """The stack of a decoder alone, or of an encoder alone, and what is known of it.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+        UnsupportedModelError: if it has no text stack that asks the attention interface.
+    """
+    model = checked_model(model)
+    config: Any = model.config
+    name = type(model).__name__
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder; only decoder-only text stacks can be manipulated."
+            f"{name} has an encoder and a decoder; this works on decoder-only text stacks."
         )
-    module = _unwrap(model.get_decoder())  # pyright: ignore[reportCallIssue]
+    module = unwrap(model.get_decoder())  # pyright: ignore[reportCallIssue]
+    modality = MODALITIES.get(getattr(module, "main_input_name", "input_ids"), "text")
+    if modality != "text":
+        module = _tower(module, modality)
+    role = "decoder" if modality == "text" and not looks_both_ways(module) else "encoder"
+    return module, stack_of(module, role, model)
+
+
+MODALITIES = {
+    "pixel_values": "image",
+    "flattened_patches": "image",
+    "input_features": "audio",
+    "input_values": "audio",
+}
+"""What a model reads by the name of its main input; any other is text."""
+
+
+def _tower(model: Any, modality: str) -> Any:
+    """The encoder within an image or audio model that has only one."""
+    names = {"image": ("vision_model",), "audio": ("encoder",)}[modality]
+    return next((getattr(model, name) for name in names if hasattr(model, name)), model)
+
+
+def looks_both_ways(module: nn.Module) -> bool:
+    """Whether an attention module of a stack says that it is not causal."""
+    return any(
+        getattr(part, "is_causal", None) is False and not is_cross_attention(part)
+        for part in module.modules()
+    )
+
+
+def stack_of(module: Any, role: Role, model: Any) -> Stack:
+    """What is known of a stack, in whatever models it is.
+
+    Args:
+        model: The model that contains it.
+    Raises: UnsupportedModelError: if it is none, or does not ask the attention interface.
+    """
+    name = type(model).__name__
     if not isinstance(getattr(module, "config", None), PreTrainedConfig):
         raise UnsupportedModelError(
             f"{name}: its text stack cannot be found; get_decoder() answers with "
             f"{type(module).__name__}."
         )
-    model_type = _text_config(module).model_type
+    own = _text_config(module) if role == "decoder" else module.config
     takes_kwargs = any(
         parameter.kind is inspect.Parameter.VAR_KEYWORD
         for parameter in inspect.signature(module.forward).parameters.values()
     )
-    if model_type not in adapters.CARRIES_IN_MASK and not (
-        takes_kwargs and getattr(module, "_can_set_attn_implementation", lambda: True)()
+    if own.model_type not in adapters.CARRIES_IN_MASK and not (
+        takes_kwargs
+        and (
+            adapters.knows(module)
+            or getattr(module, "_can_set_attn_implementation", lambda: True)()
+        )
     ):
         raise UnsupportedModelError(
             f"{name}: {type(module).__name__} computes attention in its own code instead of "
             "transformers' attention interface, so its scores cannot be manipulated."
         )
+    if role == "encoder" and any(getattr(own, sign, None) for sign in _HIERARCHICAL):
+        raise UnsupportedModelError(
+            f"{name}: the layers of {type(module).__name__} attend within windows or merge tokens, "
+            "so their keys are not the tokens that factors are for."
+        )
     with _LOCK:
         stack = _STACKS.get(module)
         if stack is None:
-            stack = _STACKS[module] = Stack(module, name)
-        candidates = [getattr(part, "config", None) for part in module.modules()]
-        candidates.append(config.get_text_config(decoder=True))
+            stack = _STACKS[module] = Stack(module, name, role)
         if stack.users == 0:
+            if stack.places.by_module:
+                stack.places = found_places(module)  # modules may have been replaced
+            candidates = [getattr(part, "config", None) for part in module.modules()]
+            if role == "decoder":
+                candidates.append(model.config.get_text_config(decoder=True))
             stack.configs = {id(c): c for c in candidates if isinstance(c, PreTrainedConfig)}
-    return module, stack
+    return stack
 
 
 def checkpoints_activations(module: nn.Module) -> bool:
@@ -320,17 +417,26 @@ def checkpoints_activations(module: nn.Module) -> bool:
     return any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
 
 
-def _attention_layers(module: nn.Module, config: Any) -> tuple[int, ...]:
-    """Indices of the decoder layers that have softmax attention over text tokens."""
+def _head_count(config: Any, role: Role) -> int:
+    """How many query heads each layer has."""
+    heads = getattr(config, _HEADS[role], None)
+    return heads or getattr(config, "num_attention_heads", 0)
+
+
+def _places(module: nn.Module, config: Any, role: Role) -> Places:
+    """The places of a stack; of a decoder alone those that its config tells."""
+    if role != "decoder":
+        return found_places(module)
     count = config.num_hidden_layers
     for name in _LAYER_LISTS:
         blocks = getattr(module, name, None)
         if isinstance(blocks, nn.ModuleList):
             count = min(count, len(blocks))
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * count
-    crossing = getattr(config, "cross_attention_layers", None) or ()
-    return tuple(
+    crossing = tuple(getattr(config, "cross_attention_layers", None) or ())
+    own = tuple(
         layer
         for layer in range(count)
         if kinds[layer] not in _WITHOUT_ATTENTION and layer not in crossing
     )
+    return Places(own, tuple(layer for layer in crossing if layer < count) if own else ())

@@ -97,9 +97,10 @@ def _blip() -> Any:
     return tf.BlipForConditionalGeneration(tf.BlipConfig(text_config=text, vision_config=vision))
 
 
-def _t5() -> Any:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, **sizes))
+def _led() -> Any:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "attention_window": 4}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    return tf.LEDForConditionalGeneration(tf.LEDConfig(vocab_size=VOCAB, **sizes, **heads))
 
 
 def _ctrl() -> Any:
@@ -120,14 +121,14 @@ def _tiny(family: str, **changes: Any) -> Any:
     ("make", "name"),
     [
         (_blip, "BlipForConditionalGeneration"),
-        (_t5, "T5ForConditionalGeneration"),
+        (_led, "LEDForConditionalGeneration: LEDEncoder computes attention in its own code"),
         (_ctrl, "CTRLLMHeadModel"),
         (lambda: _tiny("Mamba", state_size=8), "MambaForCausalLM has no layers with softmax"),
         (lambda: _tiny("RecurrentGemma", lru_width=32), "RecurrentGemmaForCausalLM has no layers"),
         (lambda: _tiny("ModernBertDecoder"), "ModernBertDecoderForCausalLM: its text stack"),
         (lambda: nn.Linear(2, 2), "Linear"),
     ],
-    ids=["blip", "t5", "ctrl", "mamba", "recurrent_gemma", "modernbert_decoder", "linear"],
+    ids=["blip", "led", "ctrl", "mamba", "recurrent_gemma", "modernbert_decoder", "linear"],
 )
 def test_unsupported_models_are_refused_by_name(make: Any, name: str) -> None:
     model = make()
