@@ -46,6 +46,7 @@ from .methods import (
     with_neighbours,
 )
 from .parts import TARGET_GRANULARITIES, TargetGranularity
+from .perturbations import Attention
 from .placing import checked_span
 from .presets import PRESETS
 from .progress import token_progress
@@ -142,6 +143,10 @@ class Explainer:
             it when that was too much.
         progress: Show a progress bar on stderr, if that is a terminal.
         backend: ``auto``, ``triton``, ``torch`` or ``reference`` (see ``atman_triton.attention``).
+        attention: Of a model with an encoder and a decoder, where the prompt is suppressed: in the
+            ``encoder``'s self-attention, in ``cross``-attention, by which the decoder reads it, or
+            in ``both`` (None). The method ``direct`` is about cross-attention whatever is given,
+            and is not to be had with ``encoder``. ``provenance["attention"]`` says what was done.
     Raises:
         TypeError: if ``model`` is no transformers model, or a setting is not of the type above.
         UnsupportedModelError: if it is no causal language model, or its attention cannot be
@@ -168,6 +173,7 @@ class Explainer:
         batch_size: int | Literal["auto"] = "auto",
         progress: bool = True,
         backend: str = "auto",
+        attention: Attention | None = None,
     ) -> None:
         self.task = task_of(model, tokenizer)
         check_one_of("preset", preset, tuple(PRESETS))
@@ -184,6 +190,7 @@ class Explainer:
                 f"method={method!r} keeps the prompt's keys of the base run, which "
                 "mode='min_shift_full' does not allow; take method='exact' or mode='min_shift'."
             )
+        self._check_attention(attention, method)
         if mode == "min_shift_full" and method in GRADIENT_METHODS:
             raise ValueError(
                 f"method={method!r} needs that no token acts on those before it, but with "
@@ -207,6 +214,7 @@ class Explainer:
             gradients=method in GRADIENT_METHODS,
             similarity=threshold,
             rule=rule,
+            attention=attention,
         )
 
     def explain(
@@ -441,8 +449,25 @@ class Explainer:
             Reading(reduction, postprocessing, normalize, contrast_target is not None, quantity),
             layout.left_out + answers.left_out,
             provenance(self, method, engine.record, described(granularity), len(layout.prompt_ids))
+            | self.task.facts(self.settings, method)
             | facts,
         )
+
+    def _check_attention(self, attention: Any, method: str) -> None:
+        """Refuse a choice that the model does not have, or that the method contradicts."""
+        if attention is None:
+            return
+        check_one_of("attention", attention, get_args(Attention))
+        if not self.task.attends:
+            raise ValueError(
+                f"attention={attention!r} chooses between an encoder and cross-attention, which "
+                f"{type(self.task.model).__name__} does not have; leave it out."
+            )
+        if attention == "encoder" and method in ("direct", "hybrid") and not self._default_method:
+            raise ValueError(
+                f"method={method!r} suppresses in cross-attention, which attention='encoder' "
+                "leaves alone; take method='exact', or attention='both' or 'cross'."
+            )
 
     def _quantity(self, score: Any) -> Quantity:
         """What is scored, which the model must have."""

@@ -97,18 +97,18 @@ def encode_prompt(prompt: Any, tokenizer: Any, vocabulary: int, *, closing: bool
             raise ValueError("prompt must not be empty.")
         _require_tokenizer(tokenizer, "a str prompt")
         tokens = _encode_text(prompt, tokenizer, special_tokens=True, closing=closing)
-        _check_vocabulary("prompt", tokens.ids, vocabulary)
+        check_vocabulary("prompt", tokens.ids, vocabulary)
         return tokens
     if is_chat(prompt):
         _require_tokenizer(tokenizer, "chat messages")
         tokens = _encode_chat(prompt, tokenizer)
-        _check_vocabulary("prompt", tokens.ids, vocabulary)
+        check_vocabulary("prompt", tokens.ids, vocabulary)
         return tokens
     if isinstance(prompt, Mapping):
         ids = _ids_of_encoding(prompt)
     else:
         ids = _checked_ids("prompt", prompt)
-    _check_vocabulary("prompt", ids, vocabulary)
+    check_vocabulary("prompt", ids, vocabulary)
     return tokens_of_ids(ids, tokenizer)
 
 
@@ -132,14 +132,14 @@ def encode_target(
     """
     if not isinstance(target, str):
         ids = _checked_ids("target", target)
-        _check_vocabulary("target", ids, vocabulary)
+        check_vocabulary("target", ids, vocabulary)
         return tokens_of_ids(ids, tokenizer, after=prompt)
     if not target:
         raise ValueError("target must not be empty.")
     _require_tokenizer(tokenizer, "a str target")
     text = separator + target
     ids, spans = _continuation(text, prompt, tokenizer)
-    _check_vocabulary("target", ids, vocabulary)
+    check_vocabulary("target", ids, vocabulary)
     return describe(text, ids, spans, tokenizer)
 
 
@@ -363,7 +363,8 @@ def _checked_ids(name: str, value: Any) -> list[int]:
     return value
 
 
-def _check_vocabulary(name: str, ids: Sequence[int], vocabulary: int) -> None:
+def check_vocabulary(name: str, ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse, by a ValueError, ids that the model does not know."""
     for token_id in ids:
         if not 0 <= token_id < vocabulary:
             raise ValueError(

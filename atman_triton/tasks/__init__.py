@@ -7,11 +7,12 @@ from typing import Any
 from .base import Prompt, Task
 from .classifier import ClassifierTask
 from .decoder import DecoderTask
+from .seq2seq import Seq2SeqTask
 
 __all__ = ["Prompt", "Task", "task_of"]
 
 # The last one serves all the others, or says why it cannot.
-_TASKS: tuple[type[Task], ...] = (ClassifierTask, DecoderTask)
+_TASKS: tuple[type[Task], ...] = (ClassifierTask, Seq2SeqTask, DecoderTask)
 
 
 def task_of(model: Any, processor: Any = None) -> Task:

@@ -52,6 +52,9 @@ class Task(ABC):
     classifies: ClassVar[bool] = False
     """Whether targets are classes, by name or index, and ``target_span`` is one of the prompt."""
 
+    attends: ClassVar[bool] = False
+    """Whether there is a choice between an encoder's self-attention and cross-attention to it."""
+
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.processor = processor
@@ -122,3 +125,7 @@ class Task(ABC):
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
         """Share of attention scores that are negative with nothing suppressed; None: not known."""
         return None
+
+    def facts(self, settings: Settings, method: str) -> dict[str, Any]:
+        """More of how the numbers came about, as JSON values."""
+        return {}
