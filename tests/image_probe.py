@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import toy_processors
-from PIL import Image
 from toy_images import seeing
-from toy_processors import encoded
+from toy_processors import encoded, noisy
 
 from atman_triton.images import cross_image_tokens, image_tokens
 
@@ -54,14 +53,6 @@ def embedded(model, inputs):
         model(**inputs)
     hook.remove()
     return found[0].reshape(len(inputs["input_ids"]), -1, found[0].shape[-1])
-
-
-def noisy(size, seed=0):
-    """A picture without flat regions."""
-    width, height = size
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(90, 130, (height, width, 3), dtype=torch.uint8, generator=generator)
-    return Image.fromarray(pixels.numpy())
 
 
 def marked(picture, box):

@@ -14,10 +14,10 @@ import pytest
 import torch
 import toy_processors
 import transformers as tf
-from image_probe import embedded, layout_of, noisy, silenced
+from image_probe import embedded, layout_of, silenced
 from PIL import Image
 from toy_images import seeing
-from toy_processors import SHOWN, encoded
+from toy_processors import SHOWN, encoded, noisy
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from atman_triton.images import cross_image_tokens, image_tokens, readable

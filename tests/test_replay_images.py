@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from toy_images import MODELS
+from toy_images import MODELS, TILED
 
 from atman_triton.engine import Engine, Settings, Unit, undisturbed
 from atman_triton.integration import manipulate
@@ -36,12 +36,12 @@ def units_of(inputs):
     return [Unit((token,)) for token in range(count)] + [Unit((4, 5, count - 1))]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | TILED)
 @pytest.mark.parametrize("mode", ["min_shift", "multiplicative", "log_additive"])
 def test_equals_the_whole_model(name, mode):
-    model, inputs = MODELS[name]()
+    model, inputs = (MODELS | TILED)[name]()
     every = mode == "min_shift"  # what a token's place decides, it decides in every mode
-    units = units_of(inputs)[:: 1 if every else 3]
+    units = units_of(inputs)[:: 1 if every and name in MODELS else 3]
     for targets in (TARGETS[:1], TARGETS) if every else (TARGETS,):
         with undisturbed(model):
             engine = Engine(model, inputs, targets, Settings(0.1, mode))
@@ -61,11 +61,12 @@ def test_equals_the_whole_model(name, mode):
         assert moved.min() > 1000 * ONE_STEP
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | TILED)
 def test_the_image_is_encoded_once(name):
-    model, inputs = MODELS[name]()
+    model, inputs = (MODELS | TILED)[name]()
     encoded = []
-    tower = next(m for n, m in model.named_modules() if n.endswith(("vision_tower", "visual")))
+    towers = ("vision_tower", "visual", "vision_model")
+    tower = next(m for n, m in model.named_modules() if n.endswith(towers))
     tower.register_forward_hook(lambda *_: encoded.append(1))
     with undisturbed(model):
         engine = Engine(model, inputs, TARGETS, Settings(0.1, "min_shift", batch_size=2))
@@ -89,9 +90,9 @@ def test_the_start_moves_back_to_where_earlier_tokens_see_later_ones():
         assert starts[name] == list(range(len(starts[name])))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | TILED)
 def test_pieces_never_cut_through_what_sees_itself(name, monkeypatch):
-    model, inputs = MODELS[name]()
+    model, inputs = (MODELS | TILED)[name]()
     with undisturbed(model):
         expected = Engine(model, inputs, TARGETS, Settings(0.1, "min_shift"))
         monkeypatch.setattr("atman_triton.runner._PIECE", {"cpu": 3})

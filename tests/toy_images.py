@@ -164,8 +164,14 @@ MODELS = {
 
 # --- with the family's real processor, whose vocabulary and sizes the model has -------------------
 
-_SEEING: dict[str, Any] = _TOWER | {"image_size": toy_processors.SHOWN}
 _WIDE: dict[str, Any] = {"max_position_embeddings": 1024}
+
+
+def _tower_of(processor):
+    images = processor.image_processor
+    size = getattr(images, "max_image_size", None) or images.size
+    edges = {edge for edge in dict(size).values() if edge}
+    return _TOWER | {"image_size": edges.pop()}
 
 
 def _text_of(processor):
@@ -174,7 +180,7 @@ def _text_of(processor):
 
 def _llava_config(processor):
     return tf.LlavaConfig(
-        vision_config=tf.CLIPVisionConfig(**_SEEING, projection_dim=16),
+        vision_config=tf.CLIPVisionConfig(**_tower_of(processor), projection_dim=16),
         text_config=tf.LlamaConfig(**_text_of(processor)),
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,
@@ -209,7 +215,7 @@ def _qwen_ids(processor):
 def _gemma3_config(processor):
     ids = processor.tokenizer
     return tf.Gemma3Config(
-        vision_config=_SEEING,
+        vision_config=_tower_of(processor),
         text_config=_text_of(processor) | {"head_dim": 8, "sliding_window": 16},
         mm_tokens_per_image=processor.image_seq_length,
         image_token_index=ids.image_token_id,
@@ -220,7 +226,7 @@ def _gemma3_config(processor):
 
 def _paligemma_config(processor):
     return tf.PaliGemmaConfig(
-        vision_config=_SEEING | {"projection_dim": 32},
+        vision_config=_tower_of(processor) | {"projection_dim": 32},
         text_config=_text_of(processor) | {"head_dim": 8, "model_type": "gemma"},
         image_token_index=processor.image_token_id,
         projection_dim=32,
@@ -230,7 +236,7 @@ def _paligemma_config(processor):
 
 def _llava_next_config(processor):
     return tf.LlavaNextConfig(
-        vision_config=tf.CLIPVisionConfig(**_SEEING, projection_dim=16),
+        vision_config=tf.CLIPVisionConfig(**_tower_of(processor), projection_dim=16),
         text_config=tf.LlamaConfig(**_text_of(processor)),
         image_token_index=processor.image_token_id,
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
@@ -241,7 +247,7 @@ def _llava_next_config(processor):
 def _llava_onevision_config(processor):
     images = processor.image_processor
     return tf.LlavaOnevisionConfig(
-        vision_config=tf.SiglipVisionConfig(**_SEEING | {"image_size": images.size["height"]}),
+        vision_config=tf.SiglipVisionConfig(**_tower_of(processor)),
         text_config=tf.Qwen2Config(**_text_of(processor)),
         image_token_index=processor.image_token_id,
         video_token_index=processor.video_token_id,
@@ -253,7 +259,7 @@ def _llava_onevision_config(processor):
 
 def _idefics3_config(processor, kind: Any = tf.Idefics3Config):
     return kind(
-        vision_config=_SEEING,
+        vision_config=_tower_of(processor),
         text_config=_text_of(processor) | {"model_type": "llama"},
         scale_factor=2,
         image_token_id=processor.image_token_id,
@@ -267,7 +273,7 @@ def _smolvlm_config(processor):
 
 def _internvl_config(processor):
     return tf.InternVLConfig(
-        vision_config=_SEEING,
+        vision_config=_tower_of(processor),
         text_config=_text_of(processor) | {"model_type": "qwen2"},
         image_token_id=processor.image_token_id,
         image_seq_length=processor.image_seq_length,
@@ -276,7 +282,7 @@ def _internvl_config(processor):
 
 
 def _mllama_config(processor):
-    tower = _SEEING | {
+    tower = _tower_of(processor) | {
         "attention_heads": 2,
         "num_global_layers": 1,
         "intermediate_layers_indices": [0],
@@ -318,3 +324,26 @@ def seeing(name, processor=None, **changes):
     for setting, value in changes.items():
         setattr(config, setting, value)
     return _drawn(kind(config)), processor
+
+
+# --- prompts of a few tokens, prepared by their processors ----------------------------------------
+
+
+def _prepared(name, size, **settings):
+    def made():
+        model, processor = seeing(name, toy_processors.PROCESSORS[name](**settings))
+        picture = toy_processors.noisy(size)
+        inputs = dict(toy_processors.encoded(processor, [[picture]], "is a"))
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        return model, inputs
+
+    return made
+
+
+TILED = {
+    "llava-next": _prepared("llava-next", (20, 9), shown=12),
+    "llava-onevision": _prepared("llava-onevision", (14, 27), shown=14, most=1),
+    "idefics3": _prepared("idefics3", (20, 9), shown=16),
+    "smolvlm": _prepared("smolvlm", (20, 9), shown=16),
+    "internvl": _prepared("internvl", (20, 9), shown=16),
+}

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import torch
 import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer
@@ -105,12 +106,12 @@ def paligemma(**settings: Any) -> Any:
     return tf.PaliGemmaProcessor(images, _tokenizer(image_token="<image>"))
 
 
-def llava_next(**settings: Any) -> Any:
+def llava_next(shown: int = SHOWN, **settings: Any) -> Any:
     """LLaVA-NeXT's: an overview, and tiles of the canvas that fits best."""
     defaults = {
-        "size": {"shortest_edge": SHOWN},
-        "crop_size": {"height": SHOWN, "width": SHOWN},
-        "image_grid_pinpoints": [[SHOWN * rows, SHOWN * columns] for rows, columns in CANVASES],
+        "size": {"shortest_edge": shown},
+        "crop_size": {"height": shown, "width": shown},
+        "image_grid_pinpoints": [[shown * rows, shown * columns] for rows, columns in CANVASES],
     }
     return tf.LlavaNextProcessor(
         tf.LlavaNextImageProcessorPil(**defaults | settings),
@@ -121,45 +122,49 @@ def llava_next(**settings: Any) -> Any:
     )
 
 
-def llava_onevision(most: int = 9, **settings: Any) -> Any:
-    """LLaVA-OneVision's: the same; its tower leaves some pixels of each tile unread."""
-    edge = SHOWN + 2
+def llava_onevision(most: int = 9, shown: int = SHOWN + 2, **settings: Any) -> Any:
+    """LLaVA-OneVision's: the same; its tower leaves some pixels of each tile unread.
+
+    Args:
+        most: Tiles' worth of tokens that a picture may have.
+    """
     defaults = {
-        "size": {"height": edge, "width": edge},
-        "image_grid_pinpoints": [[edge * rows, edge * columns] for rows, columns in CANVASES],
+        "size": {"height": shown, "width": shown},
+        "image_grid_pinpoints": [[shown * rows, shown * columns] for rows, columns in CANVASES],
     }
     return tf.LlavaOnevisionProcessor(
         tf.LlavaOnevisionImageProcessorPil(**defaults | settings),
         _tokenizer("<image>", "<video>"),
         BaseVideoProcessor(),
-        num_image_tokens=(edge // PATCH) ** 2,
+        num_image_tokens=(shown // PATCH) ** 2,
         vision_feature_select_strategy="full",
         vision_aspect_ratio=f"anyres_max_{most}",
     )
 
 
-def _idefics_parts(kind: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
-    defaults = {"size": {"longest_edge": 2 * SHOWN}, "max_image_size": {"longest_edge": SHOWN}}
+def _idefics_parts(kind: Any, shown: int, settings: dict[str, Any]) -> tuple[Any, Any]:
+    defaults = {"size": {"longest_edge": 2 * shown}, "max_image_size": {"longest_edge": shown}}
     places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     marks = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>"]
     return kind(**defaults | settings), _tokenizer(*marks, *places, "<video>")
 
 
-def idefics3(**settings: Any) -> Any:
+def idefics3(shown: int = SHOWN, **settings: Any) -> Any:
     """Idefics 3's: stretched to whole tiles, an overview behind them."""
-    parts = _idefics_parts(tf.Idefics3ImageProcessorPil, settings)
-    return tf.Idefics3Processor(*parts, image_seq_len=9)
+    parts = _idefics_parts(tf.Idefics3ImageProcessorPil, shown, settings)
+    return tf.Idefics3Processor(*parts, image_seq_len=(shown // PATCH // 2) ** 2)
 
 
-def smolvlm(**settings: Any) -> Any:
+def smolvlm(shown: int = SHOWN, **settings: Any) -> Any:
     """SmolVLM's: the same."""
     smolvlm: Any = processing_smolvlm
     smolvlm.num2words = str  # for videos alone, but asked for at once
-    parts = _idefics_parts(tf.SmolVLMImageProcessorPil, settings)
-    return tf.SmolVLMProcessor(*parts, BaseVideoProcessor(), image_seq_len=9)
+    parts = _idefics_parts(tf.SmolVLMImageProcessorPil, shown, settings)
+    tokens = (shown // PATCH // 2) ** 2
+    return tf.SmolVLMProcessor(*parts, BaseVideoProcessor(), image_seq_len=tokens)
 
 
-def internvl(**settings: Any) -> Any:
+def internvl(shown: int = SHOWN, **settings: Any) -> Any:
     """InternVL's: stretched to the tiles that distort least, an overview behind them."""
     named = {
         "start_image_token": "<img>",
@@ -167,12 +172,12 @@ def internvl(**settings: Any) -> Any:
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }
-    defaults = {"size": {"height": SHOWN, "width": SHOWN}, "max_patches": 6}
+    defaults = {"size": {"height": shown, "width": shown}, "max_patches": 6}
     return tf.InternVLProcessor(
         tf.GotOcr2ImageProcessorPil(**defaults | settings),
         _tokenizer(**named),
         BaseVideoProcessor(),
-        image_seq_length=9,
+        image_seq_length=(shown // PATCH // 2) ** 2,
     )
 
 
@@ -182,6 +187,14 @@ def mllama(**settings: Any) -> Any:
         tf.MllamaImageProcessorPil(**{"size": {"height": SHOWN, "width": SHOWN}} | settings),
         _tokenizer("<|image|>", "<|python_tag|>"),
     )
+
+
+def noisy(size, seed=0):
+    """A picture without flat regions."""
+    width, height = size
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(90, 130, (height, width, 3), dtype=torch.uint8, generator=generator)
+    return Image.fromarray(pixels.numpy())
 
 
 def encoded(
