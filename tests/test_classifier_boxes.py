@@ -1,6 +1,7 @@
 """Every patch's box is the place on the picture that its embedding is made of: by probe."""
 
 import random
+from typing import Any
 
 import classifier_cases as cases
 import pytest
@@ -39,7 +40,8 @@ def embedded(model, processor, pictures):
     inputs = processor(images=pictures, return_tensors="pt")
     pixels = inputs["pixel_values"].double()
     more = [inputs["spatial_shapes"]] if "spatial_shapes" in inputs else []
-    return entry_of(model)(pixels, *more)
+    entry: Any = entry_of(model)
+    return entry(pixels, *more)
 
 
 def moved(model, processor, picture, areas):
@@ -70,6 +72,7 @@ def test_the_patch_that_stands_there_moves_most(name, size):
     areas = words.areas[1:]
     assert moved(model, processor, picture, areas) == [*range(1, 1 + PATCHES)]
     for area in areas:
+        assert area is not None and area.box is not None
         left, top, width, height = area.box
         assert left >= 0 and top >= 0 and width > 0 and height > 0
         assert left + width <= size[0] + 1e-6 and top + height <= size[1] + 1e-6
