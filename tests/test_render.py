@@ -214,13 +214,11 @@ def test_with_colour_the_strongest_unit_is_coloured():
 
 
 def test_colours_of_the_terminal_are_readable():
-    from atman_triton.render import terminal
-
-    for colour in (terminal.SUPPORT, terminal.OPPOSE):
+    for colour in (palette.SUPPORT, palette.OPPOSE):
         for opacity in range(21):
-            back = palette.mix(terminal.GREY, colour, opacity / 20)
+            back = palette.mix(palette.GREY, colour, opacity / 20)
             assert palette.contrast((0, 0, 0), back) >= 4.5
-    for ink in (terminal.SUPPORT_INK, terminal.OPPOSE_INK):
+    for ink in (palette.SUPPORT_INK, palette.OPPOSE_INK):
         for back in ((0, 0, 0), (255, 255, 255)):
             assert palette.contrast(ink, back) >= 4
 

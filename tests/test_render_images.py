@@ -1,14 +1,19 @@
 """Heat over pictures and sounds: pixel by pixel, and in the terminal."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_pictures import corner, explained, grid, heard, patch
+from pictures import printed
+from rich.cells import cell_len
+from toy_pictures import classified, corner, explained, grid, heard, patch, seen
 
-from atman_triton.render import heat, layout, wording
+from atman_triton.explanation import load
+from atman_triton.pictures import Sound
+from atman_triton.render import blocks, heat, layout, wording
 from atman_triton.render.palette import LIGHT
 
 NAN = float("nan")
@@ -173,3 +178,149 @@ def test_infinite_values_are_as_strong_as_can_be():
     strength = layout.strengths([math.inf, 1.0])
     units = [patch(0, (0, 0, 1, 1)), patch(0, (1, 0, 1, 1))]
     assert hot(units, strength, (2, 1)).tolist() == [[1.0, 1.0]]
+
+
+# The terminal.
+
+
+def frames(text):
+    """The rows within frames that stand side by side, without their edges."""
+    rows = [line for line in text.splitlines() if line.startswith("│")]
+    return [[part for part in re.split(r"│ *│?", row)[1:] if part] for row in rows]
+
+
+def cells(text):
+    """``[rows, columns, 2, 3]``: the colours of half blocks."""
+    block = r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m▀\x1b\[0m"
+    rows = [re.findall(block, line) for line in text.splitlines() if "▀" in line]
+    return np.array(rows, dtype=int).reshape(len(rows), -1, 2, 3)
+
+
+def test_without_colour_a_picture_is_characters():
+    text = printed(corner(), width=42)
+    rows = text.splitlines()[2:14]
+    assert rows[0] == "┌" + "─" * 40 + "┐"
+    assert rows[1:6] == ["│" + "@" * 10 + " " * 30 + "│"] * 5
+    assert rows[6:11] == ["│" + " " * 30 + "o" * 10 + "│"] * 5
+    assert rows[11] == "└" + "─" * 40 + "┘"
+    assert "pictures: ' .:-=+*#%@' from 0 to the strongest, o opposes" in " ".join(text.split())
+
+
+def test_characters_rise_with_the_strength():
+    values = [k / 9 for k in range(10)]
+    text = printed(explained(grid((20, 2), 10, 1), [values], sizes=((20, 2),)), width=22)
+    assert "│  ..::--==++**##%%@@│" in text.splitlines()
+
+
+def test_in_colour_two_pixels_stand_in_a_cell():
+    shown = cells(printed(corner(), width=40, colour="truecolor"))
+    assert shown.shape == (10, 40, 2, 3)  # twice as wide as tall, in square pixels
+    warm = shown[..., 0] - shown[..., 2]
+    assert (warm[:5, :10] > 100).all()
+    assert (warm[5:, 30:] < -30).all()
+    assert not warm[5:, :30].any()
+    assert not warm[:5, 10:].any()
+    units = [patch(0, (0, 0, 4, 1)), patch(0, (0, 1, 4, 1))]
+    halves = cells(
+        printed(explained(units, [[1.0, -1.0]], sizes=((4, 2),)), width=20, colour="truecolor")
+    )
+    warm = halves[..., 0] - halves[..., 2]
+    assert halves.shape == (5, 20, 2, 3)
+    assert (warm[:2] > 100).all()
+    assert (warm[2, :, 0] > 100).all()
+    assert (warm[2, :, 1] < -30).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((40, 20), (12, 48)), ((20, 40), (24, 24)), ((500, 3), (1, 48))]
+)
+def test_a_block_picture_is_small_and_keeps_its_shape(size, expected):
+    shown = cells(printed(corner(size, 2, 1), width=120, colour="truecolor"))
+    assert shown.shape[:2] == expected
+
+
+def test_several_targets_stand_side_by_side_where_there_is_room():
+    wide, narrow = printed(seen(), width=64), printed(seen(), width=30)
+    assert re.search(r"\n\ncat   60\.7% +dog   36\.8%\n┌─+┐  ┌─+┐\n", wide)
+    assert {len(row) for row in frames(wide)} == {2}
+    assert {len(row) for row in frames(narrow)} == {1}
+    assert re.search(r"\ncat   60\.7%\n┌─+┐\n(.|\n)*\ndog   36\.8%\n┌", narrow)
+    left, right = frames(wide)[0]
+    assert left.startswith("@")
+    assert right.rstrip().endswith("@")
+    assert "branch   p         target, the likeliest first" in wide
+
+
+def test_one_of_several_targets_has_one_picture(capsys):
+    seen().show(branch=1, width=64)
+    assert {len(row) for row in frames(capsys.readouterr().out)} == {1}
+
+
+def test_several_pictures_are_named_and_so_are_their_patches():
+    units = [patch(0, (0, 0, 20, 20)), patch(1, (0, 10, 10, 20))]
+    text = printed(explained(units, [[1.0, 0.5]], sizes=((40, 20), (10, 30))), width=80)
+    assert re.search(r"\nimage 1 +image 2\n┌", text)
+    assert "[image 2] patch at 0,10" in text
+    assert "Not in the text" not in text
+
+
+@pytest.mark.parametrize("width", [20, 33, 80])
+@pytest.mark.parametrize("colour", [None, "truecolor"])
+@pytest.mark.parametrize("what", [seen, heard, corner, classified])
+def test_the_width_is_kept(what, colour, width):
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed(what(), width=width, colour=colour))
+    assert max(cell_len(line.rstrip()) for line in plain.splitlines()) <= width
+
+
+def test_a_sound_is_a_strip_over_time():
+    rows = printed(heard(), width=40).splitlines()
+    assert rows[2] == "".join(10 * block for block in "▁█▅▁")
+    assert rows[3] == "o" * 10 + " " * 10 + "@" * 10
+    assert rows[4] == "0         0.5       1         1.5 s"
+    text = printed(heard(), width=40, colour="truecolor")
+    strip = text.splitlines()[2]
+    assert strip.count("48;2;255;142;20m") == 10
+    assert strip.index("48;2;109;160;224m") < strip.index("48;2;255;142;20m")
+    peak = Sound.of([0.0] * 150 + [1.0] + [0.0] * 249, 200)  # shorter than a column
+    assert printed(heard(sound=peak), width=40).splitlines()[2].index("█") == 15
+    assert "sound: ' .:-=+*#%@'" in printed(heard())
+    assert "1.00–1.50 s" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "columns", "expected"),
+    [
+        (2.0, 40, "0         0.5       1         1.5 s"),
+        (30.0, 72, "0           5           10          15          20          25 s"),
+        (0.02, 20, "0         0.01 s"),
+        (3600.0, 20, "0          2000 s"),
+    ],
+)
+def test_marks_of_time_stand_where_it_is(seconds, columns, expected):
+    assert blocks._times(seconds, columns) == expected
+
+
+def test_saved_pictures_are_printed_alike(tmp_path):
+    for explanation in (seen(), heard()):
+        explanation.save(tmp_path / "e.json")
+        for colour in (None, "truecolor"):
+            again = printed(load(tmp_path / "e.json"), colour=colour)
+            assert again == printed(explanation, colour=colour)
+
+
+def test_classes_and_outputs_are_told_apart_in_the_terminal():
+    text = printed(classified())
+    assert text.startswith("Classes: 2 ")
+    assert "branch   p         class, the likeliest first" in text
+    assert "POSITIVE\n" not in text.split("branch")[0]
+    assert text.rstrip().endswith("toy · 4 units · 2 classes")
+    text = printed(classified("logit"))
+    assert "branch   logit     class, the highest first\n     0   -0.5      POSITIVE" in text
+    assert "relevance, logits" in text
+    text = printed(classified("output", ("stars",)))
+    assert text.startswith("Output: stars   output = -0.5\n\na ⟦great⟧ film, ⟪slow⟫\n")
+    assert "⟦raises⟧ ⟪lowers⟫ the output" in text
+    text = printed(classified(answers=("POSITIVE",)))
+    assert text.startswith("Class: POSITIVE   p = 0.607\n")
+    for other in ("logit", "output"):
+        assert not re.search(r"nats|p =|probab", printed(classified(other, ("x",))))

@@ -85,8 +85,8 @@ def heard(**changes):
         span = (start, start + 0.5)
         name = f"{start:.2f}–{start + 0.5:.2f} s"
         units.append(Unit(name, (0,), None, None, "prompt", level="frame", seconds=span))
-    sound = Sound.of([0.0, 1.0, 0.5, 0.0] * 100, 200)
-    return explained(units, [[-1.0, 0.0, 2.0, 0.0]], sizes=(), sound=sound, **changes)
+    fields = {"sound": Sound.of([0.0, 1.0, 0.5, 0.0], 2)} | changes
+    return explained(units, [[-1.0, 0.0, 2.0, 0.0]], sizes=(), **fields)
 
 
 def classified(quantity="logprob", answers=("POSITIVE", "NEGATIVE"), **changes):

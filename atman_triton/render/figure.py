@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import gallery, layout, wording
 from .palette import LIGHT, WHITE, hexadecimal, mix
+from .shown import chosen, remark
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -92,7 +93,7 @@ def plot(
     with_matrix = 1 < len(names) <= MATRIX_TARGETS and table.shape[1] <= MATRIX_UNITS
     with_matrix = with_matrix and not explanation.pictures
     title = _title(explanation, target, part)
-    shown = gallery.chosen(explanation, values, title.name) if explanation.pictures else []
+    shown = chosen(explanation, values, title.name)
     panels, seen = gallery.arranged(explanation, shown, WIDTH - 2 * MARGIN)
     named = {each.branch for each in shown}
     listed = [] if with_matrix else _likeliest(explanation, named)
@@ -108,8 +109,8 @@ def plot(
     more += [line] if (line := wording.completeness(explanation)) else []
     if explanation.normalize:
         more.append(f"Values are {wording.SCALED}.")
-    if sum(each.values is not None for each in shown) > 1:
-        more.append(gallery.remark(explanation))
+    if len(shown) > 1:
+        more.append(remark(explanation))
     head, foot = 0.7 if elsewhere else 0.8, 0.63 + 0.17 * len(more)
     # A matrix has its title above and its labels below.
     below = matrix + 1.4 if with_matrix else 0.4 + 0.22 * len(listed) if listed else 0.0

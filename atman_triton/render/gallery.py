@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from . import heat, layout, wording
 from .palette import LIGHT, WHITE, hexadecimal, mix
+from .shown import Shown
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 Box = Callable[[float, float, float, float], Axes]
 """Makes axes of left, top, width and height."""
 
-PANELS = 7  # targets whose pictures are drawn
 DOTS = 200  # of a picture an inch
 _COLUMNS = 4
 _TALL = 3.1
@@ -36,26 +36,11 @@ _SOUND = 0.9
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What is drawn over pictures.
-
-    Args:
-        title: What it is.
-        values: Of each unit; None for the pictures as they are.
-        branch: Of several targets, which one.
-    """
-
-    title: str
-    values: list[float] | None
-    branch: int | None = None
-
-
-@dataclass(frozen=True)
 class Panel:
     """One picture of the gallery.
 
     Args:
-        shown: What is drawn over it.
+        shown: What is drawn over it; None for the picture as it is.
         image: Which picture.
         title: What stands above it.
         left: Where it starts.
@@ -65,7 +50,7 @@ class Panel:
         scaled: Whether a colour bar stands below it.
     """
 
-    shown: Shown
+    shown: Shown | None
     image: int
     title: str
     left: float
@@ -73,39 +58,6 @@ class Panel:
     width: float
     height: float
     scaled: bool
-
-
-def chosen(explanation: Explanation, values: list[float], title: str) -> list[Shown]:
-    """The pictures as they are, then one target's colours, or each one's of several.
-
-    Args:
-        values: What is in sight of a single target.
-        title: Of it.
-    """
-    e, plain = explanation, Shown("", None)
-    if e.contrast:
-        title = " rather than ".join(map(wording.name_of, e.answers))
-    if e.contrast or not layout.several(e):
-        return [plain, Shown(title, values)]
-    logprobs = e.answer_logprobs.tolist()
-    likely = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])[:PANELS]
-    found = [Shown(_name(e, k), e.values(branch=k).tolist(), k) for k in sorted(likely)]
-    return [plain, *found]
-
-
-def remark(explanation: Explanation) -> str:
-    """How the pictures of several targets are coloured."""
-    noun = wording.noun(explanation)
-    return (
-        f"Each picture has its own colour scale, that of its {noun.one}; text and bars show the "
-        f"mean over {noun.many}."
-    )
-
-
-def _name(explanation: Explanation, branch: int) -> str:
-    base = float(explanation.answer_logprobs[branch])
-    name = wording.name_of(explanation.answers[branch])
-    return f"{name}   {wording.base_brief(explanation, base)}"
 
 
 def arranged(
@@ -118,12 +70,13 @@ def arranged(
     count = len(explanation.pictures)
     if not shown:
         return [], 0.0
-    columns = min(_COLUMNS, count if count > 1 else len(shown))
+    layers = [None, *shown]
+    columns = min(_COLUMNS, count if count > 1 else len(layers))
     cell = min(_WIDE, (width - _GAP * (columns - 1)) / columns)
-    items = [(each, image) for each in shown for image in range(count)]
+    items = [(each, image) for each in layers for image in range(count)]
     per_row = [items[k : k + columns] for k in range(0, len(items), columns)]
     if count > 1:
-        own = [[(each, image) for image in range(count)] for each in shown]
+        own = [[(each, image) for image in range(count)] for each in layers]
         per_row = [row[k : k + columns] for row in own for k in range(0, count, columns)]
     panels: list[Panel] = []
     top = 0.0
@@ -133,7 +86,7 @@ def arranged(
             shape = explanation.pictures[image]
             size = min(cell / shape.width, (_TALL if count == 1 else _LOW) / shape.height)
             wide, tall = shape.width * size, shape.height * size
-            bar = each.values is not None and image == 0
+            bar = each is not None and image == 0
             title = _title(explanation, each, image)
             panels.append(Panel(each, image, title, left, top + _TITLE, wide, tall, bar))
             tallest, scaled = max(tallest, tall), scaled or bar
@@ -142,8 +95,8 @@ def arranged(
     return panels, top
 
 
-def _title(explanation: Explanation, shown: Shown, image: int) -> str:
-    if shown.values is None:
+def _title(explanation: Explanation, shown: Shown | None, image: int) -> str:
+    if shown is None:
         return wording.image_name(explanation, image)
     return shown.title if image == 0 else ""
 
@@ -167,7 +120,7 @@ def draw(
         axes = box(panel.left, panel.top, panel.width, panel.height)
         size = heat.fitted(picture, panel.width * DOTS, panel.height * DOTS)
         image = picture.image
-        if panel.shown.values is None:
+        if panel.shown is None:
             pixels = np.asarray(heat.resized(image, size))
         else:
             strength = layout.strengths(panel.shown.values)
@@ -177,8 +130,8 @@ def draw(
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set(color=hexadecimal(LIGHT.line), linewidth=0.8)
-        write(axes, panel.title, panel.shown.values is not None)
-        if panel.scaled and panel.shown.values is not None:
+        write(axes, panel.title, panel.shown is not None)
+        if panel.scaled and panel.shown is not None:
             bar = box(panel.left, panel.top + panel.height + 0.09, panel.width, 0.09)
             _draw_scale(bar, explanation, panel.shown.values)
 

@@ -9,7 +9,8 @@ from rich.live import Live
 from rich.text import Text
 
 from . import layout
-from .terminal import FAINT, NOTABLE, coloured_line, plain_line
+from .blocks import NOTABLE
+from .terminal import FAINT, coloured_line, plain_line
 
 if TYPE_CHECKING:
     from types import TracebackType

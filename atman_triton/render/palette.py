@@ -78,6 +78,14 @@ DARK = Theme(
 )
 
 
+# Of a terminal: middle tones stand out equally from dark and light ones; black on them reads well.
+GREY: Colour = (150, 150, 150)
+SUPPORT: Colour = (255, 142, 20)
+OPPOSE: Colour = (92, 164, 255)
+SUPPORT_INK: Colour = (184, 98, 0)
+OPPOSE_INK: Colour = (36, 116, 224)
+
+
 def mix(back: Colour, front: Colour, opacity: float) -> Colour:
     """``front`` laid over ``back`` with an opacity of 0 to 1."""
     red, green, blue = (round(b + (f - b) * opacity) for b, f in zip(back, front, strict=True))

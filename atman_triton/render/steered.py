@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from . import layout
-from .terminal import FAINT, OPPOSE_INK, SUPPORT_INK
+from .palette import OPPOSE_INK, SUPPORT_INK
+from .terminal import FAINT
 
 if TYPE_CHECKING:
     from ..steered import Steered

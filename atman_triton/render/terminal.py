@@ -11,21 +11,14 @@ from rich.style import Style
 from rich.text import Text
 
 from . import layout, wording
-from .palette import Colour, hexadecimal, mix
+from .blocks import AGAINST, NOTABLE, RAMP, WEAK, highlight, pictures, sound
+from .palette import OPPOSE, OPPOSE_INK, SUPPORT, SUPPORT_INK, hexadecimal
+from .shown import chosen
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
 
-# Middle tones stand out equally from a dark and a light terminal; black on them reads well.
-GREY: Colour = (150, 150, 150)
-SUPPORT: Colour = (255, 142, 20)
-OPPOSE: Colour = (92, 164, 255)
-SUPPORT_INK: Colour = (184, 98, 0)
-OPPOSE_INK: Colour = (36, 116, 224)
-
 FAINT = Style(dim=True)
-WEAK = 0.08  # of the strongest: below it a unit is left uncoloured
-NOTABLE = 0.35  # of the strongest: what is bracketed without colour and never elided
 MAX_LINES = 60
 MIN_WIDTH = 20
 BAR = 14
@@ -52,6 +45,8 @@ def show(
 ) -> None:
     """Print the explanation; of several targets what the prompt does for all of them.
 
+    Pictures are drawn once for each target, each on a scale of its own.
+
     Args:
         explanation: What to show.
         top_k: How many supporters to list; None for up to 10 that tell something.
@@ -72,9 +67,10 @@ def show(
     console.print(_heading(explanation, target, part), width=width, overflow="fold")
     console.print()
     # These lines are laid out: rich must neither wrap again nor crop what it believes too wide.
-    for line in _heat_map(explanation, values, width, coloured):
+    seen = pictures(explanation, chosen(explanation, values, ""), width, coloured)
+    heard = sound(explanation, values, width, coloured) if explanation.sound else []
+    for line in [*seen, *heard, *_heat_map(explanation, values, width, coloured)]:
         console.print(line, soft_wrap=True)
-    console.print()
     tables = [*_list(explanation, values, top_k, width, target), *_targets(explanation, width)]
     if target is None and part is None:
         tables += _parts(explanation, width)
@@ -88,21 +84,22 @@ def show(
 def _heading(explanation: Explanation, target: int | None, part: int | None) -> Text:
     e, heading = explanation, Text()
     if layout.several(e) and not e.contrast:
-        heading.append("Targets: ", FAINT)
+        heading.append(f"{wording.noun(e).many.capitalize()}: ", FAINT)
         heading.append(str(len(e.target_stops)), "bold")
         heading.append("   the numbers are their mean; branch=k shows one", FAINT)
         return heading
-    names = ["Why", "Rather than"] if e.contrast else ["Answer"]
+    names = ["Why", "Rather than"] if e.contrast else [wording.noun(e).whole.capitalize()]
     rows = list(zip(names, e.answers, e.answer_logprobs.tolist(), strict=True))
     if target is not None:
-        chosen = e.targets[target]
-        rows.append((f"Target token {target}", chosen.text, float(e.base_logprobs[target])))
+        scored = e.targets[target]
+        name = f"{wording.noun(e).row.capitalize()} {target}"
+        rows.append((name, scored.text, float(e.base_logprobs[target])))
     if part is not None:
         rows.append((f"Part {part}", e.parts[part].text, float(e.part_logprobs[part])))
-    for index, (label, text, logprob) in enumerate(rows):
+    for index, (label, text, value) in enumerate(rows):
         heading.append("\n" * (index > 0) + f"{label}: ", FAINT)
         heading.append(layout.visible(text), "bold")
-        heading.append(f"   p = {math.exp(logprob):.3g}", FAINT)
+        heading.append(f"   {wording.base(e, value)}", FAINT)
     return heading
 
 
@@ -118,7 +115,7 @@ def _heat_map(
         line = Text(row[0].text, FAINT) if remark else draw(row, explanation.prompt_stop)
         line.truncate(width) if remark else None
         found.append(line)
-    return found
+    return [*found, Text()] if any(line.plain.strip() for line in found) else []
 
 
 def coloured_line(row: list[layout.Run], prompt_stop: int) -> Text:
@@ -166,8 +163,7 @@ def _style(strength: float) -> Style:
         return Style()
     if abs(strength) < NOTABLE:
         return Style(underline=True, color=hexadecimal(SUPPORT_INK if supports else OPPOSE_INK))
-    colour = mix(GREY, SUPPORT if supports else OPPOSE, abs(strength) ** 0.5)
-    return Style(color="#000000", bgcolor=hexadecimal(colour))
+    return highlight(strength)
 
 
 def _list(
@@ -190,7 +186,8 @@ def _list(
     ]
     wide = max(map(len, numbers), default=0)
     room = max(0, min(BAR, width - wide - 24))
-    head = f"{name}, {measure.unit}"[: room + wide + 1]
+    head = f"{name}, {measure.unit}"
+    head = (head if len(head) <= room + wide + 1 else name)[: room + wide + 1]
     rows = [Text(f"rank  {head:<{room + wide + 1}}  unit in its context", FAINT)]
     rank = {unit: place for place, unit in enumerate(ranking, start=1)}
     for unit, number in zip(chosen + against[::-1], numbers, strict=True):
@@ -219,15 +216,17 @@ def _list(
 
 
 def _targets(explanation: Explanation, width: int) -> list[Text]:
-    """Several targets with their probability when nothing is suppressed, the likeliest first."""
+    """Several targets with what the model gives when nothing is suppressed, the largest first."""
     if not layout.several(explanation) or explanation.contrast:
         return []
     logprobs = explanation.answer_logprobs.tolist()
     order = sorted(range(len(logprobs)), key=lambda branch: -logprobs[branch])
     answers = explanation.answers
-    rows = [Text(), Text("branch   p         target, the likeliest first", FAINT)]
+    name, what = wording.base_name(explanation), wording.noun(explanation).one
+    most = "likeliest" if explanation.quantity == "logprob" else "highest"
+    rows = [Text(), Text(f"branch   {name:<8}  {what}, the {most} first", FAINT)]
     for branch in order[:TARGETS]:
-        row = Text(f"{branch:>6}   {math.exp(logprobs[branch]):<8.3g}  ")
+        row = Text(f"{branch:>6}   {wording.base_number(explanation, logprobs[branch]):<8}  ")
         row.append(layout.visible(answers[branch]), "bold")
         rows.append(row)
     if len(order) > TARGETS:
@@ -244,7 +243,7 @@ def _parts(explanation: Explanation, width: int) -> list[Text]:
     logprobs = explanation.part_logprobs.tolist()
     rows = [Text(), Text("part   p         part of the target ← what supports it most", FAINT)]
     for index, part in list(enumerate(explanation.parts))[:TARGETS]:
-        row = Text(f"{index:>4}   {math.exp(logprobs[index]):<8.3g}  ")
+        row = Text(f"{index:>4}   {wording.base_number(explanation, logprobs[index]):<8}  ")
         row.append(layout.visible(part.text), "bold")
         values = layout.in_sight(explanation, part=index)
         best = layout.ranking(values)[:1]
@@ -278,7 +277,7 @@ def _coarser(
         rows += [Text(), Text(head, FAINT)]
         for unit in ranking[:COARSE]:
             row = Text(f"{measure.number(values[unit], digits):>10}  ")
-            row.append(layout.visible(coarse.units[unit].text))
+            row.append(layout.name(coarse.units[unit]))
             rows.append(row)
     for row in rows:
         row.truncate(width, overflow="ellipsis")
@@ -298,6 +297,10 @@ def _notes(explanation: Explanation, coloured: bool) -> list[Text]:
         against, end = OPPOSE_MARK
         low = f" {against}{measure.low}{end}" if measure.signed else ""
         key.append(f"{opening}{measure.high}{closing}{low}{measure.object}", FAINT)
+        if explanation.pictures or explanation.sound:
+            where = "pictures" if explanation.pictures else "sound"
+            key.append(f" · {where}: {RAMP!r} from 0 to the strongest", FAINT)
+            key.append(f", {AGAINST} {measure.low}" * measure.signed, FAINT)
     if explanation.normalize:
         key.append(f" · {wording.SCALED}", FAINT)
     if layout.several(explanation):
