@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -92,6 +92,8 @@ def generated_answer(
     max_new_tokens: int | None,
     generation_kwargs: dict[str, Any],
     target_span: str | Span | None = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
 ) -> Answers:
     """The model's own continuation, without its end-of-text token.
 
@@ -102,6 +104,7 @@ def generated_answer(
         max_new_tokens: The most tokens; None is 32, or what the context window has room for.
         generation_kwargs: Passed on to ``model.generate``.
         target_span: The only passage of it that is scored (see ``limited``).
+        inputs: What the model's forward takes for the prompt; None is its ids.
     Raises:
         RunFailed: if it ends at once.
         ValueError: if it might not fit into the context window, is not one, or the passage is not
@@ -111,7 +114,7 @@ def generated_answer(
         max_new_tokens = default_new_tokens(model, len(words))
     check_length(model, len(words), max_new_tokens, "max_new_tokens")
     arguments = {"max_new_tokens": max_new_tokens} | generation_kwargs
-    answer, end = _generate(model, tokenizer, words, arguments)
+    answer, end = _generate(model, tokenizer, words, inputs or {}, arguments)
     given = {name: plain(value) for name, value in arguments.items()}
     facts = {"target": "generated", "generation": given}
     if target_span is None:
@@ -171,9 +174,15 @@ def contrasted(answers: Answers, other: Answers) -> Answers:
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompt: Tokens, arguments: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    prompt: Tokens,
+    inputs: Mapping[str, Any],
+    arguments: dict[str, Any],
 ) -> tuple[Tokens, list[LeftOut]]:
     ids = torch.tensor(prompt.ids, device=model.device)[None]
+    given = {**inputs, "input_ids": ids}
+    given.setdefault("attention_mask", torch.ones_like(ids))
     config = arguments.get("generation_config") or model.generation_config
     ends = end_tokens(tokenizer, config, arguments)
     defaults: dict[str, Any] = {}
@@ -181,9 +190,7 @@ def _generate(
         defaults = {"do_sample": False, "num_beams": 1}
     if config.pad_token_id is None and ends:
         defaults["pad_token_id"] = min(ends)  # there is nothing to pad; spares a warning
-    output = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), **(defaults | arguments)
-    )
+    output = model.generate(**given, **(defaults | arguments))
     sequences = output if isinstance(output, Tensor) else output.sequences
     if len(sequences) != 1:
         raise ValueError(

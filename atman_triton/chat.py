@@ -31,14 +31,17 @@ def is_chat(prompt: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
-def render_chat(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
+def render_chat(
+    messages: Messages, tokenizer: Any, *, images: bool = False
+) -> tuple[str, list[Span]]:
     """Messages through the tokenizer's template, the opening of the answer behind them.
 
     Args:
         messages: ``[{"role": ..., "content": ...}, ...]``; a content is a str or a list of text
             parts ``{"type": "text", "text": ...}``.
-        tokenizer: A transformers tokenizer with a chat template.
-    Returns: the rendered text and the span of each content in it.
+        tokenizer: A transformers tokenizer or processor with a chat template.
+        images: Whether there may be pictures among the parts.
+    Returns: the rendered text and the span of each content of text in it.
     Raises:
         TypeError, ValueError: if a message is malformed or holds anything but text, or the
             tokenizer has no template, or the template refuses or rewrites the messages.
@@ -48,16 +51,30 @@ def render_chat(messages: Messages, tokenizer: Any) -> tuple[str, list[Span]]:
             f"{type(tokenizer).__name__} has no chat template; set tokenizer.chat_template or "
             "pass the prompt as a str."
         )
-    contents = contents_of(messages)
-    if not any(contents):
+    contents = contents_of(messages, images=images)
+    if not any(contents) and not any(is_image(p) for each in messages for p in parts_of(each)):
         raise ValueError("prompt must not be empty: no message has any content.")
     rendered = _render(messages, tokenizer)
     return rendered, _content_spans(messages, contents, rendered, tokenizer)
 
 
-def contents_of(messages: Messages) -> list[str]:
+def is_image(part: Any) -> bool:
+    """Whether a part of a message's content is a picture, under any of the names that are used."""
+    return isinstance(part, Mapping) and part.get("type") in ("image", "image_url")
+
+
+def parts_of(message: Mapping[str, Any]) -> list[Any]:
+    """The parts of a message's content; a str is one."""
+    content = message["content"]
+    return [content] if isinstance(content, str) else list(content)
+
+
+def contents_of(messages: Messages, *, images: bool = False) -> list[str]:
     """The text of every message, part by part.
 
+    Args:
+        messages: As in ``render_chat``.
+        images: Pass over pictures instead of refusing them.
     Raises: TypeError, ValueError: if a message is malformed or holds anything but text.
     """
     contents = []
@@ -71,6 +88,8 @@ def contents_of(messages: Messages) -> list[str]:
         if not isinstance(parts, (list, tuple)):
             raise TypeError(f"prompt[{index}]['content'] must be a str, got {content!r}.")
         for part in parts:
+            if images and is_image(part):
+                continue
             text = part.get("text") if isinstance(part, Mapping) else part
             if not isinstance(text, str):
                 raise ValueError(f"prompt[{index}] holds something that is not text: {part!r}.")
@@ -79,11 +98,12 @@ def contents_of(messages: Messages) -> list[str]:
 
 
 def message_numbers(messages: Messages) -> list[int]:
-    """Of every part of every content, which message it belongs to."""
+    """Of every text of ``contents_of``, which message it belongs to."""
     return [
         index
         for index, message in enumerate(messages)
-        for _ in ([0] if isinstance(message["content"], str) else message["content"])
+        for part in parts_of(message)
+        if not is_image(part)
     ]
 
 
@@ -95,12 +115,16 @@ def replaced(messages: Messages, texts: Iterator[str]) -> list[dict[str, Any]]:
         if isinstance(content, str):
             new: Any = next(texts)
         else:
-            new = [
-                {**part, "text": next(texts)} if isinstance(part, Mapping) else next(texts)
-                for part in content
-            ]
+            new = [_with_text(part, texts) for part in content]
         others.append({**message, "content": new})
     return others
+
+
+def _with_text(part: Any, texts: Iterator[str]) -> Any:
+    """A part of a content with the next text, or a picture as it is."""
+    if is_image(part):
+        return part
+    return {**part, "text": next(texts)} if isinstance(part, Mapping) else next(texts)
 
 
 def _render(messages: Messages, tokenizer: Any) -> str:

@@ -108,7 +108,7 @@ def filled(prompt: Any, documents: Sequence[Given]) -> Filled:
     """
     if not documents or not (isinstance(prompt, str) or is_chat(prompt)):
         return Filled(prompt)
-    texts = [prompt] if isinstance(prompt, str) else contents_of(prompt)
+    texts = [prompt] if isinstance(prompt, str) else contents_of(prompt, images=True)
     places = sum(text.count(PLACEHOLDER) for text in texts)
     if places > 1:
         raise ValueError(f"prompt must hold {PLACEHOLDER} once, got {places} times.")

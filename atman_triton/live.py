@@ -195,8 +195,9 @@ class LiveExplanation(Iterator[LiveToken]):
     def _negative_share(self, ids: list[int]) -> float:
         settings = self._explainer.settings
         model = self._explainer.model
+        inputs = {"input_ids": torch.tensor([ids])}
         with undisturbed(model):
-            return negative_share(model, ids, settings.layers, settings.heads, settings.backend)
+            return negative_share(model, inputs, settings.layers, settings.heads, settings.backend)
 
 
 def generate_explained(

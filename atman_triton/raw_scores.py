@@ -5,7 +5,8 @@ Legend: Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _ROWS_PER_BLOCK = 128
 
 def negative_share(
     model: nn.Module,
-    input_ids: Sequence[int],
+    inputs: Mapping[str, Any],
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     backend: str = "auto",
@@ -29,7 +30,7 @@ def negative_share(
 
     Args:
         model: A causal language model, in evaluation mode.
-        input_ids: Tokens of one sequence.
+        inputs: What its forward takes for one sequence, ``input_ids`` ``[1, Tq]`` among them.
         layers: Count in these layers only; None is all.
         heads: Count in these query heads only; None is all.
         backend: What computes attention meanwhile.
@@ -43,13 +44,14 @@ def negative_share(
         negative, visible = negative + below, visible + seen
 
     device = next(model.parameters()).device
-    ids = torch.tensor(input_ids, device=device)[None]
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     few = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    with manipulate(model, torch.ones(1, len(input_ids)), layers=layers, backend=backend):
+    plain = torch.ones(moved["input_ids"].shape)
+    with manipulate(model, plain, layers=layers, backend=backend):
         manipulation = find_stack(model)[1].current.manipulation
         assert manipulation is not None  # manipulate has just put it there
         manipulation.observe = count
-        model(input_ids=ids, use_cache=False, **few)
+        model(**moved, use_cache=False, **few)
     return negative / visible
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .branches import Branches
 from .capabilities import keeps_logits, text_config
+from .inputs import continued, filled_up
 from .integration import run_as_atman
 from .layers import KEYWORD
 from .masks import AttentionMask, cut_mask
@@ -28,9 +29,6 @@ from .prefix import PrefixCache
 from .stacks import UnsupportedModelError, find_stack
 
 _TEXT = frozenset({"input_ids", "attention_mask", "position_ids"})
-_TOKEN_TYPES = frozenset({"token_type_ids", "mm_token_type_ids"})  # 0 is text, 1 an image
-# `model_type` of models whose token types tell the prompt, which sees all of itself, from the rest.
-_ANSWER_IS_1 = frozenset({"paligemma"})
 
 
 class _Caught(BaseException):
@@ -69,7 +67,7 @@ class Replay:
         padding = inputs.get("attention_mask")
         if padding is None and not branches.linear:
             padding = torch.ones_like(ids)  # else positions that start anew mean other sequences
-        self._padding = _continued(padding, len(branches.read_ids), 1)
+        self._padding = filled_up(padding, len(branches.read_ids), 1)
         self._positions = self._positions_of(inputs)
         self._prepared = None if set(inputs) <= _TEXT else self._prepare(inputs)
 
@@ -171,18 +169,7 @@ class Replay:
 
     def _prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What the text stack gets for all columns."""
-        more = self.branches.longest[:-1]
-        linear = dict(inputs)
-        ids = inputs["input_ids"]
-        linear["input_ids"] = torch.cat([ids, ids.new_tensor(more)[None]], 1)
-        for name in inputs:
-            if name == "attention_mask" or name in _TOKEN_TYPES:
-                text = 1 if name == "attention_mask" or self._kind in _ANSWER_IS_1 else 0
-                linear[name] = _continued(inputs[name], len(more), text)
-        if inputs.get("position_ids") is not None:
-            given = inputs["position_ids"]
-            steps = torch.arange(1, len(more) + 1, device=given.device, dtype=given.dtype)
-            linear["position_ids"] = torch.cat([given, given[..., -1:] + steps], -1)
+        linear = continued(inputs, self.branches.longest[:-1], self._kind)
         stack, _ = find_stack(self.model)
 
         def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,7 +201,7 @@ class Replay:
             self._positions = positions[..., places]
         visual = found.get("visual_pos_masks")
         if visual is not None:
-            found["visual_pos_masks"] = _continued(visual, self.length - visual.shape[1], False)
+            found["visual_pos_masks"] = filled_up(visual, self.length - visual.shape[1], False)
         if self.branches.linear:
             return found
         prompt = found["inputs_embeds"][:, : self.branches.prompt_tokens]
@@ -252,7 +239,7 @@ class Replay:
     def _cut_one(self, name: str, value: Any, start: int, stop: int, rows: int) -> Any:
         if isinstance(value, AttentionMask):
             missing = self.length - (0 if value.padding is None else value.padding.shape[1])
-            value = value._replace(padding=_continued(value.padding, missing, True))
+            value = value._replace(padding=filled_up(value.padding, missing, True))
             if self.branches.linear:
                 return cut_mask(value, start, stop, stop)
             # by positions, which the tree mask asks for
@@ -265,7 +252,7 @@ class Replay:
         if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != 1:
             return value
         if name == "attention_mask":  # padding, of all keys
-            return _continued(value, self.length - value.shape[1], 1)[:, :stop].expand(rows, -1)  # pyright: ignore[reportOptionalSubscript]
+            return filled_up(value, self.length - value.shape[1], 1)[:, :stop].expand(rows, -1)  # pyright: ignore[reportOptionalSubscript]
         if value.shape[1] >= self.length:
             return value[:, start:stop].expand(rows, *[-1] * (value.dim() - 1))
         return value
@@ -310,13 +297,6 @@ class Replay:
                 "tokens behind them, so their probabilities are not those of predictions."
             )
         return sorted({0, *inner, *range(answer, self.length + 1)})
-
-
-def _continued(value: Any, more: int, fill: int) -> Tensor | None:
-    """``[1, P]`` continued with ``more`` equal values."""
-    if value is None:
-        return None
-    return torch.cat([value, value.new_full((1, more), fill)], 1)
 
 
 def _masks_in(mask: Any) -> list[AttentionMask]:

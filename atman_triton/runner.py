@@ -371,7 +371,10 @@ class Runner:
         middle = shown + (stop - shown) // 2
         half = replay.closed_start(middle)
         half = half if half > shown else replay.closed_stop(middle)
-        if not shown < half < stop:
+        cut = shown < half < stop
+        if not cut:  # it sees itself as a whole, so its last column is run again
+            half = stop - 1
+        if half <= shown:
             # a single column shares nothing
             return None if length == 1 else "the input is too short to try whether it can be split"
         store, self.store = self.store, PrefixStore(length)
@@ -380,7 +383,8 @@ class Runner:
             with self.manipulated(None):
                 whole = replay.run(0, stop, 1, stop - half)
             self.store.recording = True
-            for self.store.tokens, end, kept in ((0, half, 1), (half, stop, stop - half)):
+            first = half if cut else stop
+            for self.store.tokens, end, kept in ((0, first, 1), (half, stop, stop - half)):
                 with self.manipulated(None):
                     pieces = replay.run(self.store.tokens, end, 1, kept)
         finally:

@@ -148,8 +148,8 @@ def border(prompt: Any, words: Tokens, target: Any) -> str:
 
     One space where two words would run together: ``"Q: ... A:"`` and ``"23"``. Nothing where
     either side has whitespace already, after an opening bracket or quote, before closing
-    punctuation, and next to a script written without spaces. Nothing after chat messages, and
-    after token ids that end with a special token.
+    punctuation, and next to a script written without spaces. Nothing after chat messages, after a
+    picture, and after token ids that end with a special token.
 
     Args:
         prompt: As in ``encode_prompt``.
@@ -157,7 +157,9 @@ def border(prompt: Any, words: Tokens, target: Any) -> str:
         target: str | token ids.
     """
     text = prompt if isinstance(prompt, str) else words.text
-    fixed = not isinstance(prompt, str) and (is_chat(prompt) or words.reasons[-1] == SPECIAL)
+    fixed = not isinstance(prompt, str) and (
+        is_chat(prompt) or words.reasons[-1] == SPECIAL or words.spans[-1] is None
+    )
     if fixed or not (isinstance(target, str) and text and target):
         return ""
     left, right = text[-1], target[0]
@@ -316,10 +318,11 @@ def _encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> Token
     return Tokens(tokens.ids, tokens.text, tokens.spans, tokens.names, reasons, own)
 
 
-def spans_of_encoding(encoding: Any) -> list[Span | None]:
+def spans_of_encoding(encoding: Any, text: str | None = None) -> list[Span | None]:
     """Spans of the tokens in what a fast tokenizer recorded of one text: ``tokenizers.Encoding``.
 
-    The text itself is not recorded, so every character between two tokens counts as whitespace.
+    The text itself is not recorded: without it, every character between two tokens counts as
+    whitespace.
     """
     spans: list[Span | None] = [
         None if mark or not seen else (start, stop)
@@ -328,7 +331,7 @@ def spans_of_encoding(encoding: Any) -> list[Span | None]:
         )
     ]
     length = max((span[1] for span in spans if span is not None), default=0)
-    return with_whitespace(" " * length, spans, encoding.tokens)
+    return with_whitespace(" " * length if text is None else text, spans, encoding.tokens)
 
 
 # --- ids → text ---------------------------------------------------------------------------------

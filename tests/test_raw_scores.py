@@ -13,7 +13,7 @@ from atman_triton.explain import Explainer
 from atman_triton.masks import AttentionMask
 from atman_triton.raw_scores import count_negative, negative_share
 
-IDS = list(range(3, 17))
+INPUTS = {"input_ids": torch.arange(3, 17)[None]}
 written = []
 
 
@@ -38,11 +38,11 @@ def test_share_is_that_of_the_scores_themselves(monkeypatch, name, layers, heads
     monkeypatch.setattr(raw_scores, "_ROWS_PER_BLOCK", 4)
     model = MODELS[name]()
     with undisturbed(model):
-        share = negative_share(model, IDS, layers, heads)
+        share = negative_share(model, INPUTS, layers, heads)
         before = model.config._attn_implementation
         model.set_attn_implementation("writing_eager")
         written.clear()
-        model(input_ids=torch.tensor([IDS]), use_cache=False)
+        model(**INPUTS, use_cache=False)
         model.set_attn_implementation(before)
     chosen = [written[layer] for layer in layers or range(2)]
     negative = sum(int((s < 0).logical_and(v)[:, heads or range(4)].sum()) for s, v in chosen)
@@ -68,7 +68,7 @@ def test_models_with_adapters_are_counted_too():
     )
     model = GPTJForCausalLM(config).eval()
     with undisturbed(model):
-        assert 0 < negative_share(model, IDS) < 1
+        assert 0 < negative_share(model, INPUTS) < 1
 
 
 def test_it_is_told_with_a_multiplicative_explanation_only():

@@ -1,4 +1,4 @@
-"""Causal language models: a prompt, and answers that continue it."""
+"""Causal language models, with pictures or without: a prompt, and answers that continue it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from .. import multimodal
 from ..answers import Answers, generated_answer, given_answers
 from ..capabilities import check_causal, vocabulary_size
 from ..chat import Span
+from ..encoded_once import EncodedOnce
 from ..engine import Engine
+from ..inputs import continued
 from ..perturbations import Settings
 from ..raw_scores import negative_share
 from ..reduction import Quantity
@@ -27,6 +30,7 @@ class DecoderTask(Task):
         check_causal(model)
         super().__init__(model, processor)
         self._stack = find_stack(model)[1]
+        self._encoded = EncodedOnce()  # the pictures of the prompt that was read last
 
     @classmethod
     def serves(cls, model: Any) -> bool:
@@ -45,8 +49,14 @@ class DecoderTask(Task):
         return self._stack.heads
 
     def read(self, raw: Any) -> Prompt:
-        """As ``encode_prompt`` does."""
+        """As ``encode_prompt`` does, or ``read_pictures`` where there may be any."""
+        self._encoded = EncodedOnce()
+        if multimodal.is_for_processor(raw, self.processor):
+            return Prompt(raw, *multimodal.read_pictures(raw, self.model, self.processor))
+        if isinstance(raw, str):
+            multimodal.refuse_placeholders([raw], self.model, self.processor)
         words = encode_prompt(raw, self.tokenizer, vocabulary_size(self.model))
+        multimodal.refuse_image_ids(words.ids, self.model)
         return Prompt(raw, words, {"input_ids": torch.tensor([words.ids])})
 
     def given(
@@ -78,14 +88,16 @@ class DecoderTask(Task):
         target_span: str | Span | None,
     ) -> Answers:
         """As ``generated_answer`` does."""
-        return generated_answer(
-            self.model,
-            self.tokenizer,
-            prompt.words,
-            max_new_tokens,
-            generation_kwargs,
-            target_span,
-        )
+        with self._encoded.on(self.model):
+            return generated_answer(
+                self.model,
+                self.tokenizer,
+                prompt.words,
+                max_new_tokens,
+                generation_kwargs,
+                target_span,
+                inputs=prompt.inputs,
+            )
 
     def measures(
         self,
@@ -98,15 +110,19 @@ class DecoderTask(Task):
         advance: Callable[[int], None],
     ) -> Engine:
         """Perturbations behind a shared prefix, where the model allows it."""
-        inputs = {"input_ids": torch.tensor([layout.prompt_ids])}
-        return Engine(self.model, inputs, layout.target_ids, settings, expect, advance)
+        inputs = self._continued(prompt, layout.prompt_ids[len(prompt.words) :])
+        with self._encoded.on(self.model):
+            return Engine(self.model, inputs, layout.target_ids, settings, expect, advance)
 
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
         """Of the prompt and the first target."""
-        return negative_share(
-            self.model,
-            layout.prompt_ids + layout.target_ids[0][:-1],
-            settings.layers,
-            settings.heads,
-            settings.backend,
-        )
+        ids = layout.prompt_ids + layout.target_ids[0][:-1]
+        inputs = self._continued(prompt, ids[len(prompt.words) :])
+        with self._encoded.on(self.model):
+            return negative_share(
+                self.model, inputs, settings.layers, settings.heads, settings.backend
+            )
+
+    def _continued(self, prompt: Prompt, ids: Sequence[int]) -> dict[str, Any]:
+        """What the model's forward takes for a prompt with text behind it."""
+        return continued(prompt.inputs, ids, str(getattr(self.model.config, "model_type", "")))
