@@ -14,6 +14,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForSequenceClassification,
     BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
@@ -22,6 +24,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
@@ -29,6 +33,7 @@ from transformers import (
     WhisperTokenizer,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 NOTE = "No model was named, so this is a small random one: what it says is noise."
 _CORPUS = [
@@ -155,13 +160,18 @@ def whisper() -> tuple[Any, Any]:
     return model, WhisperProcessor(extractor, tokenizer)
 
 
-def _blip_parts() -> tuple[BlipConfig, Any]:
+def _word_pieces(*more: str) -> BertTokenizer:
+    """A trained tokenizer of BERT's kind, with more special tokens behind BERT's own."""
     pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *more]
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
     pieces.train_from_iterator([line.lower() for line in _CORPUS], trainer)
-    tokenizer = BertTokenizer(vocab=pieces.get_vocab(), additional_special_tokens=["[DEC]"])
+    return BertTokenizer(vocab=pieces.get_vocab(), additional_special_tokens=list(more))
+
+
+def _blip_parts() -> tuple[BlipConfig, Any]:
+    tokenizer = _word_pieces("[DEC]")
     config = BlipConfig(
         vision_config={
             "hidden_size": 32,
@@ -200,3 +210,40 @@ def blip_vqa() -> tuple[Any, Any]:
     """A BLIP that answers questions, and its processor."""
     config, processor = _blip_parts()
     return _random(BlipForQuestionAnswering(config)), processor
+
+
+def _labelled(*labels: str) -> dict[str, Any]:
+    """What a configuration says of its classes."""
+    return {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def bert() -> tuple[Any, Any]:
+    """A BERT that classifies texts, and its tokenizer."""
+    config = BertConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        **_labelled("negative", "neutral", "positive"),
+    )
+    return _random(BertForSequenceClassification(config)), _word_pieces()
+
+
+def vit() -> tuple[Any, Any]:
+    """A ViT that classifies pictures, and its image processor."""
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=48,
+        patch_size=8,
+        **_labelled("circle", "square", "triangle"),
+    )
+    images = ViTImageProcessorPil(size={"height": 48, "width": 48})
+    return _random(ViTForImageClassification(config)), images

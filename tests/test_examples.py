@@ -10,6 +10,12 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAID = {
+    "explain_bert": [
+        "BertForSequenceClassification",
+        "Every class in one pass of 11 runs:",
+        "positive: most for it",
+    ],
+    "explain_vit": ["ViTForImageClassification", "most for it the patch at"],
     "explain_t5": [
         "Suppressed in encoder self-attention and cross-attention:",
         "Suppressed in encoder self-attention:",
