@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,41 +24,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from . import memory
+from . import gradients, memory
 from .branches import Branches
 from .capabilities import device_of, dtype_of
 from .encoder_decoder import encoder_decoder, first_input
-from .gradients import Attribution
 from .integration import UnsupportedModelError, run_as_atman
 from .lanes import lanes_of, scored
 from .perturbations import Attention, Effect, Near, Record, Settings, Unit
 from .runner import check_nan
 from .scored import check_base, rows_of, stands_before, timed
+from .seq2seq_gradients import WholeRuns, nothing_fits
+from .seq2seq_plan import Pass, Planner
 from .sites import named_sites
 from .suppression import Correlated
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """Perturbations that run together.
-
-    Args:
-        first: The first stage that runs; the number of stages if only the decoder does.
-        branch: The target that all units stand in; None if they stand in the prompt.
-        lanes: Which answers are read.
-        rows: Indices of the units.
-    """
-
-    first: int
-    branch: int | None
-    lanes: tuple[int, ...]
-    rows: tuple[int, ...]
-
-    def split(self, rows: int, lanes: int) -> Iterator[_Pass]:
-        """The same in parts of at most so many units and lanes."""
-        for i in range(0, len(self.rows), rows):
-            for j in range(0, len(self.lanes), lanes):
-                yield replace(self, rows=self.rows[i : i + rows], lanes=self.lanes[j : j + lanes])
 
 
 class Seq2SeqEngine:
@@ -102,8 +79,8 @@ class Seq2SeqEngine:
         }
         self._parts = encoder_decoder(model, inputs)
         # min_shift_full looks at keys behind an answer too
-        self._joined = "one_pass" not in settings.without and settings.mode != "min_shift_full"
-        self._lanes = lanes_of(self.targets, joined=self._joined)
+        joined = "one_pass" not in settings.without and settings.mode != "min_shift_full"
+        self._lanes = lanes_of(self.targets, joined=joined)
         self._states: list[Tensor] = []  # of each stage, [1, E, D]
         self._crossing = DynamicCache()  # keys and values that the decoder makes of the last one
         with timed(self.record):
@@ -113,12 +90,16 @@ class Seq2SeqEngine:
                 self._edges = [0, *accumulate(sizes)]  # of each source, its first column
                 self.prompt_tokens = self._edges[-1] + len(self._parts.start)
                 self._branches = Branches(self.prompt_tokens, tuple(self.targets))
+                start = len(self._parts.start)
+                self._plan = Planner(
+                    model, settings, self._edges, start, self._lanes, joined=joined
+                )
                 self._correlated = self._neighbourhoods(read)
                 base = self._base()
             except (RuntimeError, MemoryError) as error:
                 if not memory.out_of_memory(error):
                     raise
-                raise _nothing_fits(str(error)) from error
+                raise nothing_fits(str(error)) from error
         self.base_logprobs = base
         """``[M]`` float32, nats: nothing suppressed, one target after the other."""
         check_base(base, dtype_of(model))
@@ -182,14 +163,57 @@ class Seq2SeqEngine:
             if column not in own
         ]
 
-    def attribute(self, units: Sequence[Unit], steps: int | None) -> Attribution:
-        """Not there for encoder-decoders.
+    def attribute(self, units: Sequence[Unit], steps: int | None) -> gradients.Attribution:
+        """Scores from gradients on the line from no suppression to that of all units together.
 
-        Raises: UnsupportedModelError: always.
+        Args:
+            units: What to suppress; no token stands in two of them.
+            steps: Of how many parts of the line the gradient is taken in the middle; None takes
+                it with nothing suppressed, for the whole line.
+        Returns: scores ``[U, M]``, and ``[M]`` log-probabilities with all units suppressed.
+        Raises: UnsupportedModelError: if the model cannot be differentiated.
         """
-        raise UnsupportedModelError(
-            f"method='path' and method='score_gradient' are for decoders alone, but "
-            f"{type(self.model).__name__} has an encoder; use method='exact' or method='direct'."
+        if self._settings.similarity is not None:
+            raise ValueError("attribute suppresses units alone: Settings.similarity must be None.")
+        measured = stands_before(units, self.rows, self.prompt_tokens, max)
+        begun = stands_before(units, self.rows, self.prompt_tokens, min)
+        scores = torch.full(measured.shape, torch.nan)
+        together = self.base_logprobs.clone()
+        with timed(self.record):
+            for own in self._alike():
+                mine = [u for u, unit in enumerate(units) if unit.branch in (None, *own)]
+                if not mine:
+                    continue
+                columns = [sorted(units[u].positions) for u in mine]
+                rows = torch.tensor([row for k in own for row in self.rows[k]])
+                places = (torch.tensor(mine)[:, None], rows)
+                found = gradients.attribute(
+                    self._whole(own, rows), columns, measured[places], begun[places], steps
+                )
+                scores[places], together[rows] = found.scores, found.together
+        check_nan(scores[measured], dtype_of(self.model))
+        return gradients.Attribution(scores, together)
+
+    def _alike(self) -> list[list[int]]:
+        """Targets that can be run whole together: those of one token, and every other alone."""
+        single = [k for k, target in enumerate(self.targets) if len(target) == 1]
+        several = [[k] for k, target in enumerate(self.targets) if len(target) > 1]
+        return [single, *several] if single else several
+
+    def _whole(self, own: Sequence[int], rows: Tensor) -> WholeRuns:
+        """Whole runs of targets that are alike, which are ``rows`` of the ``M``."""
+        return WholeRuns(
+            self.model,
+            self._parts,
+            self._edges,
+            self.targets[own[0]][:-1],
+            [place for k in own for place in enumerate(self.targets[k])],
+            self.base_logprobs[rows],
+            self._settings,
+            lambda factors: self._manipulated(factors, self._attention),
+            self.record,
+            self._expect,
+            self._advance,
         )
 
     # --- runs ------------------------------------------------------------------------------------
@@ -239,12 +263,12 @@ class Seq2SeqEngine:
         pending = [
             part
             for (first, branch), rows in groups.items()
-            for lanes in self._lanes_of(branch)
-            for part in self._planned(_Pass(first, branch, lanes, tuple(rows)))
+            for lanes in self._plan.lanes_of(branch)
+            for part in self._plan.planned(Pass(first, branch, lanes, tuple(rows)))
         ]
         if any(one.first < len(self._parts.stages) for one in pending):
             self._note_full()
-        self._expect(sum(map(self._tokens, pending)))
+        self._expect(sum(map(self._plan.tokens, pending)))
         while pending:
             one = pending[0]
             try:
@@ -259,18 +283,18 @@ class Seq2SeqEngine:
                     targets = self._lanes[lane].targets
                     places = [row for k in targets for row in self.rows[k]]
                     result[rows, torch.tensor(places)] = logprobs
-                self._advance(self._tokens(one))
-                self._count(len(one.rows) * len(one.lanes), self._tokens(one))
+                self._advance(self._plan.tokens(one))
+                self._count(len(one.rows) * len(one.lanes), self._plan.tokens(one))
                 pending = pending[1:]
                 continue
             # Outside the except block, so that the failed pass's tensors are gone by now.
-            most, before = self._smaller(one, refused), sum(map(self._tokens, pending))
-            pending = [part for each in pending for part in self._within(each, most)]
-            self._expect(sum(map(self._tokens, pending)) - before)
+            most, before = self._plan.smaller(one, refused), sum(map(self._plan.tokens, pending))
+            pending = [part for each in pending for part in self._plan.within(each, most)]
+            self._expect(sum(map(self._plan.tokens, pending)) - before)
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _run(self, one: _Pass, factors: Tensor, where: Attention) -> list[Tensor]:
+    def _run(self, one: Pass, factors: Tensor, where: Attention) -> list[Tensor]:
         """Log-probabilities of each lane's targets, ``[rows, M of them]``.
 
         Args:
@@ -307,7 +331,7 @@ class Seq2SeqEngine:
         ]
 
     @contextmanager
-    def _manipulated(self, factors: dict[str, Tensor], where: Attention) -> Iterator[None]:
+    def _manipulated(self, factors: Mapping[str, Tensor], where: Attention) -> Iterator[None]:
         """Run the model as "atman" with factors ``[rows, tokens]`` of sources."""
         settings = self._settings
         if settings.heads is not None:
@@ -323,7 +347,7 @@ class Seq2SeqEngine:
             yield
 
     def _in_heads(
-        self, chosen: Sequence[int], factors: dict[str, Tensor], where: Attention
+        self, chosen: Sequence[int], factors: Mapping[str, Tensor], where: Attention
     ) -> dict[str, Tensor]:
         """Factors ``[rows, H, tokens]``, 1 in heads that are not chosen."""
         _, named = named_sites(self.model, factors, where)
@@ -357,7 +381,7 @@ class Seq2SeqEngine:
         finally:
             hook.remove()
 
-    def _ids(self, one: _Pass) -> Tensor:
+    def _ids(self, one: Pass) -> Tensor:
         """What the decoder reads in each lane, padded behind: ``[L, T]``."""
         start, reads = self._parts.start, [self._lanes[lane].read for lane in one.lanes]
         longest = max(map(len, reads))
@@ -365,10 +389,10 @@ class Seq2SeqEngine:
         ids = [[*start, *read, *[start[0]] * (longest - len(read))] for read in reads]
         return torch.tensor(ids, device=self._device)
 
-    def _decoder_factors(self, one: _Pass, factors: Tensor) -> Tensor:
+    def _decoder_factors(self, one: Pass, factors: Tensor) -> Tensor:
         """Of the columns that the decoder reads: ``[rows · L, T]``, lane by lane in each row."""
         first, start = self._edges[-1], len(self._parts.start)
-        shape = len(one.rows), len(one.lanes), self._width(one)
+        shape = len(one.rows), len(one.lanes), self._plan.width(one)
         own = torch.ones(shape)
         own[:, :, :start] = factors[:, None, first : first + start]
         for place, lane in enumerate(one.lanes):
@@ -426,60 +450,6 @@ class Seq2SeqEngine:
             settings.rule,
         )
 
-    # --- plans -----------------------------------------------------------------------------------
-
-    def _lanes_of(self, branch: int | None) -> list[tuple[int, ...]]:
-        """Lanes that are read for units of a target, or of the prompt; those of a part together."""
-        if branch is not None:
-            own = next(i for i, lane in enumerate(self._lanes) if branch in lane.targets)
-            return [(own,)]
-        everything = range(len(self._lanes))
-        return [tuple(everything)] if self._joined else [(lane,) for lane in everything]
-
-    def _width(self, one: _Pass) -> int:
-        """``T``."""
-        return len(self._parts.start) + max(len(self._lanes[lane].read) for lane in one.lanes)
-
-    def _tokens(self, one: _Pass) -> int:
-        """Tokens that a pass runs."""
-        encoded = self._edges[-1] - self._edges[one.first]
-        return len(one.rows) * (encoded + len(one.lanes) * self._width(one))
-
-    def _planned(self, one: _Pass) -> list[_Pass]:
-        """Parts that fit into memory, or have the batch size that was asked for."""
-        size = 1 if "batching" in self._settings.without else self._settings.batch_size
-        if size != "auto":
-            return list(one.split(size, len(one.lanes)))
-        row = self._tokens(replace(one, rows=one.rows[:1]))
-        most = max(1, memory.tokens_per_batch(self._device) // row) * row
-        free = memory.free_memory(self.model)
-        if free is not None:
-            kept = len(one.lanes) * (self._width(one) - len(self._parts.start) + 1)
-            keys = max(*self._edges, self._width(one))
-            taken = memory.bytes_per_row(self.model, row, kept, keys)
-            most = min(most, int(free * memory.SHARE * row) // taken)
-        return self._within(one, most)
-
-    def _within(self, one: _Pass, tokens: int) -> list[_Pass]:
-        """Parts of at most so many tokens, as far as one unit and one lane have no more."""
-        row = self._tokens(replace(one, rows=one.rows[:1]))
-        if row <= tokens:
-            return list(one.split(tokens // row, len(one.lanes)))
-        encoded = self._edges[-1] - self._edges[one.first]
-        return list(one.split(1, max(1, (tokens - encoded) // self._width(one))))
-
-    def _smaller(self, one: _Pass, refused: str) -> int:
-        """The most tokens of a pass to go on with after one did not fit."""
-        size = self._settings.batch_size
-        if size != "auto":
-            raise torch.OutOfMemoryError(
-                f"batch_size {len(one.rows)} does not fit in memory: lower it or use "
-                f"batch_size='auto'. ({refused})"
-            )
-        if len(one.rows) == len(one.lanes) == 1:
-            raise _nothing_fits(refused)
-        return self._tokens(one) // 2
-
     def _count(self, rows: int, tokens: int) -> None:
         """Note a finished pass of so many rows, and of so many tokens in all."""
         self.record.batch_sizes.append(rows)
@@ -490,10 +460,3 @@ class Seq2SeqEngine:
         if "full" not in self.record.runners:
             self.record.runners.append("full")
             self.record.reasons.append("units are suppressed in the encoder, which runs again")
-
-
-def _nothing_fits(refused: str) -> torch.OutOfMemoryError:
-    return torch.OutOfMemoryError(
-        "not even one perturbation fits in memory: shorten the prompt, use a smaller dtype or free "
-        f"some memory. ({refused})"
-    )

@@ -17,7 +17,6 @@ from test_seq2seq_engine import close
 
 import atman_triton
 from atman_triton import Explainer, Seconds
-from atman_triton.stacks import UnsupportedModelError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import small_models  # pyright: ignore[reportMissingImports]
@@ -350,9 +349,12 @@ def test_wrong_choices_are_refused(changes, error, message):
         explainer("t5", **changes)
 
 
-def test_gradient_methods_are_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match=r"method='path'.*use method='exact'"):
-        explainer("t5", method="path").explain(TEXT, "Haus")
+def test_a_path_adds_up():
+    e = explainer("t5", method="path", steps=16).explain(TEXT, "Das Haus")
+    rise = float((e.base_logprobs - e.together_logprobs).sum())
+    assert float(e.completeness.sums.sum()) == pytest.approx(rise, rel=0.05)
+    assert {unit.effect for unit in e.units} == {"path"}
+    assert e.provenance["attention"] == "encoder self-attention and cross-attention"
 
 
 def test_a_decoder_alone_has_no_such_choice():
