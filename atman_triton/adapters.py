@@ -1,10 +1,11 @@
 """Attention layers of model families that never ask transformers' attention interface.
 
-GPT-J, GPT-Neo, BLOOM and Falcon compute attention in their own code. For each there is a subclass
-here that projects as the original does and leaves the rest to the interface. It is entered in the
-family's own table of implementations, where there is one, so that a model can be built with
-``attn_implementation="atman"``; and :func:`adapt` puts it in place of the original layers for a
-while. These families' layers take no further arguments, so factors ride on the mask object.
+GPT-J, GPT-Neo, BLOOM and Falcon compute attention in their own code, and so does BLIP, see
+:mod:`.adapters_blip`. For each there is a subclass that projects as the original does and leaves
+the rest to the interface. It is entered in the family's own table of implementations, where there
+is one, so that a model can be built with ``attn_implementation="atman"``; and :func:`adapt` puts it
+in place of the original layers for a while. The layers of the families in this file take no further
+arguments, so factors ride on the mask object.
 
 Legend: B batch, H heads, Tq/Tk query/key tokens, D head dim.
 """
@@ -16,46 +17,20 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.models.bloom.modeling_bloom import BloomAttention, dropout_add
 from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
 from transformers.models.gptj import modeling_gptj as gptj
 
+from . import adapters_blip
+from .interface import NAME, attend, refuse_weights, switched
 from .masks import AttentionMask, dense_visibility
-
-NAME = "atman"
-"""The attention implementation's name in transformers' interfaces and tables."""
 
 CARRIES_IN_MASK = frozenset({"gptj", "gpt_neo", "bloom", "falcon"})
 """``config.model_type`` of the families above."""
 
 KEEPS_OWN_LAYERS = frozenset({"bloom"})
 """Families without a table: built with "atman" they still run their own layers, on dense masks."""
-
-
-def _attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-) -> Tensor:
-    """Call the registered attention function; returns ``[B, Tq, H, D]``."""
-    return AttentionInterface()[NAME](module, query, key, value, mask, **kwargs)[0]
-
-
-def refuse_weights() -> None:
-    """Raise the error for ``output_attentions=True``."""
-    raise ValueError(
-        "output_attentions=True is not possible with the attention implementation 'atman', which "
-        "never holds the weights; ask for them outside of manipulate(), from a model loaded with "
-        "attn_implementation='eager'."
-    )
-
-
-def _switched(module: Any) -> bool:
-    """Whether this thread runs "atman"; layers that another thread has replaced stay as they were.
-
-    The originals are then called by name: `super()` fails once the class has been put back.
-    """
-    return module.config._attn_implementation == NAME
 
 
 def _fit(alibi: Tensor, batch: int, heads: int, key_tokens: int) -> Tensor:
@@ -69,7 +44,7 @@ class AtmanGPTJAttention(gptj.GPTJAttention):
 
     def forward(self, *args: Any, output_attentions: bool | None = False, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             kwargs["output_attentions"] = output_attentions
             return gptj.GPTJAttention.forward(self, *args, **kwargs)
         if output_attentions:
@@ -77,9 +52,9 @@ class AtmanGPTJAttention(gptj.GPTJAttention):
         return gptj.GPTJAttention.forward(self, *args, **kwargs)
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-        if not _switched(self):
+        if not switched(self):
             return gptj.GPTJAttention._attn(self, query, key, value, attention_mask)
-        output = _attend(
+        output = attend(
             self,
             query,
             key,
@@ -96,7 +71,7 @@ class AtmanGPTJFlashAttention2(AtmanGPTJAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             return gptj.GPTJFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
         return AtmanGPTJAttention.forward(self, *args, **kwargs)
 
@@ -106,7 +81,7 @@ class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
 
     def forward(self, *args: Any, output_attentions: bool = False, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             kwargs["output_attentions"] = output_attentions
             return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
         if output_attentions:
@@ -114,7 +89,7 @@ class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
         return gpt_neo.GPTNeoSelfAttention.forward(self, *args, **kwargs)
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-        if not _switched(self):
+        if not switched(self):
             return gpt_neo.GPTNeoSelfAttention._attn(self, query, key, value, attention_mask)
         window = self.config.window_size if self.attention_type == "local" else None
         bias = None
@@ -126,7 +101,7 @@ class AtmanGPTNeoAttention(gpt_neo.GPTNeoSelfAttention):
             if attention_mask is not None:
                 dense, bias = dense_visibility(attention_mask)
             mask = AttentionMask(key_tokens, 0, offset, causal=True, window=window, dense=dense)
-        output = _attend(
+        output = attend(
             self,
             query,
             key,
@@ -144,7 +119,7 @@ class AtmanGPTNeoFlashAttention2(AtmanGPTNeoAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             return gpt_neo.GPTNeoFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
         return AtmanGPTNeoAttention.forward(self, *args, **kwargs)
 
@@ -182,7 +157,7 @@ class AtmanBloomAttention(BloomAttention):
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        output = _attend(
+        output = attend(
             self,
             query,
             key,
@@ -212,7 +187,7 @@ class AtmanFalconAttention(falcon.FalconAttention):
         **kwargs: Any,
     ) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             return falcon.FalconAttention.forward(
                 self,
                 hidden_states,
@@ -243,7 +218,7 @@ class AtmanFalconAttention(falcon.FalconAttention):
             if isinstance(attention_mask, AttentionMask):
                 bias = _fit(alibi, batch, self.num_heads, attention_mask.key_tokens)
                 bias = bias * self.inv_norm_factor
-        output = _attend(
+        output = attend(
             self,
             query,
             key,
@@ -261,7 +236,7 @@ class AtmanFalconFlashAttention2(AtmanFalconAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, without attention weights."""
-        if not _switched(self):
+        if not switched(self):
             return falcon.FalconFlashAttention2.forward(self, *args, **kwargs)  # pyright: ignore
         return AtmanFalconAttention.forward(self, *args, **kwargs)
 
@@ -274,6 +249,7 @@ _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     BloomAttention: AtmanBloomAttention,
     falcon.FalconAttention: AtmanFalconAttention,
     falcon.FalconFlashAttention2: AtmanFalconFlashAttention2,
+    **adapters_blip.ADAPTED,
 }
 
 
@@ -286,7 +262,8 @@ def register() -> None:
 
 def knows(stack: nn.Module) -> bool:
     """Whether the attention layers of a stack have subclasses here."""
-    return any(type(module) in _ADAPTED for module in stack.modules())
+    known = {*_ADAPTED, *_ADAPTED.values()}
+    return any(type(module) in known for module in stack.modules())
 
 
 def adapt(stack: nn.Module) -> list[tuple[nn.Module, type[nn.Module]]]:

@@ -78,6 +78,7 @@ def find_sites(model: Any) -> tuple[Site, ...]:
     """
     found = checked_model(model)
     rules: tuple[tuple[Callable[[Any], bool], Callable[[Any], list[Site]]], ...] = (
+        (lambda m: m.config.model_type == "blip", _blip),
         (lambda m: m.config.is_encoder_decoder, _encoder_decoder),
         (_has_two_encoders, _two_encoders),
     )
@@ -168,6 +169,26 @@ def _encoder_decoder(model: Any) -> list[Site]:
         Site(source, "cross", decoder, answering),
         Site(DECODER, "decoder", decoder, answering),
     ]
+
+
+def _blip(model: Any) -> list[Site]:
+    """An image encoder, and text stacks of which each attends to the one before it."""
+    image = model.vision_model
+    sites = [Site("image", "encoder", image, stack_of(image, "encoder", model))]
+    before = "image"
+    encoder = getattr(model, "text_encoder", None)  # of a question, reads the image
+    if encoder is not None:
+        stack = stack_of(encoder, "encoder", model)
+        sites += [Site(before, "cross", encoder, stack), Site("text", "encoder", encoder, stack)]
+        before = "text"
+    if hasattr(model, "text_decoder"):
+        decoder = model.text_decoder.bert
+        stack = stack_of(decoder, "answering", model)
+        sites += [Site(before, "cross", decoder, stack), Site(DECODER, "decoder", decoder, stack)]
+    if hasattr(model, "text_model"):  # compares a text with the image
+        text = model.text_model
+        sites.append(Site("text", "encoder", text, stack_of(text, "encoder", model)))
+    return sites
 
 
 def _has_two_encoders(model: Any) -> bool:

@@ -76,7 +76,8 @@ class Case:
 
 def drawn(config: Any, model_class: Any) -> Any:
     """A float64 model in eval mode with its weights drawn."""
-    config._attn_implementation = "sdpa"  # the eager code of some takes float32 softmaxes
+    if config.model_type != "blip":
+        config._attn_implementation = "sdpa"  # the eager code of some takes float32 softmaxes
     torch.manual_seed(11)
     model = model_class(config)
     with torch.no_grad():
@@ -141,10 +142,24 @@ def _seq2seq(family: str, sizes: dict[str, Any]) -> Callable[[], Any]:
     return lambda: (config(**sizes, **positions), getattr(tf, name))
 
 
+def _blip(head: str) -> Callable[[], Any]:
+    depth = {"num_hidden_layers": 3, "encoder_hidden_size": 32, "sep_token_id": 2}
+    pair = {"vision_config": _IMAGE, "text_config": _TEXT | depth}
+    return lambda: (tf.BlipConfig(**pair, image_text_hidden_size=16), getattr(tf, f"Blip{head}"))
+
+
+def _caption() -> dict[str, Tensor]:
+    padding = torch.ones(2, ANSWER, dtype=torch.long)
+    padding[0, 4:] = 0
+    return picture() | {"input_ids": some_ids(ANSWER, seed=6), "attention_mask": padding}
+
+
 def _captioner() -> Any:
     config = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(
         tf.ViTConfig(**_IMAGE),
-        tf.BertConfig(**_TEXT, is_decoder=True, add_cross_attention=True),
+        tf.BertConfig(
+            **_TEXT | {"num_hidden_layers": 3}, is_decoder=True, add_cross_attention=True
+        ),
     )
     return config, tf.VisionEncoderDecoderModel
 
@@ -182,5 +197,40 @@ SEQ2SEQ = {
         Case("t5", _seq2seq("T5", _T5), lambda: text() | _answer(), _TRANSLATING),
         Case("umt5", _seq2seq("UMT5", _T5), lambda: text() | _answer(), _TRANSLATING),
         Case("whisper", _seq2seq("Whisper", _WHISPER), _sound, {"audio": 12, "decoder": ANSWER}),
+        Case(
+            "captioner",
+            _captioner,
+            lambda: picture() | _answer(),
+            {"image": _PATCHES, "decoder": ANSWER},
+        ),
+    )
+}
+BLIP = {
+    case.name: case
+    for case in (
+        Case(
+            "blip-captions",
+            _blip("ForConditionalGeneration"),
+            _caption,
+            {"image": _PATCHES, "decoder": ANSWER},
+        ),
+        Case(
+            "blip-vqa",
+            _blip("ForQuestionAnswering"),
+            lambda: picture() | text() | _answer(),
+            {"image": _PATCHES, "text": TOKENS, "decoder": ANSWER},
+        ),
+        Case(
+            "blip-retrieval",
+            _blip("ForImageTextRetrieval"),
+            lambda: picture() | text(),
+            {"image": _PATCHES, "text": TOKENS},
+        ),
+        Case(
+            "blip-pair",
+            _blip("Model"),
+            lambda: picture() | text(),
+            {"image": _PATCHES, "text": TOKENS},
+        ),
     )
 }

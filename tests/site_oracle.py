@@ -9,6 +9,7 @@ Legend: B batch, Hq heads, Tq/Tk query/key tokens, D head dim.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,16 @@ _SEQ2SEQ = (
     (r"(?:.*\.)?encoder\.(?:layers|block)\.(\d+)\..*(?:self_attn|SelfAttention)", "encoder"),
     (r"(?:.*\.)?decoder\.(?:layers|block)\.(\d+)\..*(?:encoder_attn|EncDecAttention)", "cross"),
     (r"(?:.*\.)?decoder\.(?:layers|block)\.(\d+)\..*(?:self_attn|SelfAttention)", "decoder"),
+    (r"encoder\.layers\.(\d+)\.attention", "encoder"),  # the last three of an image captioner
+    (r"decoder\.bert\.encoder\.layer\.(\d+)\.crossattention\.self", "cross"),
+    (r"decoder\.bert\.encoder\.layer\.(\d+)\.attention\.self", "decoder"),
+)
+_BLIP = (
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn", "image", "encoder"),
+    (r"text_encoder\.encoder\.layer\.(\d+)\.crossattention\.self", "image", "cross"),
+    (r"text_(?:encoder|model)\.encoder\.layer\.(\d+)\.attention\.self", "text", "encoder"),
+    (r"text_decoder\.bert\.encoder\.layer\.(\d+)\.crossattention\.self", None, "cross"),
+    (r"text_decoder\.bert\.encoder\.layer\.(\d+)\.attention\.self", "decoder", "decoder"),
 )
 _TEXT_TOWER = r"text_model\..*layers\.(\d+)\.self_attn"
 _ALONE = r"(?:.*\.)?(?:layers?)\.(\d+)\.(?:attention|self_attn|attn|attention\.self)"
@@ -41,7 +52,12 @@ def attention_layers(model: Any) -> Kinds:
     found: dict[nn.Module, tuple[str, str, int]] = {}
     both = hasattr(model, "text_model") and hasattr(model, "vision_model")
     for name, module in model.named_modules():
-        if model.config.is_encoder_decoder:
+        if model.config.model_type == "blip":
+            for pattern, source, kind in _BLIP:
+                if match := re.fullmatch(pattern, name):
+                    read = source or ("text" if hasattr(model, "text_encoder") else "image")
+                    found[module] = (read, kind, int(match[1]))
+        elif model.config.is_encoder_decoder:
             for pattern, kind in _SEQ2SEQ:
                 if match := re.fullmatch(pattern, name):
                     source = "decoder" if kind == "decoder" else first
@@ -108,6 +124,36 @@ AttentionInterface.register("site_oracle", oracle_attention)
 AttentionMaskInterface.register("site_oracle", eager_mask)
 
 
+def _blip_attention(module: Any) -> Any:
+    """BLIP's own eager attention with a modifier matrix, to stand for ``module.forward``."""
+
+    def heads_of(projection: nn.Module, states: Tensor) -> Tensor:
+        return projection(states).unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
+
+    def of_text(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> Any:
+        assert past_key_values is None or not past_key_values.get_seq_length()  # whole texts only
+        states = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        mask = attention_mask if encoder_hidden_states is None else encoder_attention_mask
+        key, value = heads_of(module.key, states), heads_of(module.value, states)
+        query = heads_of(module.query, hidden_states)
+        return oracle_attention(module, query, key, value, mask)[0].flatten(2), None
+
+    def of_patches(hidden_states: Tensor, **_: Any) -> Any:
+        split = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1))
+        query, key, value = (split[:, :, part].transpose(1, 2) for part in range(3))
+        output = oracle_attention(module, query, key, value, None)[0]
+        return module.projection(output.flatten(2)), None
+
+    return of_patches if hasattr(module, "qkv") else of_text
+
+
 @contextmanager
 def oracle(
     model: Any,
@@ -117,8 +163,12 @@ def oracle(
     layers: Collection[int] | None = None,
 ) -> Iterator[None]:
     """Run ``model`` eagerly under factors ``[B, (Hq,) T]`` by source, as ``manipulate`` should."""
+    own_code = []
     left_out = {"encoder": "cross", "cross": "encoder"}.get(attention or "both")
     for module, (source, kind, layer) in attention_layers(model).items():
+        if model.config.model_type == "blip":
+            module.forward = _blip_attention(module)
+            own_code.append(module)
         named = source in factors and kind != left_out
         if named and (layers is None or layer in layers):
             _FACTORS[module] = factors[source]
@@ -131,6 +181,8 @@ def oracle(
         yield
     finally:
         _FACTORS.clear()
+        for module in own_code:
+            del module.forward
         for key, config in before.items():
             config._attn_implementation_internal = internal[key]
 
@@ -146,10 +198,28 @@ def oracle_logits(
 ) -> Tensor:
     """The model's logits (of CLIP's kind, for each image) under factors by source."""
     with oracle(model, factors, mode, attention, layers):
-        return logits_of_output(model(**inputs))
+        return logits_of(model, inputs)
 
 
-def logits_of_output(output: Any) -> Tensor:
-    """What an output says: logits, or what stands for them."""
+def logits_of(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The model's logits, or what stands for them.
+
+    Of BLIP's models with a decoder that decoder's: one that answers questions does not return them.
+    """
+    caught: list[Any] = []
+    hooks = []
+    here = threading.get_ident()
+
+    def catch(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() == here:
+            caught.append(output)
+
+    if hasattr(model, "text_decoder"):
+        hooks.append(model.text_decoder.register_forward_hook(catch))
+    try:
+        caught.append(model(**inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
     names = ("logits", "logits_per_image", "itm_score", "last_hidden_state")
-    return next(getattr(output, name) for name in names if hasattr(output, name))
+    return next(getattr(caught[0], name) for name in names if hasattr(caught[0], name))

@@ -90,13 +90,6 @@ def test_a_context_in_which_the_model_never_ran_is_an_error(llama: Any) -> None:
         elsewhere()
 
 
-def _blip() -> Any:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    text = {"vocab_size": VOCAB, "num_hidden_layers": 1, "encoder_hidden_size": 16} | sizes
-    vision = {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4} | sizes
-    return tf.BlipForConditionalGeneration(tf.BlipConfig(text_config=text, vision_config=vision))
-
-
 def _led() -> Any:
     sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "attention_window": 4}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -120,7 +113,6 @@ def _tiny(family: str, **changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("make", "name"),
     [
-        (_blip, "BlipForConditionalGeneration"),
         (_led, "LEDForConditionalGeneration: LEDEncoder computes attention in its own code"),
         (_ctrl, "CTRLLMHeadModel"),
         (lambda: _tiny("Mamba", state_size=8), "MambaForCausalLM has no layers with softmax"),
@@ -128,7 +120,7 @@ def _tiny(family: str, **changes: Any) -> Any:
         (lambda: _tiny("ModernBertDecoder"), "ModernBertDecoderForCausalLM: its text stack"),
         (lambda: nn.Linear(2, 2), "Linear"),
     ],
-    ids=["blip", "led", "ctrl", "mamba", "recurrent_gemma", "modernbert_decoder", "linear"],
+    ids=["led", "ctrl", "mamba", "recurrent_gemma", "modernbert_decoder", "linear"],
 )
 def test_unsupported_models_are_refused_by_name(make: Any, name: str) -> None:
     model = make()
