@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .chat import Span
+from .pieces import Area, Box
 from .suppression import neighbourhoods
 
 Overlap = Literal["partial", "complete"]
@@ -40,7 +41,7 @@ class _Control:
         factor: float = getattr(self, "factor")  # noqa: B009 - a field of every subclass
         if factor < 0:
             raise ValueError(f"factor must be at least 0, got {factor}; 0 suppresses most.")
-        for name, least in (("start", 0), ("length", 1), ("pos", 0)):
+        for name, least in (("start", 0), ("length", 1), ("pos", 0), ("image", 0)):
             if name in self.__dataclass_fields__:
                 value = getattr(self, name)
                 if isinstance(value, bool) or not isinstance(value, Integral):
@@ -116,8 +117,10 @@ class ImageControl(_Control):
         width, height: Above 0; the rectangle must end within the image.
         factor: m, at least 0: below 1 suppresses, above 1 amplifies, 1 does nothing.
         overlap: What a token gets whose patch only partly lies in the rectangle: ``partial``
-            1 + (m - 1) · p with p the share of its area that does, ``complete`` m.
+            1 + (m - 1) · p with p the share of its area that does, ``complete`` m. Where a model
+            reads a picture more than once (an overview and crops), all its tokens count.
         similarity: As of ``TextControl``.
+        image: Which of the prompt's images, from 0.
     Raises:
         TypeError, ValueError: if a value is not as above.
     """
@@ -130,6 +133,7 @@ class ImageControl(_Control):
     overlap: Overlap = "partial"
     _: KW_ONLY
     similarity: float | None = None
+    image: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,11 +160,16 @@ class ControlledRow:
         spans: Each token's characters, ``(start, stop)``; None where it has no place in the text.
             A str instead says why they are not known.
         length: The text's characters; None where only the tokens' are known.
+        areas: What of a picture each token stands for; None of others. Empty without pictures. A
+            str instead says why it is not known.
+        sizes: Width and height of each picture.
     """
 
     tokens: int
     spans: Sequence[Span | None] | str
     length: int | None
+    areas: Sequence[Area | None] | str = ()
+    sizes: Sequence[tuple[int, int]] = ()
 
 
 def checked_controls(name: str, controls: Any) -> list[Control]:
@@ -219,10 +228,7 @@ def _shares(control: Control, row: ControlledRow) -> Tensor:
         share[control.pos] = 1.0
         return share
     if isinstance(control, ImageControl):
-        raise ValueError(
-            f"{control} needs an image in the prompt and the places of its tokens, but the prompt "
-            "is text alone, or an image whose layout is not known."
-        )
+        return _shares_of_image(control, row)
     if isinstance(row.spans, str):
         raise ValueError(f"{control} needs the text of the prompt, but {row.spans}")
     first, end = control.start, control.start + control.length
@@ -236,6 +242,41 @@ def _shares(control: Control, row: ControlledRow) -> Tensor:
     if not bool(share.any()):
         raise ValueError(f"{control} takes in no token of the prompt.")
     return share
+
+
+def _shares_of_image(control: ImageControl, row: ControlledRow) -> Tensor:
+    """The same for a rectangle of a picture."""
+    if isinstance(row.areas, str):
+        raise ValueError(f"{control} needs the places of the image's tokens, but {row.areas}")
+    if control.image >= len(row.sizes):
+        raise ValueError(
+            f"{control} needs an image in the prompt, which holds {len(row.sizes)} of them; image "
+            "counts from 0."
+        )
+    width, height = row.sizes[control.image]
+    wanted = (
+        control.left * width,
+        control.top * height,
+        control.width * width,
+        control.height * height,
+    )
+    share = torch.zeros(row.tokens, dtype=torch.float64)
+    for index, area in enumerate(row.areas):
+        if area is None or area.image != control.image or area.box is None:
+            continue
+        inside = _common(area.box, wanted) / (area.box[2] * area.box[3])
+        if inside > _ROUNDING:
+            share[index] = 1.0 if control.overlap == "complete" else min(inside, 1.0)
+    if not bool(share.any()):
+        raise ValueError(f"{control} takes in no token of the image.")
+    return share
+
+
+def _common(a: Box, b: Box) -> float:
+    """The area that two boxes share."""
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(across, 0.0) * max(down, 0.0)
 
 
 def _with_similar(share: Tensor, embeddings: Tensor, threshold: float) -> Tensor:

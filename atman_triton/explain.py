@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 from torch import Tensor
@@ -81,7 +82,8 @@ class Explainer:
 
     Args:
         model: A transformers causal language model, on any device, in any dtype.
-        tokenizer: Its tokenizer; None if prompts and targets are token ids.
+        tokenizer: Its tokenizer, or its processor where prompts are more than text; None if prompts
+            and targets are token ids.
         preset: ``default`` (``min_shift``, factor 0.1, ``direct``), ``paper`` (``multiplicative``,
             factor 0.1, ``exact``), ``released`` (the authors' released code: ``min_shift``,
             factor 0.1, ``exact``, similarity 0.6, squared scores) or ``aleph_alpha`` (their later
@@ -251,7 +253,9 @@ class Explainer:
 
         Args:
             prompt: str | chat messages (``[{"role": ..., "content": ...}, ...]``) | token ids
-                | an encoding such as ``tokenizer(text)`` returns.
+                | an encoding such as ``tokenizer(text)`` returns. For a vision-language model, also
+                a ``PIL.Image``, ``[image, "text", ...]`` in any order with any number of images,
+                and chat messages with ``{"type": "image", "image": image}`` among their parts.
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
                 end-of-text token.
@@ -303,11 +307,11 @@ class Explainer:
             max_units: About how many units ``auto`` aims at; None is 30.
             score: What is scored: ``logprob`` (None, but of a regression), of classifiers also
                 ``logit``; ``output`` of a regression.
-            controls: ``TextControl``, ``TokenControl``: what the explained model says while they
-                act on the prompt, in every layer and head, with the explainer's mode; a target is
-                generated under them too. Characters count in the prompt as it is read (the text
-                before ``Explanation.prompt_stop``), tokens with the special ones. A unit that is
-                suppressed has its factor times that of the controls.
+            controls: ``TextControl``, ``TokenControl``, ``ImageControl``: what the explained model
+                says while they act on the prompt, in every layer and head, with the explainer's
+                mode; a target is generated under them too. Characters count in the prompt as it is
+                read (the text before ``Explanation.prompt_stop``), tokens with the special ones. A
+                unit that is suppressed has its factor times that of the controls.
             reduction: How ``relevance`` goes over target tokens: ``mean`` or ``sum``.
             postprocessing: What is done to every score before: ``none``, ``absolute`` or
                 ``square``; None is the preset's. ``scores`` stays as measured.
@@ -381,10 +385,14 @@ class Explainer:
                 "none."
             )
         placed = located(sources, whole, words)
+        sizes = [(picture.width, picture.height) for picture in read.pictures]
+        embed = partial(self.task.embeddings, read)
         mode, backend = self.settings.mode, self.settings.backend
         with (
             undisturbed(self.model),
-            under_controls(self.model, controls, words, mode, backend) as acting,
+            under_controls(
+                self.model, controls, words, mode, backend, sizes=sizes, embed=embed
+            ) as acting,
         ):
             if several is None:
                 answers = self.task.generated(read, max_new_tokens, generation_kwargs, target_span)

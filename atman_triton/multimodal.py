@@ -16,15 +16,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from .branches import Branches
 from .capabilities import device_of, dtype_of, vocabulary_size
 from .chat import Content, Span, is_chat, is_image, message_numbers, parts_of, render_chat
 from .images import image_tokens, readable
 from .pictures import Picture
 from .pieces import Area
 from .placing import owners
+from .replay import Replay
 from .stacks import UnsupportedModelError
 from .tokens import TEMPLATE, Tokens, check_vocabulary, describe, spans_of_encoding
 
@@ -170,7 +173,14 @@ def read_pictures(prompt: Any, model: Any, processor: Any) -> Read:
         written.contents,
         areas if sizes else [],
     )
-    return Read(words, _inputs(encoding, model, bool(sizes)), _pictures(written))
+    inputs = moved(encoding, model) if sizes else {"input_ids": encoding["input_ids"]}
+    return Read(words, inputs, _pictures(written))
+
+
+def embeddings(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """What a decoder reads of one prompt, pictures included: ``[P, D]``."""
+    with torch.no_grad():
+        return Replay(model, inputs, Branches(inputs["input_ids"].shape[1], ((0,),))).embeddings()
 
 
 def refuse_placeholders(texts: Sequence[str], model: Any, processor: Any) -> None:
@@ -422,15 +432,13 @@ def _moved(span: Span, places: Sequence[Span], starts: Sequence[int]) -> Span | 
     return None
 
 
-def _inputs(encoding: Mapping[str, Any], model: Any, pictures: bool) -> dict[str, Any]:
-    """What the model's forward takes, on its device and in its dtype."""
-    if not pictures:
-        return {"input_ids": encoding["input_ids"]}
+def moved(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """What the model's forward takes of what a processor returned, on its device, in its dtype."""
     device, dtype = device_of(model), dtype_of(model)
-    inputs = {}
-    for name, value in encoding.items():
+    found = {}
+    for name, value in inputs.items():
         if isinstance(value, Tensor):
             value = value.to(device, dtype if value.is_floating_point() else None)
         if name != "labels":  # PaliGemma's processor makes some, for training
-            inputs[name] = value
-    return inputs
+            found[name] = value
+    return found

@@ -7,7 +7,7 @@ tokens, D width of embeddings.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from .arguments import check_one_of
 from .attention import BACKENDS, MODES
-from .capabilities import check_causal, vocabulary_size
+from .capabilities import check_causal
 from .controls import Control, checked_controls, control_factors
 from .integration import manipulate
 from .layers import THREAD
 from .stacks import find_stack
-from .steer_inputs import Prompts, prompts_of, read_inputs
+from .steer_inputs import Prompts, prompts_of, read_steered
 from .tokens import Tokens
 
 # By `python -m bench.steering`: at factor 2 another fact takes over 61% of answers (multiplicative
@@ -36,6 +36,8 @@ def steer(
     *,
     inputs: Any,
     tokenizer: Any = None,
+    processor: Any = None,
+    images: Any = None,
     mode: str = DEFAULT_MODE,
     layers: Iterable[int] | None = None,
     heads: Iterable[int] | None = None,
@@ -54,10 +56,16 @@ def steer(
         controls: What to suppress and amplify: ``TextControl``, ``TokenControl``,
             ``ImageControl``. One sequence acts on every prompt; a sequence of sequences has one
             for each. Where several meet on a token, their factors multiply.
-        inputs: The prompts, as ``generate`` gets them: what ``tokenizer(...)`` returned, padded on
-            either side; or ids ``[B, P]``; or a str or several, together with ``tokenizer``. A
-            ``TextControl`` needs text, or the unchanged encoding of a fast tokenizer.
+        inputs: The prompts, as ``generate`` gets them: what ``tokenizer(...)`` or
+            ``processor(...)`` returned, padded on either side; or ids ``[B, P]``; or a str or
+            several, together with ``tokenizer``; or a prompt with pictures as
+            ``Explainer.explain`` takes it (``[image, "text"]``, chat messages), together with
+            ``processor``. A ``TextControl`` needs text, or the unchanged encoding of a fast
+            tokenizer; its characters are those of the text without what stands for pictures.
         tokenizer: Only for inputs that are text, which it must encode as ``generate`` gets it.
+        processor: What made the inputs, where an ``ImageControl`` acts on them.
+        images: The pictures that the inputs of one prompt were made of, in order, where the inputs
+            are what ``processor(...)`` returned and an ``ImageControl`` acts on them.
         mode: How a factor acts on scores, see ``atman_triton.attention``. The default,
             ``min_shift``, is the explainer's and works both ways: it moves a score towards the
             row's smallest one, or away from it, so that amplification always means more attention.
@@ -79,7 +87,7 @@ def steer(
     check_causal(model)
     check_one_of("mode", mode, MODES)
     check_one_of("backend", backend, BACKENDS)
-    prompts = read_inputs(inputs, tokenizer, vocabulary_size(model))
+    prompts = read_steered(inputs, model, tokenizer, processor, images)
     factors = control_rows(model, controls, prompts)
     with (
         _only_on(model, prompts.ids),
@@ -91,14 +99,21 @@ def steer(
 
 @contextmanager
 def under_controls(
-    model: nn.Module, controls: Sequence[Control] | None, words: Tokens, mode: str, backend: str
+    model: nn.Module,
+    controls: Sequence[Control] | None,
+    words: Tokens,
+    mode: str,
+    backend: str,
+    *,
+    sizes: Sequence[tuple[int, int]] = (),
+    embed: Callable[[], Tensor] | None = None,
 ) -> Iterator[list[Control]]:
     """Let controls act on a prompt that is explained; yields them, checked. None is none."""
     if controls is None:
         yield []
         return
     checked = checked_controls("controls", controls)
-    factors = control_rows(model, checked, prompts_of(words))
+    factors = control_rows(model, checked, prompts_of(words, sizes, embed))
     with manipulate(model, factors, mode, backend=backend):
         yield checked
 
@@ -111,8 +126,9 @@ def control_rows(model: nn.Module, controls: Any, prompts: Prompts) -> Tensor:
         zip(every, prompts.columns, prompts.rows, strict=True)
     ):
         ids = prompts.ids[row, columns]
+        embedded = prompts.embed or (lambda i=ids: embed(model, i))
         try:
-            factors[row, columns] = control_factors(own, known, lambda i=ids: embed(model, i))
+            factors[row, columns] = control_factors(own, known, embedded)
         except ValueError as error:
             if len(prompts.ids) == 1:
                 raise
@@ -167,11 +183,17 @@ def _only_on(model: nn.Module, ids: Tensor) -> Iterator[None]:
         if isinstance(read, Tensor):
             _check_tokens(read, kwargs.get("past_key_values"), ids)
 
-    handle = module.register_forward_pre_hook(check, with_kwargs=True)
+    readers: list[Any] = [module]
+    if getattr(model.config, "image_token_id", None) is not None:
+        # the stack of a vision-language model is handed embeddings, the model around it ids
+        outer: Any = model
+        readers.append(outer.get_base_model() if hasattr(outer, "get_base_model") else outer)
+    handles = [each.register_forward_pre_hook(check, with_kwargs=True) for each in readers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         config.num_hidden_layers = layers  # an early exit that failed leaves its own
 
 

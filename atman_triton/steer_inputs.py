@@ -5,16 +5,25 @@ Legend: B batch rows, P columns of the prompt (padding included).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .capabilities import vocabulary_size
 from .chat import Span
 from .controls import ControlledRow
+from .images import image_tokens, readable
+from .multimodal import embeddings, has_pictures, moved, read_pictures
+from .pieces import Area
 from .tokens import Tokens, encode_prompt, spans_of_encoding
 
+_WITHOUT_PROCESSOR = (
+    "inputs alone do not say where they are; pass processor= and images=, or the prompt itself as "
+    "inputs, [image, 'text'], with processor=."
+)
 _ADVICE = (
     "pass the encoding that a fast tokenizer returned, unchanged, or the text itself with "
     "tokenizer=."
@@ -28,24 +37,81 @@ class Prompts(NamedTuple):
         ids: ``[B, P]`` int64 on the CPU.
         columns: Of each row, the columns of its tokens; the others are padding.
         rows: What is known of each row's tokens.
+        embed: Of one prompt with pictures, gives what the decoder reads: ``[P, D]``.
     """
 
     ids: Tensor
     columns: list[Tensor]
     rows: list[ControlledRow]
+    embed: Callable[[], Tensor] | None = None
 
 
-def prompts_of(words: Tokens) -> Prompts:
-    """One prompt, as it was tokenised for an explanation."""
-    return Prompts(
-        torch.tensor([words.ids]),
-        [torch.arange(len(words))],
-        [ControlledRow(len(words), words.spans, len(words.text))],
-    )
+def prompts_of(
+    words: Tokens,
+    sizes: Sequence[tuple[int, int]] = (),
+    embed: Callable[[], Tensor] | None = None,
+) -> Prompts:
+    """One prompt, as it was tokenised for an explanation.
+
+    Args:
+        words: Its tokens.
+        sizes: Width and height of its pictures.
+        embed: Gives what the decoder reads, where that is not the tokens' own embeddings.
+    """
+    row = ControlledRow(len(words), words.spans, len(words.text), words.areas, sizes)
+    return Prompts(torch.tensor([words.ids]), [torch.arange(len(words))], [row], embed)
+
+
+def read_steered(inputs: Any, model: Any, tokenizer: Any, processor: Any, images: Any) -> Prompts:
+    """Prompts from what ``steer`` takes.
+
+    Raises:
+        TypeError, ValueError: if they are none, naming what is wrong.
+        UnsupportedModelError: if where the tokens of ``images`` stand is not known.
+    """
+    if has_pictures(inputs):
+        if images is not None:
+            raise TypeError("images are in the inputs already; leave images= out.")
+        read = read_pictures(inputs, model, processor)
+        sizes = [(picture.width, picture.height) for picture in read.pictures]
+        return prompts_of(read.words, sizes, lambda: embeddings(model, read.inputs))
+    prompts = read_inputs(inputs, tokenizer, vocabulary_size(model))
+    if images is None and processor is None:
+        return prompts
+    return _with_images(prompts, inputs, model, processor, images)
+
+
+def _with_images(prompts: Prompts, inputs: Any, model: Any, processor: Any, images: Any) -> Prompts:
+    """The prompt that an encoding holds, with the places of its image tokens."""
+    if images is None or processor is None:
+        given, missing = ("images", "processor") if processor is None else ("processor", "images")
+        raise ValueError(
+            f"{given}= needs {missing}= too: the pictures that inputs were made of, in order, and "
+            "what made them."
+        )
+    if len(prompts.rows) != 1 or not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"images= are of one prompt, as the processor returned it, got {len(prompts.rows)} "
+            "prompts; steer one at a time."
+        )
+    several = images if isinstance(images, (list, tuple)) else [images]
+    sizes = [readable(image).size for image in several]
+    areas: dict[int, Area] = {
+        found.token: Area(found.image, found.box, found.view)
+        for found in image_tokens(model, processor, inputs, sizes)
+    }
+    own = [areas.get(column) for column in prompts.columns[0].tolist()]
+    row = replace(prompts.rows[0], areas=own, sizes=sizes)
+
+    def embed() -> Tensor:
+        shown = embeddings(model, moved(inputs, model))
+        return shown[prompts.columns[0].to(shown.device)]
+
+    return prompts._replace(rows=[row], embed=embed)
 
 
 def read_inputs(inputs: Any, tokenizer: Any, vocabulary: int) -> Prompts:
-    """Prompts from what ``steer`` takes as ``inputs``.
+    """Prompts from what ``steer`` takes as ``inputs``, without the places of their image tokens.
 
     Raises: TypeError, ValueError: if they are none, naming what is wrong.
     """
@@ -88,7 +154,8 @@ def read_inputs(inputs: Any, tokenizer: Any, vocabulary: int) -> Prompts:
         else:
             spans = _of_encoding(inputs, row, len(ids), ids[row], own)
         length = None if texts is None else len(texts[row])
-        rows.append(ControlledRow(len(own), spans, length))
+        areas = _WITHOUT_PROCESSOR if "pixel_values" in inputs else ()
+        rows.append(ControlledRow(len(own), spans, length, areas))
     return Prompts(ids, columns, rows)
 
 

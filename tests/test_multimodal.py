@@ -5,6 +5,8 @@ Legend: S tokens of the prompt and the target without its last one, T target tok
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,7 +32,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-WIDE, TALL = noise(60, 40), noise(30, 50, 1)
+WIDE, TALL, SMALL = noise(60, 40), noise(30, 50, 1), noise(26, 20, 2)
 seeing = cache(seeing)
 # Mllama reads pictures beside the prompt.
 FAMILIES = [name for name in PROCESSORS if name != "mllama"]
@@ -66,26 +68,39 @@ def behind(name: str, inputs: dict[str, Any], target: list[int]) -> dict[str, An
 
 
 @torch.no_grad()
-def logprobs(model: Any, inputs: dict[str, Any], target: list[int], matrix: Any) -> Any:
-    """``[T]``, of one eager forward of the whole model with scores multiplied by a matrix."""
+def logprobs(model: Any, inputs: dict[str, Any], target: list[int] | None, matrix: Any) -> Any:
+    """``[T]``, of one eager forward of the whole model with scores multiplied by a matrix.
+
+    Without a target, those of all tokens in all places.
+    """
     _perturbation.update(matrix=matrix, mode="min_shift", layers=None, heads=None)
-    logits = model(**inputs, use_cache=False).logits[0, -len(target) :]
+    logits = model(**inputs, use_cache=False).logits[0]
+    if target is None:
+        return logits.log_softmax(-1)
+    logits = logits[-len(target) :]
     return logits.log_softmax(-1)[range(len(target)), target].float()
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """The decoder alone attends with the matrix; the vision tower is what it is."""
+    before = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation({"text_config": "plain_eager"})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": before})
 
 
 def plain_loop(model, inputs, target, units, first_row=0):
     """``[1 + U, T]``, the base run first; queries before ``first_row`` feel no factor."""
     length = inputs["input_ids"].shape[1]
-    before = model.config.get_text_config()._attn_implementation
-    model.set_attn_implementation({"text_config": "plain_eager"})
-    try:
-        rows = []
+    rows = []
+    with plain_attention(model):
         for tokens in [(), *units]:
             matrix = torch.ones(length, length)
             matrix[first_row:, list(tokens)] = FACTOR
             rows.append(logprobs(model, inputs, target, matrix))
-    finally:
-        model.set_attn_implementation({"text_config": before})
     return torch.stack(rows)
 
 
@@ -109,8 +124,8 @@ def check(name, explanation, inputs):
 @pytest.mark.parametrize("method", ["exact", "direct"])
 def test_equals_the_plain_loop(name, method):
     model, processor = seeing(name)
-    prompt = ["Look: ", WIDE, TEXT]
-    inputs = encoded(name, processor, f"Look: {mark(name, processor)}{TEXT}", [WIDE])
+    prompt = ["Look: ", SMALL, TEXT]
+    inputs = encoded(name, processor, f"Look: {mark(name, processor)}{TEXT}", [SMALL])
     explainer = Explainer(model, processor, method=method, progress=False)
     explanation = explainer.explain(prompt, TARGET)
     assert explanation.text == f"Look: {TEXT}{TARGET}"

@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from ..answers import Answers
 from ..chat import Span
 from ..methods import Measures
@@ -121,6 +124,12 @@ class Task(ABC):
         advance: Callable[[int], None],
     ) -> Measures:
         """The engine that suppresses units, its base run done."""
+
+    def embeddings(self, prompt: Prompt) -> Tensor:
+        """What the model reads of a prompt's tokens, ``[P, D]``: by default their own."""
+        table: Any = self.model.get_input_embeddings()
+        with torch.no_grad():
+            return table(torch.tensor(prompt.words.ids, device=table.weight.device))
 
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
         """Share of attention scores that are negative with nothing suppressed; None: not known."""

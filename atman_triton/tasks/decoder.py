@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import multimodal
 from ..answers import Answers, generated_answer, given_answers
@@ -113,6 +114,13 @@ class DecoderTask(Task):
         inputs = self._continued(prompt, layout.prompt_ids[len(prompt.words) :])
         with self._encoded.on(self.model):
             return Engine(self.model, inputs, layout.target_ids, settings, expect, advance)
+
+    def embeddings(self, prompt: Prompt) -> Tensor:
+        """Pictures as the vision tower encodes them, text as the model embeds it."""
+        if not prompt.pictures:
+            return super().embeddings(prompt)
+        with self._encoded.on(self.model):
+            return multimodal.embeddings(self.model, prompt.inputs)
 
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
         """Of the prompt and the first target."""
