@@ -179,6 +179,8 @@ MODELS = {
     "bart": bart,
     "marian": marian,
     "whisper": whisper,
+    "blip": blip,
+    "blip_vqa": blip_vqa,
 }
 
 

@@ -34,6 +34,11 @@ SAID = {
         "0.80–0.90 s: ",
         "WhisperForConditionalGeneration",
     ],
+    "explain_blip": [
+        "BlipForConditionalGeneration",
+        "BlipForQuestionAnswering",
+        "what is in the picture?",
+    ],
 }
 """What each script prints, among other things."""
 
