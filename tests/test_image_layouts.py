@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import toy_processors
 import transformers as tf
@@ -9,8 +11,9 @@ from image_probe import Probe, meets, middle
 from toy_processors import PATCH, SHOWN
 
 SQUARE, WIDE, TALL, ODD = (60, 60), (110, 44), (46, 96), (71, 53)
+FEWER: dict[str, Any] = {"llava-next": {"shown": 16}, "llava-onevision": {"shown": 18}}
 PROBES = {
-    f"{name}-{'-'.join(f'{w}x{h}' for w, h in sizes)}": (name, sizes, {})
+    f"{name}-{'-'.join(f'{w}x{h}' for w, h in sizes)}": (name, sizes, FEWER.get(name, {}))
     for name in toy_processors.PROCESSORS
     for sizes in ([SQUARE], [WIDE], [TALL], [ODD, SQUARE])
 }
@@ -51,9 +54,13 @@ PROBES |= {
         [WIDE, SQUARE, TALL, (70, 25)],
         {"options": {"do_pan_and_scan": True}},
     ),
-    "llava-onevision-averaged": ("llava-onevision", [ODD], {"most": 1}),
-    "llava-onevision-averaged-wide": ("llava-onevision", [(120, 40)], {"most": 2}),
-    "llava-onevision-two-in-full": ("llava-onevision", [ODD, WIDE], {"options": {"flat": True}}),
+    "llava-onevision-averaged": ("llava-onevision", [ODD], {"most": 1, "shown": 18}),
+    "llava-onevision-averaged-wide": ("llava-onevision", [(120, 40)], {"most": 2, "shown": 18}),
+    "llava-onevision-two-in-full": (
+        "llava-onevision",
+        [ODD, WIDE],
+        {"options": {"flat": True}, "shown": 18},
+    ),
     "idefics3-3-columns": ("idefics3", [WIDE], {"size": {"longest_edge": 3 * SHOWN}}),
     "idefics3-one-tile": ("idefics3", [ODD], {"size": {"longest_edge": SHOWN}}),
     "smolvlm-not-split": ("smolvlm", [ODD], {"options": {"do_image_splitting": False}}),
