@@ -196,6 +196,16 @@ def _qwen_config(processor):
     )
 
 
+def _qwen2_config(processor):
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    tower = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
+    return tf.Qwen2VLConfig(
+        vision_config=_QWEN_TOWER | tower,
+        text_config=_text_of(processor) | {"rope_parameters": rope},
+        **_qwen_ids(processor),
+    )
+
+
 def _qwen3_config(processor):
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     deep = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
@@ -298,6 +308,7 @@ def _mllama_config(processor):
 
 _CONFIGS = {
     "llava": (tf.LlavaForConditionalGeneration, _llava_config),
+    "qwen2-vl": (tf.Qwen2VLForConditionalGeneration, _qwen2_config),
     "qwen2.5-vl": (tf.Qwen2_5_VLForConditionalGeneration, _qwen_config),
     "qwen3-vl": (tf.Qwen3VLForConditionalGeneration, _qwen3_config),
     "gemma3": (tf.Gemma3ForConditionalGeneration, _gemma3_config),

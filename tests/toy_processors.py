@@ -54,36 +54,30 @@ def llava(kind: Any = None, select: str = "default", extra: int = 1, **settings:
     )
 
 
-def qwen2_5(**settings: Any) -> Any:
-    """Qwen2.5-VL's: stretched to whole squares of merged patches."""
+def _qwen_parts(settings: dict[str, Any]) -> tuple[Any, Any, Any]:
     defaults = {
         "size": {"shortest_edge": 16 * 16, "longest_edge": 48 * 48},
         "patch_size": PATCH,
         "merge_size": 2,
     }
-    return tf.Qwen2_5_VLProcessor(
-        tf.Qwen2VLImageProcessorPil(**defaults | settings),
-        _qwen_tokenizer(),
-        BaseVideoProcessor(),
-    )
+    marks = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    images = tf.Qwen2VLImageProcessorPil(**defaults | settings)
+    return images, _tokenizer(*marks), BaseVideoProcessor()
 
 
-def _qwen_tokenizer():
-    return _tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+def qwen2(**settings: Any) -> Any:
+    """Qwen2-VL's: stretched to whole squares of merged patches."""
+    return tf.Qwen2VLProcessor(*_qwen_parts(settings))
+
+
+def qwen2_5(**settings: Any) -> Any:
+    """Qwen2.5-VL's: the same."""
+    return tf.Qwen2_5_VLProcessor(*_qwen_parts(settings))
 
 
 def qwen3(**settings: Any) -> Any:
-    """Qwen3-VL's."""
-    defaults = {
-        "size": {"shortest_edge": 16 * 16, "longest_edge": 48 * 48},
-        "patch_size": PATCH,
-        "merge_size": 2,
-    }
-    return tf.Qwen3VLProcessor(
-        tf.Qwen2VLImageProcessorPil(**defaults | settings),
-        _qwen_tokenizer(),
-        BaseVideoProcessor(),
-    )
+    """Qwen3-VL's: the same."""
+    return tf.Qwen3VLProcessor(*_qwen_parts(settings))
 
 
 def gemma3(**settings: Any) -> Any:
@@ -221,6 +215,7 @@ def encoded(
 
 PROCESSORS = {
     "llava": llava,
+    "qwen2-vl": qwen2,
     "qwen2.5-vl": qwen2_5,
     "qwen3-vl": qwen3,
     "gemma3": gemma3,

@@ -105,6 +105,7 @@ def _panned(size: tuple[int, int], prompt: Prompt) -> tuple[list[Axis], list[Axi
 
 FAMILIES = {
     "llava": Family(llava, ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")),
+    "qwen2_vl": Family(qwen, ("Qwen2VLImageProcessor",)),
     "qwen2_5_vl": Family(qwen, ("Qwen2VLImageProcessor",)),
     "qwen3_vl": Family(qwen, ("Qwen2VLImageProcessor",)),
     "gemma3": Family(gemma3, ("Gemma3ImageProcessor",)),
