@@ -28,6 +28,7 @@ SIGLIP = tf.SiglipVisionConfig(
 )
 PROBES |= {
     "llava-stretched": ("llava", [WIDE, TALL], WHOLE),
+    "llava-too-small-for-its-crop": ("llava", [WIDE, SQUARE], {"size": {"shortest_edge": 21}}),
     "llava-squared": (
         "llava",
         [WIDE, TALL, (71, 54)],

@@ -21,6 +21,7 @@ from toy_images import seeing
 from toy_processors import SHOWN, encoded, noisy
 
 from atman_triton.images import cross_image_tokens, image_tokens, readable
+from atman_triton.images.geometry import resampled
 from atman_triton.stacks import UnsupportedModelError
 
 STRETCHED = [
@@ -82,9 +83,22 @@ def test_pixels_that_a_tower_leaves_unread_are_in_no_box():
     )
 
 
+def test_averaged_patches_keep_the_gaps_between_tiles():
+    spans = [(0, 1), (2, 3), (4, 5)]
+    assert resampled(spans, 1) == [(0, 5)]
+    assert resampled(spans, 2) == [(0, 2.5), (2.5, 5)]
+    assert resampled(spans, 3) == spans
+    assert resampled(spans[:2], 4) == [(0, 0.5), (0.5, 1), (2, 2.5), (2.5, 3)]
+
+
 @pytest.mark.parametrize(
     ("size", "visible"),
-    [((110, 44), (33, 0, 44, 44)), ((46, 96), (0, 25, 46, 46)), ((60, 60), (0, 0, 60, 60))],
+    [
+        ((110, 44), (110 * 18 / 60, 0, 110 * 24 / 60, 44)),
+        ((46, 96), (0, 96 * 13 / 50, 46, 96 * 24 / 50)),
+        ((61, 41), (61 * 5 / 35, 0, 61 * 24 / 35, 41)),  # of an odd rest, the larger half behind
+        ((60, 60), (0, 0, 60, 60)),
+    ],
 )
 def test_what_a_crop_cuts_off_is_in_no_box_and_moves_nothing(size, visible):
     model, processor = seeing("llava")
@@ -93,8 +107,7 @@ def test_what_a_crop_cuts_off_is_in_no_box_and_moves_nothing(size, visible):
     boxes = [token.box for token in image_tokens(model, processor, encoding, [size])]
     left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
     right, bottom = max(b[0] + b[2] for b in boxes), max(b[1] + b[3] for b in boxes)
-    # Resized to 50 pixels, of which 24 are read, the cut is in the middle of a pixel.
-    assert (left, top, right - left, bottom - top) == pytest.approx(visible, abs=46 / 24 / 2)
+    assert (left, top, right - left, bottom - top) == pytest.approx(visible)
     outside = picture.copy()
     outside.paste((255, 255, 255), (0, 0, *size))
     reach = 4  # pixels that resizing blurs

@@ -22,7 +22,7 @@ def whole(model, inputs, target, factor, mode, kind):
     for name, value in (
         ("attention_mask", 1),
         ("mm_token_type_ids", 0),
-        ("token_type_ids", int(kind == "paligemma")),
+        ("token_type_ids", int(kind.startswith("paligemma"))),
     ):
         if name in inputs:
             own[name] = torch.cat([inputs[name], torch.full_like(more, value)], 1)
@@ -103,7 +103,7 @@ def test_pieces_never_cut_through_what_sees_itself(name, monkeypatch):
         torch.testing.assert_close(
             pieces.perturb(units, "direct"), expected.perturb(units, "direct")
         )
-    if name != "paligemma":  # its prompt cannot be cut at all
+    if not name.startswith("paligemma"):  # its prompt cannot be cut at all
         assert len(pieces.record.batch_sizes) > len(expected.record.batch_sizes)
 
 

@@ -170,6 +170,8 @@ _WIDE: dict[str, Any] = {"max_position_embeddings": 1024}
 def _tower_of(processor):
     images = processor.image_processor
     size = getattr(images, "max_image_size", None) or images.size
+    if getattr(images, "do_center_crop", False):
+        size = images.crop_size
     edges = {edge for edge in dict(size).values() if edge}
     return _TOWER | {"image_size": edges.pop()}
 
@@ -226,7 +228,7 @@ def _gemma3_config(processor):
     ids = processor.tokenizer
     return tf.Gemma3Config(
         vision_config=_tower_of(processor),
-        text_config=_text_of(processor) | {"head_dim": 8, "sliding_window": 16},
+        text_config=_text_of(processor) | {"head_dim": 8, "sliding_window": 24},
         mm_tokens_per_image=processor.image_seq_length,
         image_token_index=ids.image_token_id,
         boi_token_index=ids.boi_token_id,
@@ -340,12 +342,13 @@ def seeing(name, processor=None, **changes):
 # --- prompts of a few tokens, prepared by their processors ----------------------------------------
 
 
-def _prepared(name, size, **settings):
+def _prepared(name, *sizes, **settings):
     def made():
         model, processor = seeing(name, toy_processors.PROCESSORS[name](**settings))
-        picture = toy_processors.noisy(size)
-        inputs = dict(toy_processors.encoded(processor, [[picture]], "is a"))
+        pictures = [toy_processors.noisy(size, seed) for seed, size in enumerate(sizes)]
+        inputs = dict(toy_processors.encoded(processor, [pictures], "is a"))
         inputs["pixel_values"] = inputs["pixel_values"].double()
+        inputs.pop("labels", None)  # PaliGemma's, for training
         return model, inputs
 
     return made
@@ -357,4 +360,7 @@ TILED = {
     "idefics3": _prepared("idefics3", (20, 9), shown=16),
     "smolvlm": _prepared("smolvlm", (20, 9), shown=16),
     "internvl": _prepared("internvl", (20, 9), shown=16),
+    "qwen2.5-vl-two": _prepared("qwen2.5-vl", (30, 16), (16, 24)),
+    "gemma3-two": _prepared("gemma3", (30, 16), (16, 24)),
+    "paligemma-two": _prepared("paligemma", (30, 16), (16, 24)),
 }
