@@ -374,7 +374,9 @@ class Explanation:
         target instead (``branch(k).to_dataframe()`` tells its tokens apart), and ``branch`` says
         which target a unit belongs to. Where there are more parts than targets, ``"part 0: text"``
         and so on are the ``part_relevances``. With documents, ``document`` is the id of a unit's,
-        and with correlated suppression ``neighbours`` counts what was suppressed along with it.
+        and with correlated suppression ``neighbours`` counts what was suppressed along with it. Of
+        pictures, ``image`` says which and ``left``, ``top``, ``width``, ``height`` where on it, in
+        its pixels; of a sound, ``start_seconds`` and ``stop_seconds`` say when.
         The index is the unit's number. Of gradient methods, ``attrs["completeness_error"]`` is
         that of ``completeness``.
 
@@ -394,10 +396,12 @@ class Explanation:
         branch: int | None = None,
         part: int | None = None,
     ) -> None:
-        """Print the explanation to the terminal: the text as a heat map, then the strongest units.
+        """Print the explanation to the terminal: heat maps, then the strongest units.
 
-        Of several targets, the prompt is coloured by what it does for all of them, and the targets
-        are listed; ``branch`` or ``target`` shows one of them with its own text.
+        Pictures are drawn in blocks of colour, once for each of several targets, or in characters
+        where there is no colour; a sound is a strip over time. Of several targets, the prompt is
+        coloured by what it does for all of them, and the targets are listed; ``branch`` or
+        ``target`` shows one of them with its own text.
 
         Args:
             top_k: How many supporters to list; None for up to 10 that tell something.
@@ -430,16 +434,17 @@ class Explanation:
     def to_html(
         self, path: str | os.PathLike[str] | None = None, *, others: Iterable[Explanation] = ()
     ) -> str:
-        """One self-contained HTML page: the text coloured by relevance, numbers on hover or focus.
+        """One self-contained HTML page: pictures, sound and text coloured by relevance, numbers.
 
-        The reader chooses the target, the target token and, of a refined result, larger units.
+        The numbers of a piece are shown on hover or focus. The reader chooses the target, the
+        target token and, of a refined result, larger units.
 
         Args:
             path: Also write the page to this file.
             others: Explanations of the same document (other questions, other targets) to lay over
                 this one, each in its own colour, as in the paper's Fig. 6.
         Returns: the page.
-        Raises: ValueError: if the explanations share no text.
+        Raises: ValueError: if the explanations share no text, or are not of the same pictures.
         """
         from .render.html import to_html
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from .pieces import Box
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +42,7 @@ def dataframe(explanation: Explanation, top_k: int | None = None) -> pandas.Data
         owners = [unit.document for unit in e.units]
         ids = [None if owner is None else e.documents[owner].id for owner in owners]
         columns["document"] = pandas.array(ids, dtype="string")
+    columns |= _places(pandas, e)
     if any(unit.neighbours for unit in e.units):
         columns["neighbours"] = [len(unit.neighbours) for unit in e.units]
     rows: list[tuple[str, Tensor]]
@@ -56,6 +60,34 @@ def dataframe(explanation: Explanation, top_k: int | None = None) -> pandas.Data
     if explanation.completeness is not None:
         frame.attrs["completeness_error"] = explanation.completeness.error
     return frame if top_k is None else frame.loc[order[:top_k]]
+
+
+def _places(pandas: Any, explanation: Explanation) -> dict[str, Any]:
+    """Where units stand on pictures and when in a sound, only where there are such.
+
+    A unit of several boxes has the smallest one around them.
+    """
+    columns: dict[str, Any] = {}
+    units = explanation.units
+    if any(unit.image is not None for unit in units):
+        columns["image"] = pandas.array([unit.image for unit in units], dtype="Int64")
+        around = [_around(unit.boxes) for unit in units]
+        for index, name in enumerate(("left", "top", "width", "height")):
+            column = [None if box is None else box[index] for box in around]
+            columns[name] = pandas.array(column, dtype="Float64")
+    if any(unit.seconds is not None for unit in units):
+        for index, name in enumerate(("start_seconds", "stop_seconds")):
+            column = [None if unit.seconds is None else unit.seconds[index] for unit in units]
+            columns[name] = pandas.array(column, dtype="Float64")
+    return columns
+
+
+def _around(boxes: Sequence[Box]) -> Box | None:
+    if not boxes:
+        return None
+    left, top = min(box[0] for box in boxes), min(box[1] for box in boxes)
+    right, bottom = max(box[0] + box[2] for box in boxes), max(box[1] + box[3] for box in boxes)
+    return left, top, right - left, bottom - top
 
 
 def import_extra(module: str, extra: str) -> Any:

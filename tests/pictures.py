@@ -48,7 +48,7 @@ class Page(HTMLParser):
             tag=tag, attributes=dict(attrs), text="", inside=self._inside_the_text()
         )
         self.elements.append(node)
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "img"):
             self.path.append((tag, node))
         if tag == "script":
             self.scripts.append("")

@@ -136,7 +136,7 @@ def test_the_text_below_a_picture_does_not_list_its_patches():
     shown = words(figure)
     assert "picture" in shown
     assert not [word for word in shown if "Not in the text" in word]
-    alone = corner(answers=("",), provenance={"target": "class"}).plot()
+    alone = corner(answers=("",), provenance={"classes": [""]}).plot()
     assert len(alone.axes) == 4  # two pictures, a colour bar, bars
 
 

@@ -324,3 +324,26 @@ def test_classes_and_outputs_are_told_apart_in_the_terminal():
     assert text.startswith("Class: POSITIVE   p = 0.607\n")
     for other in ("logit", "output"):
         assert not re.search(r"nats|p =|probab", printed(classified(other, ("x",))))
+
+
+# The table.
+
+
+def test_the_table_says_where_and_when():
+    newline = patch(0, (0, 0, 1, 1))
+    newline = type(newline)("newline token", (1,), None, None, "prompt", level="patch", image=0)
+    both = patch(0, (10, 0, 10, 10))
+    both = type(both)(
+        "two", (2,), None, None, "prompt", image=0, boxes=((10, 0, 10, 5), (30, 5, 5, 9))
+    )
+    e = explained([newline, both], [[1.0, 2.0, 0.5]], "word")
+    frame = e.to_dataframe()
+    assert frame.columns.tolist()[8:] == ["image", "left", "top", "width", "height"]
+    assert frame["image"].tolist()[:2] == [0, 0]
+    assert frame.loc[1, ["left", "top", "width", "height"]].tolist() == [10, 0, 25, 14]
+    assert frame.loc[[0, 2], "left"].isna().all()
+    assert frame["image"].isna().tolist() == [False, False, True]
+    heard_frame = heard().to_dataframe()
+    assert heard_frame.columns.tolist()[8:] == ["start_seconds", "stop_seconds"]
+    assert heard_frame.loc[3, ["start_seconds", "stop_seconds"]].tolist() == [1.5, 2.0]
+    assert "image" not in classified().to_dataframe()

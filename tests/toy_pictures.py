@@ -44,7 +44,7 @@ def explained(units, scores, prompt="", answers=(" cat",), sizes=((40, 20),), **
     text, targets, stops = prompt, [], []
     for branch, answer in enumerate(answers):
         start, stop = len(text), len(text) + len(answer)
-        targets.append(Target(answer, len(units), branch, start, stop, branch))
+        targets.append(Target(answer, 1000, branch, start, stop, branch))
         text += answer
         stops.append(stop)
     base = torch.tensor([-0.5 * (branch + 1) for branch in range(len(answers))])
@@ -92,6 +92,6 @@ def heard(**changes):
 def classified(quantity="logprob", answers=("POSITIVE", "NEGATIVE"), **changes):
     """A text and its classes, or what a regression makes of it."""
     scores = [[0.1, 1.5, 0.3, -0.9], [-0.1, -1.1, 0.0, 0.8]][: len(answers)]
-    facts = {"provenance": {"model": "toy", "target": "class"}}
+    facts = {"provenance": {"model": "toy", "classes": list(answers)}}
     fields = facts | {"quantity": quantity} | changes
     return explained([], scores, "a great film, slow", answers, sizes=(), **fields)

@@ -159,9 +159,7 @@ def highlight(strength: float) -> Style:
 
 def _times(seconds: float, columns: int) -> str:
     """Marks of time where it is at each of them: ``0     0.5     1 s``."""
-    rough = seconds * _MARK / columns
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough * (1 - 1e-9))
+    step = heat.step(seconds * _MARK / columns)
     line = ""
     for mark in range(int(seconds / step * (1 + 1e-9)) + 1):
         label = f"{mark * step:.6g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ def choices(explanation: Explanation) -> str:
     of all tokens, that of a whole target is -1 minus its number, that of all 0.
     """
     parts = [_levels(explanation)]
-    reduction = explanation.reduction
+    reduction, noun = explanation.reduction, wording.noun(explanation)
     if not layout.several(explanation):
         if len(explanation.targets) > 1:
             chips = [_chip("target", 0, f"all ({reduction})", checked=True)]
@@ -31,7 +30,7 @@ def choices(explanation: Explanation) -> str:
                 parts.append(_fieldset(PART, chips + pieces))
                 chips = []
             chips += [_token(explanation, "target", row) for row in range(len(explanation.targets))]
-            parts.append(_fieldset("Which target token to explain", chips))
+            parts.append(_fieldset(f"Which {noun.row} to explain", chips))
         return "".join(parts)
     rows: list[list[int]] = [[] for _ in explanation.target_stops]
     for row, target in enumerate(explanation.targets):
@@ -41,10 +40,11 @@ def choices(explanation: Explanation) -> str:
     logprobs = explanation.answer_logprobs.tolist()
     for branch, answer in enumerate(explanation.answers):
         text = layout.visible(answer)
-        chips.append(_chip("branch", -1 - branch, text, math.exp(logprobs[branch])))
-    legend = f"Which of {len(rows)} targets to explain"
+        brief = wording.base_brief(explanation, logprobs[branch])
+        chips.append(_chip("branch", -1 - branch, text, brief))
+    legend = f"Which of {len(rows)} {noun.many} to explain"
     if explanation.contrast:
-        legend = "The difference between both targets, or one of them"
+        legend = f"The difference between both {noun.many}, or one of them"
     parts.append(_fieldset(legend, chips, "", _tools(len(rows))))
     for branch, own in enumerate(rows):
         if len(own) > 1:
@@ -55,8 +55,17 @@ def choices(explanation: Explanation) -> str:
                 parts.append(_fieldset(PART, chips + pieces, attributes))
                 chips = []
             chips += [_token(explanation, name, row) for row in own]
-            parts.append(_fieldset("Which token of this target to explain", chips, attributes))
+            legend = f"Which token of this {noun.one} to explain"
+            parts.append(_fieldset(legend, chips, attributes))
     return "".join(parts)
+
+
+def pictures(explanation: Explanation) -> str:
+    """Whether pictures are seen as they are, shown where scripts run."""
+    return (
+        '<p class="see" id="see" hidden><label><input type="checkbox" id="plain" '
+        'autocomplete="off"> Pictures as they are</label></p>'
+    ) * bool(explanation.pictures)
 
 
 PART = "Which part of the target to explain"
@@ -66,7 +75,12 @@ def _parts(explanation: Explanation, name: str, branch: int) -> list[str]:
     """A choice for each part of a target; none if they are its tokens, or it is only one."""
     logprobs, first = explanation.part_logprobs.tolist(), len(explanation.targets) + 1
     return [
-        _chip(name, first + index, layout.visible(part.text), math.exp(logprobs[index]))
+        _chip(
+            name,
+            first + index,
+            layout.visible(part.text),
+            wording.base_brief(explanation, logprobs[index]),
+        )
         for index, part in layout.parts_of(explanation, branch)
     ]
 
@@ -103,14 +117,12 @@ def _fieldset(legend: str, chips: Sequence[str], attributes: str = "", tools: st
 
 
 def _token(explanation: Explanation, name: str, row: int) -> str:
-    probability = math.exp(float(explanation.base_logprobs[row]))
-    return _chip(name, row + 1, layout.visible(explanation.targets[row].text), probability)
+    brief = wording.base_brief(explanation, float(explanation.base_logprobs[row]))
+    return _chip(name, row + 1, layout.visible(explanation.targets[row].text), brief)
 
 
-def _chip(
-    name: str, value: int, text: str, probability: float | None = None, checked: bool = False
-) -> str:
-    shown = "" if probability is None else f"<small>{100 * probability:.3g}%</small>"
+def _chip(name: str, value: int, text: str, brief: str = "", checked: bool = False) -> str:
+    shown = f"<small>{brief}</small>" * bool(brief)
     mark = " checked" if checked else ""
     return (
         f'<label><input type="radio" name="{name}" value="{value}"{mark}>'
@@ -141,12 +153,13 @@ def cards(explanations: Sequence[Explanation], labels: list[str]) -> str:
 def _options(explanation: Explanation) -> list[tuple[int, str]]:
     names = [layout.visible(target.text) for target in explanation.targets]
     if not layout.several(explanation):
-        options = [(0, f"all target tokens ({explanation.reduction})")]
+        options = [(0, f"all {wording.noun(explanation).rows} ({explanation.reduction})")]
         first = len(names) + 1
         for index, part in layout.parts_of(explanation, 0):
             options.append((first + index, f"part {layout.visible(part.text)}"))
         return options + [(row + 1, name) for row, name in enumerate(names)]
-    options = [(0, "the difference" if explanation.contrast else "all targets (mean)")]
+    many = wording.noun(explanation).many
+    options = [(0, "the difference" if explanation.contrast else f"all {many} (mean)")]
     last = -1
     for row, (target, name) in enumerate(zip(explanation.targets, names, strict=True)):
         if target.branch != last:
@@ -161,7 +174,7 @@ def headline(explanation: Explanation) -> str:
     if explanation.contrast:
         return wording.question(explanation)
     if layout.several(explanation):
-        return f"{len(explanation.target_stops)} targets"
+        return f"{len(explanation.target_stops)} {wording.noun(explanation).many}"
     return layout.visible(explanation.answer)
 
 

@@ -109,6 +109,12 @@ def fitted(picture: Picture, width: float, height: float) -> tuple[int, int]:
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
 
 
+def step(least: float) -> float:
+    """The smallest of 1, 2 and 5 times a power of ten that is so large."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * each for each in (1, 2, 5, 10) if power * each >= least * (1 - 1e-9))
+
+
 def overlay(
     image: Image, size: tuple[int, int], strength: Array, colours: Sequence[Colour]
 ) -> NDArray[np.uint8]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from html import escape
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from . import layout, wording
-from .controls import cards, choices, headline, label, letter
+from .boxes import framed
+from .controls import cards, choices, headline, label, letter, pictures
 from .marked import FAINT, STRONG, WEAK, marked_text
 from .numbers import INFINITY, neighbour_spans, numbers
 from .palette import DARK, LIGHT, Theme
@@ -45,7 +45,9 @@ def to_html(explanations: Sequence[Explanation]) -> str:
     if overlay:
         # Of several targets only one or another stands behind the prompt: they are not shared.
         texts = [e.prompt if layout.several(e) else e.text for e in explanations]
-        starts, length = shared(texts, [e.prompt_stop for e in explanations])
+        starts, length = shared(
+            texts, [e.prompt_stop for e in explanations], bool(first.pictures or first.sound)
+        )
         text = placed[0].text[starts[0] : starts[0] + length]
         prompt_stop = first.prompt_stop - starts[0]
         targets: list[layout.Span | None] = []
@@ -64,8 +66,9 @@ def to_html(explanations: Sequence[Explanation]) -> str:
     # Neighbours are outlined where one text is one explanation's.
     near = [] if overlay else neighbour_spans(explanations)
     documents = [(d.start - starts[0], d.stop - starts[0]) for d in first.documents]
+    frames = [replace(each, start=each.start - starts[0]) for each in framed(explanations)]
     marked, pieces, near_pieces = marked_text(
-        explanations, text, prompt_stop, spans, targets, near, documents, overlay
+        explanations, text, prompt_stop, spans, targets, near, documents, frames, overlay
     )
     script, style = _asset("page.js"), _asset("page.css")
     heading = f"{len(explanations)} explanations of one text" if overlay else headline(first)
@@ -92,7 +95,7 @@ def to_html(explanations: Sequence[Explanation]) -> str:
         style=style,
         heading=escape(heading),
         subtitle=escape(_subtitle(explanations, length, overlay)),
-        controls=cards(explanations, labels) if overlay else choices(first),
+        controls=(cards(explanations, labels) if overlay else choices(first)) + pictures(first),
         text=marked,
         legend="" if overlay else _legend(first) + _difference(explanations),
         notes="".join(map(_notes, explanations)),
@@ -138,12 +141,18 @@ def _difference(explanations: Sequence[Explanation]) -> str:
     )
 
 
-def shared(texts: Sequence[str], prompt_stops: Sequence[int]) -> tuple[list[int], int]:
+def shared(
+    texts: Sequence[str], prompt_stops: Sequence[int], seen: bool = False
+) -> tuple[list[int], int]:
     """The text that all explanations have in common: where it starts in each, and its length.
 
     Documents stand before the question or after it, so the common start of the prompts and their
-    common end are tried, and the longer one taken.
+    common end are tried, and the longer one taken. Pictures and sounds may stand without a text.
 
+    Args:
+        texts: Of the explanations.
+        prompt_stops: Where their prompts end.
+        seen: Whether they are of pictures or a sound.
     Raises: ValueError: if it is less than half of a prompt: they are about different documents.
     """
     if all(text == texts[0] for text in texts):
@@ -156,6 +165,8 @@ def shared(texts: Sequence[str], prompt_stops: Sequence[int]) -> tuple[list[int]
         head = ends[-1] if ends else head
     tail = _common([prompt[::-1] for prompt in prompts])
     longest = max(map(len, prompts))
+    if seen and not longest:
+        return [0] * len(texts), 0
     if max(head, tail) < SHARED * longest or not longest:
         raise ValueError(
             f"others must explain the same text: their prompts share {max(head, tail)} characters "
@@ -178,9 +189,11 @@ def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -
     mark = "a line is dashed"
     effects = {wording.effect(explanation, mark) for explanation in explanations}
     if overlay:
+        what, rises, _ = wording.change(explanations[0])
+        verb, whole = wording.sides(explanations[0])[0], wording.noun(explanations[0]).whole
         words = (
-            "Each colour shows what supports one answer; the deeper, the more its loss rises when "
-            "that piece is suppressed."
+            f"Each colour shows what {verb} one {whole}; the deeper, the more its {what} {rises} "
+            "when that piece is suppressed."
         )
         if any(length < explanation.prompt_stop for explanation in explanations):
             words += (
@@ -195,34 +208,37 @@ def _subtitle(explanations: Sequence[Explanation], length: int, overlay: bool) -
 
 def _what(explanation: Explanation) -> str:
     """What the colours are."""
-    e, measure = explanation, wording.scale(explanation)
+    e, measure, named = explanation, wording.scale(explanation), layout.named(explanation)
     scaled = f" Values are {wording.SCALED}." if e.normalize else ""
-    whose = "this answer"
+    noun, base = wording.noun(e), wording.base_word(e).capitalize()
+    (what, rises, falls), whose = wording.change(e), f" of this {noun.whole}"
     if e.contrast:
         pairs = zip(e.answers, e.answer_logprobs.tolist(), strict=True)
-        ps = [f"“{wording.name_of(text)}” {math.exp(logprob):.3g}" for text, logprob in pairs]
-        start = f"Probability of {ps[0]}, of {ps[1]}."
+        ps = [f"“{wording.name_of(t)}” {wording.base_number(e, value)}" for t, value in pairs]
+        start = f"{base} of {ps[0]}, of {ps[1]}."
         if e.postprocessing == "none":
             how = "more than that of the second" + " (orange), or less (blue)" * measure.signed
-            words = f"how much the loss of the first target rises {how}"
+            words = f"how much the {what} of the first {noun.one} {rises} {how}"
             return (
                 f"{start} The colour of a piece shows {words}, when the model's attention to it is "
-                f"suppressed. Choose a target to see what supports it alone.{scaled}"
+                f"suppressed. Choose a {noun.one} to see what supports it alone.{scaled}"
             )
         return (
-            f"{start} The colour of a piece shows how differently the losses of both targets "
-            f"change ({e.postprocessing} difference, the one way or the other) when the model's "
-            f"attention to it is suppressed. Choose a target to see it alone.{scaled}"
+            f"{start} The colour of a piece shows how differently the {what} of both {noun.many} "
+            f"changes ({e.postprocessing} difference, the one way or the other) when the model's "
+            f"attention to it is suppressed. Choose a {noun.one} to see it alone.{scaled}"
         )
-    start, end = f"Probability {math.exp(float(e.base_logprobs.sum())):.3g}. ", ""
+    start, end = f"{base} {wording.base_number(e, float(e.base_logprobs.sum()))}. ", ""
     if layout.several(e):
-        whose = "the chosen target, or of all targets on average,"
-        start, end = "", " Choose a target to see its own text."
-    change = "rises (orange) or falls (blue)" if measure.signed else "rises"
+        whose = f" of the chosen {noun.one}, or of all {noun.many} on average,"
+        start, end = "", f" Choose a {noun.one} to see {'it alone' if named else 'its own text'}."
+    elif what == noun.whole:
+        whose = ""
+    change = f"{rises} (orange) or {falls} (blue)" if measure.signed else rises
     if e.postprocessing != "none":
         change = f"changes ({e.postprocessing} change, the one way or the other)"
     return (
-        f"{start}The colour of a piece shows how much the loss of {whose} {change} when the "
+        f"{start}The colour of a piece shows how much the {what}{whose} {change} when the "
         f"model's attention to it is suppressed.{scaled}{end}"
     )
 

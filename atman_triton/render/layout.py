@@ -232,7 +232,7 @@ def several(explanation: Explanation) -> bool:
 
 def named(explanation: Explanation) -> bool:
     """Whether the targets are classes or outputs: their text is a name, which no model reads."""
-    return explanation.quantity != "logprob" or explanation.provenance.get("target") == "class"
+    return explanation.quantity != "logprob" or "classes" in explanation.provenance
 
 
 def in_sight(

@@ -9,6 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from . import layout
+from .boxes import Framed
 from .palette import LIGHT
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def marked_text(
     targets: list[layout.Span | None],
     neighbours: list[layout.Span],
     documents: list[layout.Span],
+    frames: list[Framed],
     overlay: bool,
 ) -> tuple[str, list[list[list[int]]], list[list[int]]]:
     """The text as spans, one per piece; which units and which neighbours lie where.
@@ -41,6 +43,7 @@ def marked_text(
         targets: Where target tokens stand.
         neighbours: Where tokens stand that were suppressed along with some unit.
         documents: Where the first explanation's documents stand.
+        frames: Pictures and sounds, in text order, and where in the text they stand.
         overlay: Whether the explanations are laid over each other.
     Returns: the HTML; of each piece, its units in every explanation; of each neighbour, its pieces.
     """
@@ -53,14 +56,42 @@ def marked_text(
     for index, explanation in enumerate(explanations):
         # Colours are scaled by what is in sight: a question outside the shared text takes no part.
         seen = {unit for piece in cuts for unit in piece.covers[index]}
+        seen |= {unit for each in frames for region in each.regions for unit in region.units[index]}
         values = layout.in_sight(explanation)
         strength.append(
             layout.strengths(v if unit in seen else math.nan for unit, v in enumerate(values))
         )
-    marks = layout.marks(explanations[0])
+    marks, named = layout.marks(explanations[0]), layout.named(explanations[0])
     html: list[str] = []
     pieces: list[list[list[int]]] = []
     near: list[list[int]] = [[] for _ in neighbours]
+
+    def look(units: list[list[int]]) -> tuple[list[str], str]:
+        """Classes and style of what some units lie over."""
+        levels = [layout.strongest(s, u) for s, u in zip(strength, units, strict=True)]
+        classes, style = _layers(levels) if overlay else _colour(levels[0])
+        top = layout.strongest_unit(strength[0], units[0])
+        if style and not overlay and top is not None and marks[top]:
+            classes.append("d")
+        return classes, style
+
+    def draw(shown: list[Framed]) -> None:
+        """Pictures side by side, under the regions of their units."""
+        html.append('<span class="pictures">')
+        for each in shown:
+            html.append(each.opening)
+            for region in each.regions:
+                classes, style = look(region.units)
+                here = any(region.units) if overlay else bool(region.units[0])
+                hidden = " hidden" * (not here)
+                html.append(
+                    f'<span class="{" ".join(["u", "box", *classes])}" data-p="{len(pieces)}" '
+                    f'role="img" aria-label="{escape(region.name)}" '
+                    f'style="{region.style}{style}"{hidden}></span>'
+                )
+                pieces.append(region.units)
+            html.append("</span>")
+        html.append("</span>")
 
     def write(
         words: str,
@@ -69,12 +100,9 @@ def marked_text(
         chosen: Sequence[int],
         answer: bool,
     ) -> None:
-        levels = [layout.strongest(s, u) for s, u in zip(strength, units, strict=True)]
-        classes, style = _layers(levels) if overlay else _colour(levels[0])
-        top = layout.strongest_unit(strength[0], units[0])
-        if style and not overlay and top is not None and marks[top]:
-            classes.append("d")
+        classes, style = look(units)
         classes = ["u"] * any(units) + classes + ["t"] * bool(chosen) + ["answer"] * answer
+        classes += ["label"] * (answer and named)
         mark = '<i class="nl" aria-hidden="true"></i>\n'
         html.append(
             f'<span class="{" ".join(classes)}" data-p="{len(pieces)}"'
@@ -86,8 +114,11 @@ def marked_text(
             near[place].append(len(pieces))
         pieces.append(units)
 
-    inside: str = ""
+    inside, waiting = "", list(frames)
     for piece in cuts:
+        if here := [each for each in waiting if each.start <= piece.start]:
+            draw(here)
+            waiting = waiting[len(here) :]
         *covers, chosen, branch, beside, owner = piece.covers
         # A document is in the prompt, so one span is open at most.
         opening = "".join(f'<span class="branch" data-b="{b}" hidden>' for b in branch)
@@ -114,6 +145,8 @@ def marked_text(
             html.append(space)
         write(core, [list(members) for members in covers], beside, chosen, answer)
     html.append("</span>" if inside else "")
+    if waiting:
+        draw(waiting)
     return "".join(html), pieces, near
 
 

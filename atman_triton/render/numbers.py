@@ -66,7 +66,16 @@ def numbers(
         "post": explanation.postprocessing,
         "scaled": explanation.normalize,
         "reduction": explanation.reduction,
+        "noun": wording.noun(explanation).whole,
+        "word": wording.base_word(explanation),
     }
+    drawn = {
+        index: wording.place_name(explanation, index)
+        for index, unit in enumerate(explanation.units)
+        if layout.drawn(unit)
+    }
+    if drawn:
+        data["drawn"] = drawn
     if explanation.contrast:
         data["contrast"] = _scale(explanation)
         data["names"] = [wording.name_of(answer) for answer in explanation.answers]
@@ -79,6 +88,7 @@ def numbers(
         data["documents"] = [layout.visible(document.id) for document in explanation.documents]
         data["document"] = [unit.document for unit in explanation.units]
     if any(unit.neighbours for unit in explanation.units):
+        names = wording.drawn_tokens(explanation)
         places: dict[Any, int] = {span: index for index, span in enumerate(near)}
         data["neighbours"] = [
             {
@@ -86,7 +96,7 @@ def numbers(
                 "shown": [
                     [
                         places.get((each.start, each.stop), -1),
-                        wording.neighbour_text(explanation, each),
+                        wording.neighbour_text(explanation, each, names),
                         float(f"{each.factor:.4g}"),
                         float(f"{each.similarity:.4g}"),
                     ]
@@ -113,7 +123,7 @@ def numbers(
 
 
 def _scale(explanation: Explanation) -> dict[str, Any]:
-    return asdict(wording.scale(explanation))
+    return asdict(wording.scale(explanation)) | {"titles": wording.titles(explanation)}
 
 
 def _row(values: list[float]) -> list[float | None]:

@@ -116,6 +116,7 @@
     const text = Math.abs(value) >= data.infinity ? "∞" : Math.abs(value).toFixed(digits);
     return (Number(text) === 0 ? "" : value < 0 ? "−" : scale.signed ? "+" : "") + text;
   };
+  const level = ({ word }, value) => (word === "probability" ? percent(value) : String(Number(value.toPrecision(3))).replace("-", "−"));
   const percent = (logprob) => {
     const p = 100 * Math.exp(logprob);
     return (p >= 10 ? p.toFixed(1) : p >= 1e-3 ? p.toPrecision(2) : p > 0 ? p.toExponential(1) : "0") + "%";
@@ -149,6 +150,8 @@
     return [texts.get(key), start - by, stop - by];
   };
   const context = (k, unit, size) => {
+    // What is drawn on a picture or along a sound has no text around it.
+    if (all[k].drawn && unit in all[k].drawn) return ["", element("b", "", all[k].drawn[unit]), ""];
     const [characters, start, stop] = placed(k, unit);
     const piece = characters.slice(start, stop).join("");
     const lead = piece.trim() ? piece.length - piece.trimStart().length : 0;
@@ -170,7 +173,10 @@
       const tops = data.pieces[index].map((units, k) => (state.on[k] ? strongest(shown[k], units) : [0, -1]));
       const levels = tops.map(([level]) => level);
       span.classList.remove("p", "n", "d", "m0", "m1", "m2", "m3", "m4", "m5");
-      span.removeAttribute("style");
+      span.style.removeProperty("--v");
+      span.style.removeProperty("background-image");
+      // What is by other units, or by none in sight, must not lie in the way.
+      if (span.classList.contains("box")) span.hidden = !unitsAt(index).some((units) => units.length);
       if (!overlay) {
         const [level, unit] = tops[front()];
         if (Math.abs(level) < data.weak) return;
@@ -244,7 +250,7 @@
         } else if (!scores.includes(null)) {
           const base = rows.reduce((sum, r) => sum + e.base[r - 1], 0);
           const loss = scores.reduce((sum, score) => sum + score, 0);
-          add(row > 0 ? (part ? "part’s probability" : "its probability") : "answer’s probability", `${percent(base)} → ${percent(base - loss)}`);
+          add(row > 0 ? (part ? `part’s ${e.word}` : `its ${e.word}`) : e.word === e.noun ? e.noun : `${e.noun}’s ${e.word}`, `${level(e, base)} → ${level(e, base - loss)}`);
         } else if (value === null) {
           add("why", "stands at or after the target");
         }
@@ -309,9 +315,7 @@
       const supporters = v.order.filter((unit) => v.values[unit] > 0);
       const opponents = v.order.filter((unit) => strength(v, unit) <= -data.strong).reverse();
       const scale = scaleOf(k, state.row[k]);
-      const most = scale.high !== "supports" ? (scale.high === "matters" ? "Matters most" : `Speaks ${scale.high}`)
-        : several && state.row[k] === 0 ? "Supports the targets most" : "Supports the answer most";
-      const title = element("h2", "", overlay && scale.high === "supports" ? "Supports this answer" : most);
+      const title = element("h2", "", scale.titles[overlay ? "overlay" : several && state.row[k] === 0 ? "all" : "most"]);
       if (overlay) title.prepend(letter(k), " ");
       // At first only those that tell something, but never fewer than three.
       const telling = Math.max(3, supporters.filter((unit) => strength(v, unit) >= data.telling).length);
@@ -325,7 +329,7 @@
         nodes.push(more);
       }
       if (opponents.length && !overlay) {
-        nodes.push(element("h2", "", scale.low === "opposes" ? "Opposes it" : `Speaks ${scale.low}`), element("ol", "list", ...opponents.slice(0, 5).map((unit) => entry(k, unit))));
+        nodes.push(element("h2", "", scale.titles.against), element("ol", "list", ...opponents.slice(0, 5).map((unit) => entry(k, unit))));
       }
     });
     byId("ranking").replaceChildren(...nodes);
@@ -471,6 +475,12 @@
   }
   for (const select of document.querySelectorAll("select[data-k]")) {
     select.addEventListener("change", () => choose(Number(select.dataset.k), Number(select.value)));
+  }
+
+  const plain = byId("plain");
+  if (plain) {
+    plain.addEventListener("change", () => text.classList.toggle("plain", plain.checked));
+    byId("see").hidden = false;
   }
 
   const theme = byId("theme");

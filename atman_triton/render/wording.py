@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from ..pieces import LEVELS, Neighbour
-from .layout import named, of_prompt, printable, several, visible
+from .layout import drawn, name, named, of_prompt, printable, several, visible
 
 if TYPE_CHECKING:
     from ..explanation import Explanation
@@ -34,18 +34,24 @@ class Noun:
     many: str
     row: str
 
+    @property
+    def rows(self) -> str:
+        """Several rows."""
+        return self.many if self.row == self.one else f"{self.row}s"
 
-_ANSWER = Noun("answer", "target", "targets", "target token")
-_CLASS = Noun("class", "class", "classes", "class")
-_OUTPUT = Noun("output", "output", "outputs", "output")
+
+_NAMED = (("class", "classes"), ("output", "outputs"))
+_BASES = {"logprob": "probability", "logit": "logit", "output": "output"}
 _UNITS = {"logprob": "nats", "logit": "logits", "output": "change of the output"}
 
 
 def noun(explanation: Explanation) -> Noun:
     """What is explained: an answer's tokens, a class or the output of a regression."""
-    if explanation.quantity == "output":
-        return _OUTPUT
-    return _CLASS if named(explanation) else _ANSWER
+    if not named(explanation):
+        return Noun("answer", "target", "targets", "target token")
+    one, many = _NAMED[explanation.quantity == "output"]
+    alone = len(explanation.targets) == len(explanation.target_stops)
+    return Noun(one, one, many, one if alone else "scored token")
 
 
 def base(explanation: Explanation, value: float) -> str:
@@ -61,6 +67,11 @@ def base(explanation: Explanation, value: float) -> str:
 def base_name(explanation: Explanation) -> str:
     """``p``, ``logit`` or ``output``."""
     return "p" if explanation.quantity == "logprob" else explanation.quantity
+
+
+def base_word(explanation: Explanation) -> str:
+    """``probability``, ``logit`` or ``output``."""
+    return _BASES[explanation.quantity]
 
 
 def base_number(explanation: Explanation, value: float) -> str:
@@ -123,6 +134,33 @@ def scale(explanation: Explanation) -> Scale:
     return Scale(unit, suffix, True, high, low, to)
 
 
+def change(explanation: Explanation) -> tuple[str, str, str]:
+    """What suppression changes, and how where a score is positive, and where it is negative."""
+    if explanation.quantity == "logprob":
+        return "loss", "rises", "falls"
+    return base_word(explanation), "falls", "rises"
+
+
+def titles(explanation: Explanation) -> dict[str, str]:
+    """What lists of the strongest units are called.
+
+    ``most`` for one target, ``all`` for several, ``overlay`` where explanations lie over each other
+    and ``against`` for what does the opposite.
+    """
+    measure, what = scale(explanation), noun(explanation)
+    if measure.high not in sides(explanation):
+        most = "Matters most" if measure.high == "matters" else f"Speaks {measure.high}"
+        against = f"Speaks {measure.low}"
+        return {"most": most, "all": most, "overlay": most, "against": against}
+    verb = measure.high.capitalize()
+    return {
+        "most": f"{verb} the {what.whole} most",
+        "all": f"{verb} the {what.many} most",
+        "overlay": f"{verb} this {what.whole}",
+        "against": f"{measure.low.capitalize()} it",
+    }
+
+
 def sides(explanation: Explanation) -> tuple[str, str]:
     """What a unit with a positive score does, and one with a negative score."""
     return ("raises", "lowers") if explanation.quantity == "output" else ("supports", "opposes")
@@ -148,7 +186,10 @@ def near(explanation: Explanation, unit: int, limit: int) -> str:
     found = by_weight(explanation.units[unit].neighbours)
     if not found:
         return ""
-    shown = [f"{neighbour_text(explanation, each)} ×{each.factor:.2g}" for each in found[:limit]]
+    names = drawn_tokens(explanation)
+    shown = [
+        f"{neighbour_text(explanation, each, names)} ×{each.factor:.2g}" for each in found[:limit]
+    ]
     more = len(found) - limit
     return "with: " + ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
@@ -158,10 +199,31 @@ def by_weight(neighbours: Iterable[Neighbour]) -> list[Neighbour]:
     return sorted(neighbours, key=lambda each: (-abs(1 - each.factor), -each.similarity))
 
 
-def neighbour_text(explanation: Explanation, neighbour: Neighbour) -> str:
-    """What stands there, or the token's number where it has no place in the text."""
+def drawn_tokens(explanation: Explanation) -> dict[int, str]:
+    """What tokens are called that are units of a picture or a sound."""
+    return {
+        unit.tokens[0]: place_name(explanation, index)
+        for index, unit in enumerate(explanation.units)
+        if drawn(unit) and len(unit.tokens) == 1
+    }
+
+
+def place_name(explanation: Explanation, unit: int) -> str:
+    """A unit on its own; of several pictures with the name of its own one."""
+    picture, own = source(explanation, unit).strip("[]"), name(explanation.units[unit])
+    return f"{picture}: {own}" if picture else own
+
+
+def neighbour_text(
+    explanation: Explanation, neighbour: Neighbour, names: dict[int, str] | None = None
+) -> str:
+    """What stands there; where it has no place in the text its name or else its number.
+
+    Args:
+        names: Of tokens, by ``drawn_tokens``; None for none.
+    """
     if neighbour.start is None:
-        return f"token {neighbour.token}"
+        return (names or {}).get(neighbour.token, f"token {neighbour.token}")
     return visible(explanation.text[neighbour.start : neighbour.stop])
 
 
@@ -265,7 +327,7 @@ def _explained(explanation: Explanation) -> list[str]:
     """How many targets, and of answers how many tokens."""
     what, found = noun(explanation), []
     count, rows = len(explanation.target_stops), len(explanation.targets)
-    if several(explanation) or what.one == what.row:
+    if several(explanation) or named(explanation):
         found.append(f"{count} {what.one if count == 1 else what.many}")
     if what.one != what.row:
         how = f" ({explanation.reduction})" if rows > 1 else ""
