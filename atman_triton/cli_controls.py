@@ -1,4 +1,4 @@
-"""Controls as they are written on the command line: ``text:WORDS=FACTOR``, ``token:7=FACTOR``."""
+"""Controls as the command line writes them: ``text:WORDS=FACTOR``, ``image:0,0,0.5,1=FACTOR``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ WRITTEN = (
     "[bold]text:WORDS=FACTOR[/bold]  these words, which must occur once in the prompt; "
     "text:WORDS#2=FACTOR takes the second place where they do. The factor stands behind the last "
     "equals sign, so the words may hold others; write text:C#1#1=2 for the words 'C#1'.\n\n"
-    "[bold]token:7=FACTOR[/bold]  the token at position 7, from 0, special tokens included."
+    "[bold]token:7=FACTOR[/bold]  the token at position 7, from 0, special tokens included.\n\n"
+    "[bold]image:LEFT,TOP,WIDTH,HEIGHT=FACTOR[/bold]  a rectangle of the picture, in shares of its "
+    "width and height: image:0,0,0.5,1=0.1 suppresses the left half."
 )
 """How controls are written, for the help of commands."""
 
 Controls = Annotated[
     list[str] | None,
     typer.Option(
-        help="text:WORDS=FACTOR or token:POSITION=FACTOR; several, one --control each.",
+        help="text:WORDS=FACTOR, token:POSITION=FACTOR or image:LEFT,TOP,WIDTH,HEIGHT=FACTOR; "
+        "several, one --control each.",
         show_default=False,
     ),
 ]
@@ -37,6 +40,8 @@ Overlap = Annotated[
     ),
 ]
 
+_KINDS = ("text", "token", "image")
+_BOX = re.compile(r"\d*\.?\d+(,\d*\.?\d+){3}")
 _PLACE = re.compile(r"#(\d+)$")
 
 
@@ -53,9 +58,10 @@ def split_control(given: str) -> Written:
     """The parts of ``kind:name=factor``."""
     head, equals, number = given.rpartition("=")
     kind, colon, name = head.partition(":")
-    if not equals or not colon or kind not in ("text", "token") or not name:
+    if not equals or not colon or kind not in _KINDS or not name:
         raise BadUsage(
-            f"--control must be text:WORDS=FACTOR or token:POSITION=FACTOR, got {given!r}."
+            "--control must be text:WORDS=FACTOR, token:POSITION=FACTOR or "
+            f"image:LEFT,TOP,WIDTH,HEIGHT=FACTOR, got {given!r}."
         )
     try:
         factor = float(number)
@@ -67,6 +73,11 @@ def split_control(given: str) -> Written:
         raise BadUsage(f"--control {given!r}: the factor must be at least 0, got {number}.")
     if kind == "token" and not name.isdecimal():
         raise BadUsage(f"--control {given!r}: the position must be a number from 0, got {name!r}.")
+    if kind == "image" and not _BOX.fullmatch(name):
+        raise BadUsage(
+            f"--control {given!r}: the rectangle must be LEFT,TOP,WIDTH,HEIGHT in shares of the "
+            f"picture, such as 0,0,0.5,1, got {name!r}."
+        )
     return Written(given, kind, name, factor)
 
 
@@ -74,9 +85,12 @@ def place_control(
     text: str, written: Written, overlap: Any, similarity: float | None = None
 ) -> Control:
     """A control with its place in the text of the prompt."""
-    from .controls import TextControl, TokenControl
+    from .controls import ImageControl, TextControl, TokenControl
 
     given, kind, name, factor = written
+    if kind == "image":
+        left, top, width, height = map(float, name.split(","))
+        return ImageControl(left, top, width, height, factor, overlap, similarity=similarity)
     if kind == "token":
         return TokenControl(int(name), factor, similarity=similarity)
     number = _PLACE.search(name)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import Annotated
 
 import typer
 
 from .cli_controls import (
-    OVERLAPS,
     WRITTEN,
     Controls,
     Overlap,
-    Written,
-    place_control,
     split_control,
 )
+from .cli_demo import Demo, pick_demo, print_pointing
 from .cli_live import explain_live, refuse_with_live
+from .cli_prompt import Audio, Pictures, check_read, read_asked
+from .cli_run import check_settings, explain_once
 from .cli_shared import (
-    DTYPES,
     AsJson,
     Debug,
     Device,
@@ -32,11 +30,8 @@ from .cli_shared import (
     Plot,
     Quiet,
     TopK,
-    check_one_of,
     check_outputs,
-    our_errors,
     print_explanation,
-    read_prompt,
     write_files,
 )
 from .cli_values import (
@@ -49,14 +44,12 @@ from .cli_values import (
 )
 from .loading import BadUsage, load_model, pick_device
 
-if TYPE_CHECKING:
-    from .explanation import Explanation
-
 EXPLAIN = (
-    "Show which words of a text made a model give its answer.\n\n"
+    "Show which parts of a text, a picture or a sound made a model give its answer.\n\n"
     "Every token of the prompt is suppressed in turn inside the model's attention: the more the "
     "loss of the answer rises, the more that token supported it. Without a prompt the shipped "
-    "model answers a question about the shipped contract.\n\n"
+    "model answers a question about the shipped contract, and with --demo shapes names what the "
+    "shipped picture shows. The --target of a classifier is the name or number of a class.\n\n"
     "With --control, what the model says while parts of the prompt are suppressed or amplified is "
     "explained:\n\n"
 ) + WRITTEN
@@ -71,7 +64,10 @@ def explain(
         ),
     ] = None,
     file: File = None,
+    image: Pictures = None,
+    audio: Audio = None,
     model: Model = None,
+    demo: Demo = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,7 +82,7 @@ def explain(
         str | None,
         typer.Option(
             help="The only passage of the answer to explain: its words, or its characters as "
-            "START:STOP.",
+            "START:STOP. Of a model that classifies every token, the passage of the prompt.",
             show_default=False,
         ),
     ] = None,
@@ -98,7 +94,16 @@ def explain(
         typer.Option(
             show_default="token, preset aleph_alpha: auto",
             help="What one unit is: token | word | sentence | paragraph | document | auto (of the "
-            "first four the one that gives about --max-units).",
+            "first four the one that gives about --max-units); of a sound frame, or seconds such "
+            "as 0.5s.",
+        ),
+    ] = None,
+    image_granularity: Annotated[
+        str | None,
+        typer.Option(
+            show_default="patch",
+            help="What one unit of a picture is: patch (one image token) | image (all of it) | a "
+            "grid over it such as 6x6.",
         ),
     ] = None,
     max_units: Annotated[
@@ -119,8 +124,8 @@ def explain(
     explain_only: Annotated[
         list[str] | None,
         typer.Option(
-            help="A passage of the prompt to explain, its words or its characters as START:STOP; "
-            "several, one --explain-only each.",
+            help="A passage of the prompt to explain, its words or its characters as START:STOP, "
+            "or {image} for its pictures; several, one --explain-only each.",
             show_default=False,
         ),
     ] = None,
@@ -186,6 +191,21 @@ def explain(
             "the letter, which suppresses what is unlike the unit too).",
         ),
     ] = None,
+    score: Annotated[
+        str | None,
+        typer.Option(
+            show_default="logprob; output of a regression",
+            help="What is scored: logprob | logit, of a classifier | output, of a regression.",
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            show_default="both",
+            help="Of an encoder with a decoder, where the prompt is suppressed: encoder (its own "
+            "attention) | cross (the decoder's) | both.",
+        ),
+    ] = None,
     postprocessing: Annotated[
         str | None,
         typer.Option(
@@ -223,7 +243,7 @@ def explain(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show which words of a text made a model give its answer."""
+    """Show which parts of a text, a picture or a sound made a model give its answer."""
     check_outputs(save=save, html=html, plot=plot)
     size = parse_batch_size(batch_size)
     if target and max_new_tokens is not None:
@@ -248,8 +268,10 @@ def explain(
             postprocessing=postprocessing,
             normalize=normalize,
             control=control,
+            score=score,
+            attention=attention,
         )
-    _check_settings(
+    check_settings(
         preset=preset,
         mode=mode,
         rule=rule,
@@ -258,25 +280,33 @@ def explain(
         target_granularity=target_granularity,
         postprocessing=postprocessing,
         overlap=overlap,
+        score=score,
+        attention=attention,
     )
     asked = parse_granularity(granularity, delimiter or (), delimiter_regex or ())
     if explain_only:
         asked["explain_only"] = [parse_passage(text) for text in explain_only]
+    if image_granularity is not None:
+        asked["image_granularity"] = image_granularity
     if document:
         asked["documents"] = read_documents(document)
     if target_span is not None:
         asked["target_span"] = parse_passage(target_span)
     controls = [split_control(given) for given in control or ()]
-    words = read_prompt(prompt, file, shipped=model is None)
+    shipped = pick_demo(demo, model, pictures=bool(image))
+    given = read_asked(prompt, file, image or (), audio, shipped)
+    free = (live, contrast_target, target_span, max_new_tokens)
+    answers = target or ([] if any(free) else given.offered)
     place = pick_device(device)
     # What libraries print belongs to the notes, never to the result.
     with contextlib.redirect_stdout(sys.stderr):
-        reader, tokenizer = load_model(model, place, dtype)
+        reader, processor = load_model(model, place, dtype, shipped or "contract")
+        check_read(reader, processor, given)
         if live:
             explanation = explain_live(
                 reader,
-                tokenizer,
-                words,
+                processor,
+                given.prompt,
                 settings={"preset": preset, "factor": factor, "mode": mode, "batch_size": size},
                 granularity=asked.get("granularity", "token"),
                 explain_only=asked.get("explain_only"),
@@ -284,11 +314,11 @@ def explain(
                 watch=not quiet,
             )
         else:
-            explanation = _explain(
+            explanation = explain_once(
                 reader,
-                tokenizer,
-                words,
-                target or [],
+                processor,
+                given,
+                answers,
                 settings={
                     "preset": preset,
                     "factor": factor,
@@ -299,6 +329,7 @@ def explain(
                     "budget": parse_budget(budget),
                     "steps": steps,
                     "batch_size": size,
+                    **({} if attention is None else {"attention": attention}),
                 },
                 controls=controls,
                 overlap=overlap,
@@ -306,6 +337,7 @@ def explain(
                 target_granularity=target_granularity,
                 max_units=max_units,
                 contrast_target=contrast_target,
+                score=score,
                 postprocessing=postprocessing,
                 normalize=normalize,
                 max_new_tokens=max_new_tokens,
@@ -313,57 +345,5 @@ def explain(
             )
     write_files([explanation], html=html, plot=plot, save=save, quiet=quiet)
     print_explanation(explanation, as_json=as_json, top_k=top_k)
-
-
-def _check_settings(**given: str | None) -> None:
-    from .attention import MODES
-    from .explain import METHODS, PRESETS
-    from .parts import TARGET_GRANULARITIES
-    from .reduction import Postprocessing
-    from .suppression import RULES
-
-    known = {
-        "preset": PRESETS,
-        "mode": MODES,
-        "rule": RULES,
-        "dtype": DTYPES,
-        "method": METHODS,
-        "target_granularity": TARGET_GRANULARITIES,
-        "postprocessing": get_args(Postprocessing),
-        "overlap": OVERLAPS,
-    }
-    for name, value in given.items():
-        if value is not None:
-            check_one_of(name, value, known[name])
-
-
-def _explain(
-    model: Any,
-    tokenizer: Any,
-    prompt: str,
-    targets: list[str],
-    *,
-    settings: dict[str, Any],
-    controls: Sequence[Written],
-    overlap: str,
-    progress: bool,
-    **asked: Any,
-) -> Explanation:
-    from .capabilities import vocabulary_size
-    from .documents import PLACEHOLDER, checked_documents, filled
-    from .explain import Explainer
-    from .tokens import encode_prompt
-
-    if "documents" in asked and PLACEHOLDER not in prompt:
-        prompt = f"{PLACEHOLDER}\n\n{prompt}"
-    with our_errors():
-        explainer = Explainer(model, tokenizer, progress=progress, **settings)
-        if controls:
-            whole = filled(prompt, checked_documents(asked.get("documents"))).prompt
-            text = encode_prompt(whole, tokenizer, vocabulary_size(model)).text
-            asked["controls"] = [place_control(text, one, overlap) for one in controls]
-        if len(targets) > 1:
-            asked["targets"] = targets
-        elif targets:
-            asked["target"] = targets[0]
-        return explainer.explain(prompt, **asked)
+    if given.shown is not None and not as_json:
+        print_pointing(explanation, given.shown)

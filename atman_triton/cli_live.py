@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from .cli_shared import our_errors
-from .loading import BadUsage
+from .loading import BadUsage, check_decoder
 
 if TYPE_CHECKING:
     from .explanation import Explanation
@@ -27,8 +27,8 @@ def refuse_with_live(**given: Any) -> None:
 
 def explain_live(
     model: Any,
-    tokenizer: Any,
-    prompt: str,
+    reader: Any,
+    prompt: Any,
     *,
     settings: dict[str, Any],
     granularity: Any,
@@ -39,9 +39,11 @@ def explain_live(
     """Let the model answer, scores and all.
 
     Args:
+        reader: Its tokenizer or processor.
         settings: Of ``generate_explained``.
         watch: Draw on standard error, if that is a terminal.
     """
+    check_decoder("--live", model)
     from rich.console import Console
 
     from .live import generate_explained
@@ -53,7 +55,7 @@ def explain_live(
         stream = generate_explained(
             model,
             prompt,
-            tokenizer=tokenizer,
+            tokenizer=reader,
             units=granularity,
             explain_only=explain_only,
             max_new_tokens=max_new_tokens,

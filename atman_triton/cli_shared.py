@@ -28,7 +28,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Folder or hub id of a causal language model; the shipped one if none.",
+        help="Folder or hub id of a model that writes, speaks of pictures or classifies; a shipped "
+        "one if none.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:1 | mps")]
@@ -51,8 +52,8 @@ Quiet = Annotated[
 ]
 
 
-def read_prompt(prompt: str | None, file: Path | None, *, shipped: bool) -> str:
-    """The text to explain, from the one place where it was given."""
+def read_prompt(prompt: str | None, file: Path | None) -> str | None:
+    """The text to explain, from the one place where it was given; None if it was not."""
     if prompt not in (None, "-") and file is not None:
         raise BadUsage("give the prompt as an argument or with --file, not both.")
     if file is not None:
@@ -64,12 +65,8 @@ def read_prompt(prompt: str | None, file: Path | None, *, shipped: bool) -> str:
             raise BadUsage(f"standard input is no {error.encoding} text.") from error
     elif prompt is not None:
         text = prompt
-    elif shipped:
-        from .demo import demo_prompt
-
-        return demo_prompt()
     else:
-        raise BadUsage("no prompt: give it as an argument, with --file, or on standard input.")
+        return None
     if not text.strip():
         raise BadUsage("the prompt is empty: give a text to explain.")
     # The line end that editors and echo put behind a text is no part of the question.
@@ -148,7 +145,7 @@ def our_errors() -> Iterator[None]:
         yield
     except RunFailed as error:
         raise Failed(str(error)) from error
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if not _is_ours(error):
             raise
         raise BadUsage(str(error)) from error

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_controls import OVERLAPS, WRITTEN, Controls, Overlap, place_control, split_control
+from .cli_demo import pick_demo
+from .cli_prompt import read_asked
 from .cli_shared import (
     DTYPES,
     AsJson,
@@ -23,9 +25,8 @@ from .cli_shared import (
     check_one_of,
     our_errors,
     parse_indices,
-    read_prompt,
 )
-from .loading import BadUsage, load_model, pick_device
+from .loading import BadUsage, check_decoder, load_model, pick_device
 
 if TYPE_CHECKING:
     from .tokens import Tokens
@@ -102,17 +103,19 @@ def steer(
         raise BadUsage(f"--temperature must be above 0, got {temperature}.")
     wanted = [split_control(given) for given in control]
     where = {"layers": parse_indices("layers", layers), "heads": parse_indices("heads", heads)}
-    text = read_prompt(prompt, file, shipped=model is None)
+    asked = read_asked(prompt, file, (), None, pick_demo(None, model, pictures=False))
     place = pick_device(device)
     with contextlib.redirect_stdout(sys.stderr):
-        reader, tokenizer = load_model(model, place, dtype)
+        reader, processor = load_model(model, place, dtype)
+        check_decoder("steer", reader)
+        tokenizer = getattr(processor, "tokenizer", processor)
         with our_errors():
             from .capabilities import vocabulary_size
             from .controls import plain_control
             from .steered import compare
             from .tokens import encode_prompt
 
-            words = encode_prompt(text, tokenizer, vocabulary_size(reader))
+            words = encode_prompt(asked.prompt, tokenizer, vocabulary_size(reader))
             controls = [place_control(words.text, one, overlap, similarity) for one in wanted]
             generation = _generation(reader, tokenizer, len(words), max_new_tokens, temperature)
             result = compare(

@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .cli_prompt import PLACEHOLDER
 from .cli_shared import check_one_of, our_errors, read_file
 from .loading import BadUsage
 
+# Of pictures and of sounds: a grid, all of it, a length.
+_NO_TEXT = re.compile(r"\d+\s*[x×]\s*\d+|image|frame|\d+(\.\d+)?\s*s")
 _SPAN = re.compile(r"(\d+):(\d+)")
 
 
@@ -61,8 +64,9 @@ def parse_granularity(
     if len(several) > 1:
         raise BadUsage(f"{' and '.join(several)} exclude each other; give one of them.")
     if name is not None:
-        # Chat messages have turns, and there are none on the command line.
-        check_one_of("granularity", name, [one for one in GRANULARITIES if one != "turn"])
+        if not _NO_TEXT.fullmatch(name):
+            # Chat messages have turns, and there are none on the command line.
+            check_one_of("granularity", name, [one for one in GRANULARITIES if one != "turn"])
         return {"granularity": name}
     if not several:
         return {}
@@ -70,8 +74,12 @@ def parse_granularity(
         return {"granularity": Delimiter(*(delimiters or patterns), regex=bool(patterns))}
 
 
-def parse_passage(text: str) -> str | tuple[int, int]:
-    """Words of a text, or its characters as START:STOP."""
+def parse_passage(text: str) -> Any:
+    """Words of a text, its characters as START:STOP, or ``{image}``, the pictures."""
+    if text == PLACEHOLDER:
+        from .granularity import Images
+
+        return Images()
     span = _SPAN.fullmatch(text)
     return text if span is None else (int(span[1]), int(span[2]))
 

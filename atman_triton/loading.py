@@ -5,10 +5,15 @@ Libraries are imported where they are needed, so that ``atman --help`` is quick.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.tiktoken")
+DEMOS = ("contract", "shapes")
+"""What is shipped: a reader of contracts, and one that names shapes in pictures."""
+
+_LIBRARY = re.compile(r"requires the (\w+) library")
 
 
 class BadUsage(Exception):
@@ -43,9 +48,13 @@ def pick_device(name: str) -> str:
     return name
 
 
-def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, on a device; the shipped ones without a name.
+def load_model(
+    name: str | None, device: str, dtype: str, demo: str = "contract"
+) -> tuple[Any, Any]:
+    """A model and its tokenizer or processor, on a device; shipped ones without a name.
 
+    Args:
+        demo: Which of the shipped ones, see ``DEMOS``.
     Raises: BadUsage or Failed: saying why it cannot be loaded.
     """
     import torch
@@ -55,17 +64,13 @@ def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if name is None:
-        from .demo import load_demo_model
-
         try:
-            model, tokenizer = load_demo_model()
+            model, reader = _shipped(demo)
         except (OSError, ValueError) as error:
             raise Failed(f"the shipped model cannot be loaded: {first_line(error)}") from error
         if dtype != "auto":
             model.to(getattr(torch, dtype))
-        return model.to(device), tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+        return model.to(device), reader
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~"))):
         raise BadUsage(f"--model: the folder {name} does not exist.")
@@ -73,19 +78,73 @@ def load_model(name: str | None, device: str, dtype: str) -> tuple[Any, Any]:
     cut_off = None if folder.is_dir() else _unreachable_hub()
     local: dict[str, Any] = {"local_files_only": cut_off is not None}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **local)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if folder.is_dir():
-            why = _lacking(folder) or first_line(error)
+        kind = _class_of(source, local)
+        _check_complete(folder, modalities(kind))
+        reader = _reader_of(kind).from_pretrained(source, **local)
+        model = kind.from_pretrained(source, dtype=dtype, **local)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            why = f"{folder} has no config.json."
         elif cut_off is not None and isinstance(error, OSError):
             why = f"{cut_off} cannot be reached and the model is not in the cache."
         else:
-            why = first_line(error)
-        raise Failed(
-            f"--model {name} cannot be loaded as a causal language model: {why}"
-        ) from error
-    return model.eval().to(device), tokenizer
+            why = _lacking_library(error) or first_line(error)
+        raise Failed(f"--model {name} cannot be loaded: {why}") from error
+    return model.eval().to(device), reader
+
+
+def modalities(model: Any) -> tuple[str, ...]:
+    """What a model reads: ``text``, ``image``, ``audio``."""
+    found = getattr(model, "input_modalities", "text")
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def check_decoder(what: str, model: Any) -> None:
+    """Refuse, for what follows an answer token by token, all but a decoder alone."""
+    name = type(model).__name__
+    if not model.can_generate():
+        raise BadUsage(f"{what}: {name} writes no answer; take a model that does.")
+    if getattr(model.config, "is_encoder_decoder", False) or name.startswith("Blip"):
+        raise BadUsage(f"{what}: {name} has an encoder and a decoder; take a decoder alone.")
+
+
+def _shipped(demo: str) -> tuple[Any, Any]:
+    if demo == "shapes":
+        from .demo.shapes import load_shapes_model
+
+        return load_shapes_model()
+    from .demo import load_demo_model
+
+    return load_demo_model()
+
+
+def _class_of(source: str, local: dict[str, Any]) -> Any:
+    """The class that a model's configuration names, if that predicts anything.
+
+    Of a bare stack of layers, and of what transformers does not have, the causal language model.
+    """
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(source, **local)
+    name = (getattr(config, "architectures", None) or [""])[0]
+    kind = getattr(transformers, name, None)
+    if kind is not None and ("For" in name or kind.can_generate()):
+        return kind
+    if kind is not None and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"its config.json names {name}, which neither generates nor classifies; take a model "
+            "with a head, such as a ...ForConditionalGeneration or a ...ForImageClassification."
+        )
+    return transformers.AutoModelForCausalLM
+
+
+def _reader_of(kind: Any) -> Any:
+    """What loads that which prepares prompts for a class of models."""
+    import transformers
+
+    if modalities(kind) == ("text",):
+        return transformers.AutoTokenizer
+    return transformers.AutoProcessor
 
 
 def _unreachable_hub() -> str | None:
@@ -101,13 +160,23 @@ def _unreachable_hub() -> str | None:
     return None
 
 
-def _lacking(folder: Path) -> str | None:
-    """What a model folder that could not be loaded lacks, if it is as plain as that."""
-    if not (folder / "config.json").is_file():
-        return f"{folder} has no config.json."
-    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        return f"{folder} has no tokenizer files."
-    return None
+def _check_complete(folder: Path, read: tuple[str, ...]) -> None:
+    """Refuse a folder without what prepares prompts, which transformers may make up instead."""
+    if not folder.is_dir():
+        return
+    if "text" in read and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer files.")
+    if read != ("text",) and not any(folder.glob("*processor_config.json")):
+        raise ValueError(f"{folder} has no preprocessor_config.json, nor a processor_config.json.")
+
+
+def _lacking_library(error: Exception) -> str | None:
+    """Which library a model's processor needs, where it says so over several lines."""
+    found = _LIBRARY.search(str(error)) if isinstance(error, ImportError) else None
+    if found is None:
+        return None
+    library = found[1].lower()
+    return f"what prepares its prompts needs {library}; install it: pip install {library}"
 
 
 def first_line(error: BaseException) -> str:

@@ -388,7 +388,7 @@ def test_view_refuses_what_it_cannot_show(run, saved, tmp_path):
 
 
 def test_a_folder_without_a_model_is_a_failed_run(run, tmp_path):
-    check(run("explain", "x", "--model", tmp_path), 1, "cannot be loaded as a causal language")
+    check(run("explain", "x", "--model", tmp_path), 1, "cannot be loaded: ")
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_what_a_model_folder_lacks_is_named(run, folder, tmp_path, missing, mess
     for file in Path(folder).iterdir():
         if not file.name.startswith(missing):
             shutil.copy(file, tmp_path)
-    check(run("explain", "x", "--model", tmp_path), 1, f"model: {tmp_path} {message}.")
+    check(run("explain", "x", "--model", tmp_path), 1, f"loaded: {tmp_path} {message}.")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path):
@@ -419,7 +419,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_at_once(tmp_path):
     check(
         (done.returncode, done.stdout, done.stderr),
         1,
-        "--model some/model cannot be loaded as a causal language model: http://127.0.0.1:9 cannot "
+        "--model some/model cannot be loaded: http://127.0.0.1:9 cannot "
         "be reached and the model is not in the cache.",
     )
 

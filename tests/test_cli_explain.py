@@ -141,7 +141,7 @@ def test_generated_under_controls(run, folder):  # noqa: F811
         (["--target", "23", "--target-span", "24"], "24"),
         (["--postprocessing", "root"], "--postprocessing must be one of none, absolute, square"),
         (["--overlap", "some"], "--overlap must be one of partial, complete"),
-        (["--control", "pay"], "--control must be text:WORDS=FACTOR or token:POSITION=FACTOR"),
+        (["--control", "pay"], "--control must be text:WORDS=FACTOR, token:POSITION=FACTOR or"),
         (["--control", "text:pay=2"], "'pay' occurs 2 times in the prompt; say which, such as"),
         (["--control", "token:999=2"], "stands outside the prompt"),
         (

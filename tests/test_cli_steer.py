@@ -118,10 +118,11 @@ def test_words_may_hold_signs_that_controls_use():
     ("words", "message"),
     [
         ([], "give at least one --control"),
-        (["--control", "pay=0.1"], "--control must be text:WORDS=FACTOR or token:POSITION=FACTOR"),
+        (["--control", "pay=0.1"], "--control must be text:WORDS=FACTOR, token:POSITION=FACTOR or"),
         (["--control", "text:pay"], "--control must be text:WORDS=FACTOR"),
         (["--control", "text:=0.1"], "--control must be text:WORDS=FACTOR"),
-        (["--control", "image:0=0.1"], "--control must be text:WORDS=FACTOR"),
+        (["--control", "image:0=0.1"], "the rectangle must be LEFT,TOP,WIDTH,HEIGHT in shares of"),
+        (["--control", "sound:0=0.1"], "--control must be text:WORDS=FACTOR"),
         (["--control", "text:23=a"], "the factor behind the last = must be a number, got 'a'"),
         (["--control", "text:23=-1"], "the factor must be at least 0, got -1"),
         (["--control", "text:23=nan"], "the factor must be at least 0, got nan"),
