@@ -112,7 +112,7 @@ def run_as_atman(
 
     Args:
         factor: as :func:`manipulate` takes it; None leaves the scores alone, but checks all the
-            same that every layer named runs "atman", in those stacks that run.
+            same that every self-attention layer named runs "atman", in those stacks that run.
         store: keys and values in front of those of each forward pass, see :class:`PrefixStore`.
     """
     sites, named = named_sites(model, factor, attention)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .capabilities import keeps_logits
 from .integration import manipulate
 from .masks import AttentionMask
+from .sites import own_source
 from .stacks import find_stack
 
 _ROWS_PER_BLOCK = 128
@@ -46,7 +47,7 @@ def negative_share(
     device = next(model.parameters()).device
     moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     few = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    plain = torch.ones(moved["input_ids"].shape)
+    plain = {own_source(model): torch.ones(moved["input_ids"].shape)}
     with manipulate(model, plain, layers=layers, backend=backend):
         manipulation = find_stack(model)[1].current.manipulation
         assert manipulation is not None  # manipulate has just put it there

@@ -28,6 +28,7 @@ from .perturbations import Effect, Near, Record, RunFailed, Settings, Unit
 from .plan import Batch, plan_batches, wasted_tokens
 from .prefix import PrefixStore
 from .replay import Replay
+from .sites import own_source
 from .stacks import find_stack
 from .suppression import Correlated
 
@@ -318,8 +319,9 @@ class Runner:
             per_head = factors[:, None].expand(-1, heads, -1).clone()
             per_head[:, [head for head in range(heads) if head not in settings.heads]] = 1.0
             factors = per_head
+        given = None if factors is None else {own_source(self.model): factors}
         with run_as_atman(
-            self.model, factors, settings.mode, settings.layers, settings.backend, self.store
+            self.model, given, settings.mode, settings.layers, settings.backend, self.store
         ) as manipulation:
             yield manipulation
 

@@ -69,6 +69,11 @@ def sources(model: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site.source for site in find_sites(model)))
 
 
+def own_source(model: Any) -> str:
+    """The last of a model's sources: a decoder's own tokens, or those of an encoder alone."""
+    return sources(model)[-1]
+
+
 def find_sites(model: Any) -> tuple[Site, ...]:
     """The sites of a model; the first source's come first.
 
@@ -100,7 +105,8 @@ def named_sites(
     """The sites of a model, and those that factors are for, each with what is given for it.
 
     Args:
-        given: A tensor is the first source's; a mapping names sources; None is given for all.
+        given: A tensor is the first source's; a mapping names sources; None is given for every
+            self-attention, so also of a model whose cross-attention does not run.
         attention: Where sources other than the decoder's are manipulated; None is both.
     Raises:
         TypeError, ValueError: if a source is unknown, or there is nothing to choose.
@@ -108,9 +114,9 @@ def named_sites(
     sites = find_sites(model)
     name = sites[0].stack.model_name
     known = tuple(dict.fromkeys(site.source for site in sites))
+    if given is None:
+        return sites, [(site, None) for site in sites if not site.crossing]
     by_source = {known[0]: given} if isinstance(given, Tensor) else given
-    if by_source is None:
-        by_source = dict.fromkeys(known)
     if not isinstance(by_source, Mapping):
         or_several = f", or one for each of {', '.join(known)}" if len(known) > 1 else ""
         raise TypeError(f"key_factor must be a tensor{or_several}, got {type(given).__name__}.")

@@ -20,6 +20,7 @@ from .capabilities import check_causal
 from .controls import Control, checked_controls, control_factors
 from .integration import manipulate
 from .layers import THREAD
+from .sites import own_source
 from .stacks import find_stack
 from .steer_inputs import Prompts, prompts_of, read_steered
 from .tokens import Tokens
@@ -92,7 +93,7 @@ def steer(
     with (
         _only_on(model, prompts.ids),
         _without_continuous_batching(model),
-        manipulate(model, factors, mode, layers, heads, backend=backend),
+        manipulate(model, {own_source(model): factors}, mode, layers, heads, backend=backend),
     ):
         yield factors
 
@@ -114,7 +115,7 @@ def under_controls(
         return
     checked = checked_controls("controls", controls)
     factors = control_rows(model, checked, prompts_of(words, sizes, embed))
-    with manipulate(model, factors, mode, backend=backend):
+    with manipulate(model, {own_source(model): factors}, mode, backend=backend):
         yield checked
 
 

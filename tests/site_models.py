@@ -55,6 +55,7 @@ class Case:
     make: Callable[[], tuple[Any, Any]]
     inputs: Callable[[], dict[str, Tensor]]
     sources: dict[str, int]
+    rounding: float = 1e-9  # of a float64 model; more where part of its own code is float32
 
     def build(self) -> Any:
         """The model, in eval mode."""
@@ -84,7 +85,7 @@ def drawn(config: Any, model_class: Any) -> Any:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.25)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "gate")):
                 parameter.normal_(0.0, 0.5)
     return model.eval().double()
 
@@ -205,6 +206,36 @@ SEQ2SEQ = {
         ),
     )
 }
+
+
+def _mllama() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_global_layers": 1}
+    heads = {"attention_heads": 2, "intermediate_size": 48, "vision_output_dim": 64}
+    tiles = {"image_size": 16, "patch_size": 4, "max_num_tiles": 4}
+    layers = {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    grouped = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = tf.MllamaConfig(
+        vision_config=sizes | heads | tiles | {"intermediate_layers_indices": [0]},
+        text_config=_TEXT | layers | grouped,
+        image_token_index=VOCAB,  # the last of its embeddings
+    )
+    return config, tf.MllamaForConditionalGeneration
+
+
+def _tiles() -> dict[str, Tensor]:
+    """One picture of two tiles and one of one, of at most two; a text that begins without it."""
+    asks = torch.zeros(2, TOKENS, 1, 4, dtype=torch.long)
+    asks[0, 2:, :, :2], asks[1, 1:, :, :1] = 1, 1
+    return text() | {
+        "pixel_values": _random(2, 1, 4, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[2], [1]]),
+        "aspect_ratio_mask": torch.tensor([[[1, 1, 0, 0]], [[1, 0, 0, 0]]]),
+        "cross_attention_mask": asks,
+    }
+
+
+MLLAMA = Case("mllama", _mllama, _tiles, {"image": 4 * _PATCHES, "decoder": TOKENS}, 1e-6)
+
 BLIP = {
     case.name: case
     for case in (

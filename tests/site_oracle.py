@@ -35,6 +35,10 @@ _BLIP = (
     (r"text_decoder\.bert\.encoder\.layer\.(\d+)\.crossattention\.self", None, "cross"),
     (r"text_decoder\.bert\.encoder\.layer\.(\d+)\.attention\.self", "decoder", "decoder"),
 )
+_MLLAMA = (
+    (r"model\.language_model\.layers\.(\d+)\.cross_attn", "image", "cross"),
+    (r"model\.language_model\.layers\.(\d+)\.self_attn", "decoder", "decoder"),
+)
 _TEXT_TOWER = r"text_model\..*layers\.(\d+)\.self_attn"
 _ALONE = r"(?:.*\.)?(?:layers?)\.(\d+)\.(?:attention|self_attn|attn|attention\.self)"
 _INPUTS = {"pixel_values": "image", "input_features": "audio"}
@@ -52,7 +56,11 @@ def attention_layers(model: Any) -> Kinds:
     found: dict[nn.Module, tuple[str, str, int]] = {}
     both = hasattr(model, "text_model") and hasattr(model, "vision_model")
     for name, module in model.named_modules():
-        if model.config.model_type == "blip":
+        if model.config.model_type == "mllama":
+            for pattern, source, kind in _MLLAMA:
+                if match := re.fullmatch(pattern, name):
+                    found[module] = (source, kind, int(match[1]))
+        elif model.config.model_type == "blip":
             for pattern, source, kind in _BLIP:
                 if match := re.fullmatch(pattern, name):
                     read = source or ("text" if hasattr(model, "text_encoder") else "image")

@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from site_models import BLIP, ENCODERS, SEQ2SEQ, VOCAB
+from site_models import BLIP, ENCODERS, MLLAMA, SEQ2SEQ, VOCAB
 from site_oracle import logits_of, oracle, oracle_logits
 from torch import Tensor
 
-from atman_triton.integration import manipulate
+from atman_triton.integration import UnsupportedModelError, manipulate, run_as_atman
 from atman_triton.sites import sources
 
 CROSSING = SEQ2SEQ | BLIP
-ALL = ENCODERS | CROSSING
+ALL = ENCODERS | CROSSING | {"mllama": MLLAMA}
 MODES = ["multiplicative", "min_shift", "log_additive", "min_shift_full"]
-ROUNDING = 1e-9  # float64
 
 
 @torch.no_grad()
@@ -40,10 +39,10 @@ def test_every_source_alone_and_all_together(name: str, mode: str) -> None:
     plain = oracle_logits(model, inputs, {})
     for given in ({source: factor} for source, factor in factors.items()):
         expected = oracle_logits(model, inputs, given, mode)
-        assert far(logits_under(model, inputs, given, mode), expected) < ROUNDING
-        assert far(expected, plain) > 1000 * ROUNDING
+        assert far(logits_under(model, inputs, given, mode), expected) < case.rounding
+        assert far(expected, plain) > 1000 * case.rounding
     expected = oracle_logits(model, inputs, factors, mode)
-    assert far(logits_under(model, inputs, factors, mode), expected) < ROUNDING
+    assert far(logits_under(model, inputs, factors, mode), expected) < case.rounding
 
 
 @pytest.mark.parametrize("attention", ["encoder", "cross", "both"])
@@ -60,9 +59,9 @@ def test_where_the_encoders_tokens_are_manipulated(name: str, attention: Any) ->
         if name == "blip-retrieval" and source == "text":  # no decoder reads it
             attention, results = "encoder", {"encoder": results["encoder"]}
         actual = logits_under(model, inputs, {source: factor}, "min_shift", attention=attention)
-        assert far(actual, results[attention]) < ROUNDING
+        assert far(actual, results[attention]) < case.rounding
         others = [logits for where, logits in results.items() if where != attention]
-        assert all(far(actual, other) > 1000 * ROUNDING for other in others)
+        assert all(far(actual, other) > 1000 * case.rounding for other in others)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -71,23 +70,26 @@ def test_factors_of_one_change_nothing(name: str) -> None:
     model, inputs = case.build(), case.inputs()
     ones = {source: torch.ones(1, tokens) for source, tokens in case.sources.items()}
     plain = oracle_logits(model, inputs, {})
-    assert far(logits_under(model, inputs, ones, "min_shift"), plain) < ROUNDING
+    assert far(logits_under(model, inputs, ones, "min_shift"), plain) < case.rounding
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip", "bart", "t5", "whisper", "blip-vqa"])
+@pytest.mark.parametrize("name", ["vit", "siglip", "bart", "t5", "whisper", "blip-vqa", "mllama"])
 def test_some_layers_and_some_heads(name: str) -> None:
     case = ALL[name]
     model, inputs, factors = case.build(), case.inputs(), case.factors()
-    for layers in ([1], [0]):
+    for layers in ([0, 3], [1, 2]) if name == "mllama" else ([1], [0]):
         expected = oracle_logits(model, inputs, factors, layers=layers)
         actual = logits_under(model, inputs, factors, "min_shift", layers=layers)
-        assert far(actual, expected) < ROUNDING
-    per_head = {source: torch.ones(2, 2, given.shape[1]) for source, given in factors.items()}
+        assert far(actual, expected) < case.rounding
+    heads = 4 if name == "mllama" else 2  # two to each of its key heads
+    per_head = {source: torch.ones(2, heads, given.shape[1]) for source, given in factors.items()}
     for source, given in factors.items():
         per_head[source][:, 1] = given
     expected = oracle_logits(model, inputs, per_head)
-    assert far(logits_under(model, inputs, factors, "min_shift", heads=[1]), expected) < ROUNDING
-    assert far(logits_under(model, inputs, per_head, "min_shift"), expected) < ROUNDING
+    assert (
+        far(logits_under(model, inputs, factors, "min_shift", heads=[1]), expected) < case.rounding
+    )
+    assert far(logits_under(model, inputs, per_head, "min_shift"), expected) < case.rounding
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)
@@ -97,8 +99,8 @@ def test_a_layer_that_only_the_deeper_stack_has(name: str) -> None:
     source = next(iter(factors))
     expected = oracle_logits(model, inputs, {source: factors[source]}, layers=[2])
     actual = logits_under(model, inputs, factors[source], "min_shift", layers=[2])
-    assert far(actual, expected) < ROUNDING
-    assert far(actual, oracle_logits(model, inputs, {})) > 1000 * ROUNDING
+    assert far(actual, expected) < case.rounding
+    assert far(actual, oracle_logits(model, inputs, {})) > 1000 * case.rounding
 
 
 @torch.no_grad()
@@ -134,4 +136,47 @@ def test_generate_manipulates_every_step(name: str, cache: str, attention: Any) 
     assert torch.equal(actual.sequences[:, -6:], tokens)
     rounding = torch.finfo(torch.float32).eps * logits.abs().max().item()  # generate casts them
     assert far(torch.stack(actual.logits, 1), logits) < rounding
-    assert far(logits, _greedy_by_hand(model, inputs, {}, 6)[1]) > 1000 * ROUNDING
+    assert far(logits, _greedy_by_hand(model, inputs, {}, 6)[1]) > 1000 * case.rounding
+
+
+# --- Mllama: the decoder attends to the picture ---------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_manipulates_the_pictures_cached_keys(cache: str) -> None:
+    case = MLLAMA
+    model, inputs, factors = case.build(), case.inputs(), case.factors()
+    inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
+    given = dict(inputs)
+    with oracle(model, factors):
+        for _ in range(3):
+            logits = model(**given, use_cache=False).logits
+            given["input_ids"] = torch.cat([given["input_ids"], logits[:, -1:].argmax(-1)], 1)
+            for name in ("attention_mask", "cross_attention_mask"):
+                given[name] = torch.cat([given[name], given[name][:, -1:]], 1)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": VOCAB + 1}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    options |= {"cache_implementation": "static"} if cache == "static" else {}
+    with manipulate(model, factors, "min_shift"):
+        actual = model.generate(**inputs, **options)
+    assert torch.equal(actual.sequences, given["input_ids"])
+    assert far(torch.stack(actual.logits, 1), logits[:, -3:]) < case.rounding
+
+
+def test_a_tensor_is_for_the_picture_and_a_text_without_one_reads_none() -> None:
+    case = MLLAMA
+    model, inputs, factors = case.build(), case.inputs(), case.factors()
+    expected = oracle_logits(model, inputs, {"image": factors["image"]})
+    assert far(logits_under(model, inputs, factors["image"], "min_shift"), expected) < case.rounding
+    alone = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    expected = oracle_logits(model, alone, {"decoder": factors["decoder"]})
+    actual = logits_under(model, alone, {"decoder": factors["decoder"]}, "min_shift")
+    assert far(actual, expected) < case.rounding
+    with run_as_atman(model, None, "min_shift"):
+        logits_of(model, alone)
+    message = r"Mllama\w+: .* did not reach cross-attention layers \[1, 3\] of"
+    with pytest.raises(UnsupportedModelError, match=message):
+        logits_under(model, alone, factors)
+    with pytest.raises(ValueError, match="attention is for models with an encoder"):
+        logits_under(model, inputs, factors, attention="cross")
