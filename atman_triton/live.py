@@ -14,11 +14,20 @@ from torch import Tensor
 
 from .answers import END_OF_TEXT, check_length, default_new_tokens, end_tokens
 from .arguments import check_generation, check_one_of, plain
-from .capabilities import device_of, vocabulary_size, why_not_prefix
+from .capabilities import check_causal, device_of, why_not_prefix
 from .engine import undisturbed
 from .explain import Explainer, Reading
 from .explanation import Explanation
-from .granularity import Granularity, checked_granularity, described
+from .granularity import (
+    Granularity,
+    ImageGranularity,
+    Images,
+    Tiles,
+    checked_granularity,
+    checked_image_granularity,
+    described,
+    tiles_of,
+)
 from .live_run import Ambient, LiveRun, Scored, check_options, unsupported
 from .lockstep import Lockstep
 from .methods import METHODS, Outcome
@@ -26,11 +35,12 @@ from .perturbations import Record, RunFailed
 from .pieces import LeftOut, Unit
 from .presets import PRESETS
 from .provenance import provenance
-from .raw_scores import negative_share
 from .reduction import Reduction
 from .selection import checked_explain_only
+from .tasks import Prompt
+from .tasks.decoder import DecoderTask
 from .token_reader import TokenReader
-from .tokens import Span, Tokens, encode_prompt, tokens_of_ids
+from .tokens import Span, tokens_of_ids
 from .units import Layout, lay_out
 
 # Tokens that are scored at a time. Tokens per second with 20 units, as a share of plain generation
@@ -64,14 +74,18 @@ class _How:
     """What an explanation of the tokens needs to know.
 
     Args:
+        prompt: What is continued.
         granularity: How large a unit is.
+        images: How large one of a picture is.
         only: What ``explain_only`` names; None is all of the prompt.
         generation: Keyword arguments of ``generate``.
         ends: Token ids that end a text.
         stops: Those of them at which ``generate`` stops.
     """
 
+    prompt: Prompt
     granularity: Granularity
+    images: ImageGranularity
     only: list[Any] | None
     generation: dict[str, Any]
     ends: set[int]
@@ -87,18 +101,16 @@ class LiveExplanation(Iterator[LiveToken]):
     object, as a ``for`` over the call does on ``break``.
     """
 
-    def __init__(
-        self, explainer: Explainer, words: Tokens, layout: Layout, run: LiveRun, how: _How
-    ) -> None:
+    def __init__(self, explainer: Explainer, layout: Layout, run: LiveRun, how: _How) -> None:
         self.units: list[Unit] = layout.units
         """``U`` units of the prompt, in text order."""
         self.tokens: list[LiveToken] = []
         """What came so far."""
         self._explainer = explainer
-        self._words = words
+        self._words = how.prompt.words
         self._record = run.record
         self._how = how
-        self._reader = TokenReader(explainer.tokenizer, words)
+        self._reader = TokenReader(explainer.tokenizer, self._words)
         self._rows: list[Tensor] = []  # [1 + U] log-probabilities of each token
         self._steps: Lockstep[Scored] = Lockstep(run)
 
@@ -144,7 +156,13 @@ class LiveExplanation(Iterator[LiveToken]):
         answer = tokens_of_ids(ids, explainer.tokenizer, after=self._words)
         only = list(range(len(self.units))) if how.only is None else how.only
         layout = lay_out(
-            self._words, [answer], how.granularity, only, is_text=explainer.tokenizer is not None
+            self._words,
+            [answer],
+            how.granularity,
+            only,
+            is_text=explainer.tokenizer is not None,
+            image_granularity=how.images,
+            pictures=how.prompt.pictures,
         )
         rows = torch.stack(self._rows[: len(ids)])  # [T, 1 + U]
         rest = [token.token_id for token in self.tokens[len(ids) :]]
@@ -162,7 +180,10 @@ class LiveExplanation(Iterator[LiveToken]):
             "live": True,
         }
         if explainer.settings.mode == "multiplicative":
-            facts["negative_scores"] = self._negative_share(layout.prompt_ids + ids[:-1])
+            with undisturbed(explainer.model):
+                facts["negative_scores"] = explainer.task.negative_share(
+                    how.prompt, layout, explainer.settings
+                )
         known = provenance(
             explainer, "direct", self._record, described(how.granularity), len(layout.prompt_ids)
         )
@@ -192,21 +213,17 @@ class LiveExplanation(Iterator[LiveToken]):
             ids.pop()
         return ids
 
-    def _negative_share(self, ids: list[int]) -> float:
-        settings = self._explainer.settings
-        model = self._explainer.model
-        inputs = {"input_ids": torch.tensor([ids])}
-        with undisturbed(model):
-            return negative_share(model, inputs, settings.layers, settings.heads, settings.backend)
-
 
 def generate_explained(
     model: Any,
     inputs: Any,
     *,
     tokenizer: Any = None,
-    units: Granularity | Sequence[Span] = "token",
-    explain_only: str | Span | Sequence[int] | Sequence[str | Span] | None = None,
+    units: Granularity | Tiles | Sequence[Span] | str = "token",
+    image_granularity: ImageGranularity | str | None = None,
+    explain_only: (
+        str | Span | Images | Sequence[int] | Sequence[str | Span | Images] | None
+    ) = None,
     method: str = "direct",
     preset: str = "default",
     factor: float | None = None,
@@ -240,10 +257,11 @@ def generate_explained(
 
     Args:
         model: A transformers causal language model.
-        inputs: The prompt: str | chat messages | token ids | an encoding, as ``Explainer.explain``
-            takes it.
-        tokenizer: Its tokenizer; None is enough for token ids.
+        inputs: The prompt: str | chat messages | token ids | an encoding | pictures and text, as
+            ``Explainer.explain`` takes it. Pictures are encoded once; text must follow the last.
+        tokenizer: Its tokenizer, or its processor for pictures; None is enough for token ids.
         units: What one unit is, as ``granularity`` in ``Explainer.explain``.
+        image_granularity: What one unit of a picture is, as in ``Explainer.explain``.
         explain_only: The part of the prompt to score, as in ``Explainer.explain``; None is all.
         method: ``direct``, the only one that needs no second pass over the prompt.
         preset, factor, mode, layers, heads, backend: As in ``Explainer``.
@@ -277,6 +295,7 @@ def generate_explained(
             "mode='min_shift_full' looks at future keys, so it has no direct effects; take "
             "mode='min_shift'."
         )
+    check_causal(model)
     explainer = Explainer(
         model,
         tokenizer,
@@ -295,12 +314,32 @@ def generate_explained(
             f"preset={preset!r} suppresses similar tokens of the answer too, which are not known "
             "before they are written; take preset='default'."
         )
+    if (tiles := tiles_of(units)) is not None:
+        if image_granularity is not None:
+            raise TypeError(
+                f"units={units!r} and image_granularity={image_granularity!r} both say how "
+                "pictures are divided; give one."
+            )
+        units, image_granularity = "token", tiles
     granularity = checked_granularity(units, "units")
+    images = checked_image_granularity(image_granularity)
     only = checked_explain_only(explain_only)
     check_generation(None, max_new_tokens, generation_kwargs)
     check_options(model, generation_kwargs)
     every = _checked_every(every, model)
-    words = encode_prompt(inputs, tokenizer, vocabulary_size(model))
+    task = explainer.task
+    assert isinstance(task, DecoderTask)  # check_causal has refused all others
+    prompt = task.read(inputs)
+    words, tokenizer = prompt.words, task.tokenizer
+    if image_granularity is not None and not prompt.pictures:
+        raise ValueError(
+            f"image_granularity={described(images)!r} is of pictures, but the prompt holds none."
+        )
+    if words.areas and words.areas[-1] is not None:
+        raise ValueError(
+            "inputs must end with text, got a picture at the end; put some behind it, or generate "
+            "first and give the text to Explainer.explain as target."
+        )
     ended = any(generation_kwargs.get(name) for name in ("max_length", "generation_config"))
     if max_new_tokens is None and not ended:
         max_new_tokens = default_new_tokens(model, len(words))
@@ -311,7 +350,15 @@ def generate_explained(
     reason = why_not_prefix(model, len(words) + (max_new_tokens or 1) - 1)
     if reason is not None:
         raise unsupported(reason)
-    layout = lay_out(words, [], granularity, only, is_text=tokenizer is not None)
+    layout = lay_out(
+        words,
+        [],
+        granularity,
+        only,
+        is_text=tokenizer is not None,
+        image_granularity=images,
+        pictures=prompt.pictures,
+    )
     config = generation.get("generation_config") or model.generation_config
     ends = end_tokens(tokenizer, config, generation)
     quiet: dict[str, Any] = {}
@@ -327,15 +374,19 @@ def generate_explained(
         streamer,
         Record(runs={"total": 0, "direct": len(layout.units)}),
         Ambient.of_this_thread(model),
+        prompt.inputs,
+        task.encoded.on,
     )
     how = _How(
+        prompt,
         granularity,
+        images,
         only,
         generation,
         ends,
         end_tokens(None, config, generation),
     )
-    return LiveExplanation(explainer, words, layout, run, how)
+    return LiveExplanation(explainer, layout, run, how)
 
 
 def _direct(unit: Unit) -> Unit:

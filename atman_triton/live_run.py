@@ -6,8 +6,8 @@ Legend: U units, R = 1 + U rows (the plain one first), P prompt tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,6 +84,8 @@ class LiveRun:
         streamer: The user's own, or None.
         record: What is done is noted here.
         ambient: The caller's thread, see :func:`ambient`.
+        inputs: What the model's forward takes for the prompt; None is its ids.
+        once: Keeps what the model makes of pictures, see ``EncodedOnce``.
     """
 
     model: Any
@@ -95,6 +97,8 @@ class LiveRun:
     streamer: BaseStreamer | None
     record: Record
     ambient: Ambient
+    inputs: Mapping[str, Any] | None = None
+    once: Callable[[Any], AbstractContextManager[Any]] = nullcontext
 
     def __call__(self, handover: Handover[Scored]) -> None:
         """Generate; emit every new token.
@@ -126,8 +130,11 @@ class LiveRun:
             handover.check()
 
         branches = Branches(len(self.prompt_ids), ((0,),))  # any token stands for the first one
-        inputs = {"input_ids": torch.tensor([self.prompt_ids])}
-        runner = Runner(self.model, inputs, branches, [0], self.settings, self.record, check, check)
+        inputs = self.inputs or {"input_ids": torch.tensor([self.prompt_ids])}
+        with self.once(self.model):
+            runner = Runner(
+                self.model, inputs, branches, [0], self.settings, self.record, check, check
+            )
         if runner.reason is not None:
             raise unsupported(runner.reason)
         return runner

@@ -31,7 +31,8 @@ class DecoderTask(Task):
         check_causal(model)
         super().__init__(model, processor)
         self._stack = find_stack(model)[1]
-        self._encoded = EncodedOnce()  # the pictures of the prompt that was read last
+        self.encoded = EncodedOnce()
+        """Of the pictures of the prompt that was read last."""
 
     @classmethod
     def serves(cls, model: Any) -> bool:
@@ -51,7 +52,7 @@ class DecoderTask(Task):
 
     def read(self, raw: Any) -> Prompt:
         """As ``encode_prompt`` does, or ``read_pictures`` where there may be any."""
-        self._encoded = EncodedOnce()
+        self.encoded = EncodedOnce()
         if multimodal.is_for_processor(raw, self.processor):
             return Prompt(raw, *multimodal.read_pictures(raw, self.model, self.processor))
         if isinstance(raw, str):
@@ -89,7 +90,7 @@ class DecoderTask(Task):
         target_span: str | Span | None,
     ) -> Answers:
         """As ``generated_answer`` does."""
-        with self._encoded.on(self.model):
+        with self.encoded.on(self.model):
             return generated_answer(
                 self.model,
                 self.tokenizer,
@@ -112,21 +113,21 @@ class DecoderTask(Task):
     ) -> Engine:
         """Perturbations behind a shared prefix, where the model allows it."""
         inputs = self._continued(prompt, layout.prompt_ids[len(prompt.words) :])
-        with self._encoded.on(self.model):
+        with self.encoded.on(self.model):
             return Engine(self.model, inputs, layout.target_ids, settings, expect, advance)
 
     def embeddings(self, prompt: Prompt) -> Tensor:
         """Pictures as the vision tower encodes them, text as the model embeds it."""
         if not prompt.pictures:
             return super().embeddings(prompt)
-        with self._encoded.on(self.model):
+        with self.encoded.on(self.model):
             return multimodal.embeddings(self.model, prompt.inputs)
 
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
         """Of the prompt and the first target."""
         ids = layout.prompt_ids + layout.target_ids[0][:-1]
         inputs = self._continued(prompt, ids[len(prompt.words) :])
-        with self._encoded.on(self.model):
+        with self.encoded.on(self.model):
             return negative_share(
                 self.model, inputs, settings.layers, settings.heads, settings.backend
             )
