@@ -44,12 +44,21 @@ class Completeness:
         return float(_share((self.sums - self.rises).abs().sum(), self.rises.abs().sum()))
 
     def __str__(self) -> str:
+        return self.described(" nats", "loss rises")
+
+    def described(self, suffix: str, change: str) -> str:
+        """The sums and the rises in words.
+
+        Args:
+            suffix: The unit behind a number.
+            change: What suppression does, as in ``loss rises``.
+        """
         percent = 100 * self.error
         error = f"{percent:.0f}%" if percent >= 10 else f"{percent:.2g}%"
         error = error if math.isfinite(percent) else "all of it"
         total, rise = float(self.sums.sum()), float(self.rises.sum())
         return (
-            f"the scores sum to {total:.3g} nats; with all units suppressed the loss rises by "
+            f"the scores sum to {total:.3g}{suffix}; with all units suppressed the {change} by "
             f"{rise:.3g} (error {error})"
         )
 

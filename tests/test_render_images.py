@@ -1,5 +1,6 @@
 """Heat over pictures and sounds: pixel by pixel, and in the terminal."""
 
+import dataclasses
 import math
 import re
 
@@ -324,6 +325,32 @@ def test_classes_and_outputs_are_told_apart_in_the_terminal():
     assert text.startswith("Class: POSITIVE   p = 0.607\n")
     for other in ("logit", "output"):
         assert not re.search(r"nats|p =|probab", printed(classified(other, ("x",))))
+
+
+def test_image_controls_are_named_by_their_place():
+    control = {"kind": "ImageControl", "left": 0.1, "top": 0.25, "width": 0.3, "height": 0.5}
+    control |= {"factor": 0.5, "image": 1}
+    units = [patch(0, (0, 0, 1, 1)), patch(1, (0, 0, 1, 1))]
+    facts = {"controls": [control]}
+    two = explained(units, [[0.0, 0.0]], sizes=((4, 4), (4, 4)), provenance=facts)
+    assert wording.settings(two).endswith("controls 10–40% × 25–75% of image 2 ×0.5")
+    one = corner(provenance={"controls": [control | {"image": 0}]})
+    assert wording.settings(one).endswith("controls 10–40% × 25–75% of the image ×0.5")
+
+
+def test_sums_of_scores_have_the_unit_of_what_was_scored():
+    def said(quantity):
+        e = classified(quantity, ("A",))
+        units = [dataclasses.replace(unit, effect="path") for unit in e.units]
+        together = e.base_logprobs - 1
+        whole = dataclasses.replace(
+            e, units=units, method="path", together_logprobs=together, postprocessing="square"
+        )
+        return wording.completeness(whole)
+
+    assert "sum to 1 nats; with all units suppressed the loss rises by 1 (" in said("logprob")
+    assert "sum to 1 logits; with all units suppressed the logit falls by 1 (" in said("logit")
+    assert "sum to 1; with all units suppressed the output falls by 1 (" in said("output")
 
 
 # The table.

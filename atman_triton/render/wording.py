@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..pieces import LEVELS, Neighbour
 from .layout import drawn, name, named, of_prompt, printable, several, visible
@@ -264,7 +264,12 @@ def effect(explanation: Explanation, mark: str) -> str:
 def completeness(explanation: Explanation) -> str:
     """Whether the scores of a gradient method add up; nothing of other methods."""
     found = explanation.completeness
-    return "" if found is None else f"Completeness: {found}."
+    if found is None:
+        return ""
+    what, rises, _ = change(explanation)
+    # The sums are those of the scores, whatever is read from them.
+    suffix = scale(replace(explanation, postprocessing="none", normalize=False)).suffix
+    return f"Completeness: {found.described(suffix, f'{what} {rises}')}."
 
 
 def levels(explanation: Explanation) -> str:
@@ -323,6 +328,15 @@ def settings(explanation: Explanation) -> str:
     return printable(" · ".join(words)).replace("\n", " ")
 
 
+def _rectangle(explanation: Explanation, control: dict[str, Any]) -> str:
+    """Of an image control: ``10–40% × 20–90% of the image``."""
+    left, top = 100 * control["left"], 100 * control["top"]
+    right, bottom = left + 100 * control["width"], top + 100 * control["height"]
+    name = image_name(explanation, control.get("image", 0))
+    name = name if len(explanation.pictures) > 1 else f"the {name}"
+    return f"{left:.3g}–{right:.3g}% × {top:.3g}–{bottom:.3g}% of {name}"
+
+
 def _explained(explanation: Explanation) -> list[str]:
     """How many targets, and of answers how many tokens."""
     what, found = noun(explanation), []
@@ -345,7 +359,7 @@ def _controls(explanation: Explanation) -> list[str]:
         elif control["kind"] == "TokenControl":
             what = f"token {control['pos']}"
         else:
-            what = "part of an image"
+            what = _rectangle(explanation, control)
         found.append(f"{what} ×{control['factor']:g}")
     return [f"controls {', '.join(found)}"] if found else []
 
