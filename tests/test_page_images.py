@@ -149,11 +149,10 @@ def test_patches_suppressed_along_are_named_by_their_place():
     e = corner()
     units = [change(unit, tokens=(index,)) for index, unit in enumerate(e.units)]
     units[0] = change(units[0], neighbours=(Neighbour(7, 0.5, 0.9), Neighbour(99, 0.5, 0.8)))
-    data = Page(change(e, units=units).to_html()).data["explanations"][0]
-    assert [name for _, name, *_ in data["neighbours"][0]["shown"]] == [
-        "patch at 30,10",
-        "token 99",
-    ]
+    page = Page(change(e, units=units).to_html())
+    shown = page.data["explanations"][0]["neighbours"][0]["shown"]
+    assert [each[:2] for each in shown] == [[0, "patch at 30,10"], [-1, "token 99"]]
+    assert page.data["near"] == [[7]]  # the region that is outlined
 
 
 def test_a_sound_is_a_waveform_with_regions_over_time():
@@ -290,3 +289,13 @@ def test_the_panel_of_an_output_has_its_own_numbers(tmp_path):
     assert result["titles"] == ["Raises the output most", "Lowers it"]
     logit = drive(tmp_path, classified("logit", ("A",)).to_html(), steps)["panel"]
     assert "class’s logit\n−0.5 → −2" in logit.replace("\n\n", "\n")
+
+
+@browser
+def test_the_script_outlines_patches_that_were_suppressed_along(tmp_path):
+    e = corner()
+    units = [change(unit, tokens=(index,)) for index, unit in enumerate(e.units)]
+    units[0] = change(units[0], neighbours=(Neighbour(7, 0.5, 0.9),))
+    steps = 'key("Home"); result.near = all("#text .near").map((e) => e.ariaLabel + e.title);'
+    result = drive(tmp_path, change(e, units=units).to_html(), steps)
+    assert result == {"near": ["patch at 30,10suppressed along: ×0.5, similarity 0.9"]}

@@ -20,7 +20,7 @@ from . import layout, wording
 from .boxes import framed
 from .controls import cards, choices, headline, label, letter, pictures
 from .marked import FAINT, STRONG, WEAK, marked_text
-from .numbers import INFINITY, neighbour_spans, numbers
+from .numbers import INFINITY, neighbour_spans, neighbour_tokens, numbers, pieces_of
 from .palette import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
@@ -70,11 +70,13 @@ def to_html(explanations: Sequence[Explanation]) -> str:
     marked, pieces, near_pieces = marked_text(
         explanations, text, prompt_stop, spans, targets, near, documents, frames, overlay
     )
+    tokens = [] if overlay else neighbour_tokens(explanations)
+    near_pieces += pieces_of(explanations, pieces, tokens)
     script, style = _asset("page.js"), _asset("page.css")
     heading = f"{len(explanations)} explanations of one text" if overlay else headline(first)
     data = {
         "explanations": [
-            numbers(explanation, place, near) | {"letter": letter(index)}
+            numbers(explanation, place, [*near, *tokens]) | {"letter": letter(index)}
             for index, (explanation, place) in enumerate(zip(explanations, placed, strict=True))
         ],
         "pieces": pieces,

@@ -34,18 +34,46 @@ def neighbour_spans(explanations: Sequence[Explanation]) -> list[layout.Span]:
     return sorted(found)
 
 
+def neighbour_tokens(explanations: Sequence[Explanation]) -> list[int]:
+    """Tokens of pictures and sounds that were suppressed along with some unit, each once."""
+    known = {token for explanation in explanations for token in wording.drawn_tokens(explanation)}
+    found = {
+        near.token
+        for explanation in explanations
+        for unit in explanation.units
+        for near in _shown(unit.neighbours)
+        if near.start is None
+    }
+    return sorted(found & known)
+
+
+def pieces_of(
+    explanations: Sequence[Explanation], pieces: list[list[list[int]]], tokens: list[int]
+) -> list[list[int]]:
+    """Of each token, the pieces of the page that are units of it alone."""
+    found: dict[int, list[int]] = {token: [] for token in tokens}
+    for index, piece in enumerate(pieces):
+        for explanation, units in zip(explanations, piece, strict=True):
+            for unit in units:
+                positions = explanation.units[unit].tokens
+                if len(positions) == 1 and positions[0] in found:
+                    found[positions[0]].append(index)
+    return list(found.values())
+
+
 def _shown(neighbours: Sequence[Neighbour]) -> list[Neighbour]:
     return wording.by_weight(neighbours)[:NEIGHBOURS]
 
 
 def numbers(
-    explanation: Explanation, place: layout.Placed, near: list[layout.Span]
+    explanation: Explanation, place: layout.Placed, near: Sequence[layout.Span | int]
 ) -> dict[str, Any]:
     """Text, spans and values: ``rows[0]`` is what is seen at first, then a row per target token.
 
     What is seen at first is read (postprocessed, reduced, scaled), target tokens' scores are as
     measured: the script reads them as is said under ``post``, ``reduction`` and ``scaled``. Parts
-    of targets are given by their tokens. Neighbours refer to places in ``near``.
+    of targets are given by their tokens. Neighbours refer to places in ``near``, which are spans of
+    the text, and tokens that have none.
 
     Of several targets, whose table is large and mostly empty, a token's row holds whole numbers
     of steps for the prompt's units and those of its own target.
@@ -89,13 +117,13 @@ def numbers(
         data["document"] = [unit.document for unit in explanation.units]
     if any(unit.neighbours for unit in explanation.units):
         names = wording.drawn_tokens(explanation)
-        places: dict[Any, int] = {span: index for index, span in enumerate(near)}
+        places: dict[Any, int] = {where: index for index, where in enumerate(near)}
         data["neighbours"] = [
             {
                 "count": len(unit.neighbours),
                 "shown": [
                     [
-                        places.get((each.start, each.stop), -1),
+                        places.get(_where(each), -1),
                         wording.neighbour_text(explanation, each, names),
                         float(f"{each.factor:.4g}"),
                         float(f"{each.similarity:.4g}"),
@@ -120,6 +148,10 @@ def numbers(
         "branch": [target.branch for target in explanation.targets],
         "rows": [seen, *packed],
     }
+
+
+def _where(neighbour: Neighbour) -> Any:
+    return neighbour.token if neighbour.start is None else (neighbour.start, neighbour.stop)
 
 
 def _scale(explanation: Explanation) -> dict[str, Any]:
