@@ -182,31 +182,33 @@ class ClassifierEngine:
         self.expect(self.length)
         content = None if self.settings.similarity is None else content_of(self.model)
         try:
-            with catching(self._entry) as embedded, catching(content) as contents:
+            with (
+                catching(content, copied=True) as contents,
+                catching(self._entry) as embedded,
+            ):
                 found = self.run_factors(torch.ones(1, self.length))[0]
         except (RuntimeError, MemoryError) as error:
             if not memory.out_of_memory(error):
                 raise
             raise self._nothing_fits(str(error)) from error
-        if len(embedded) == 1 and isinstance(embedded[0], Tensor) and len(embedded[0]) == 1:
-            self._embedded = embedded[0]
-            if self._embedded.shape[1] != self.length:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__} makes {self._embedded.shape[1]} tokens of its "
-                    f"input, but {self.length} were expected."
-                )
+        self._embedded = embedded.lasting
+        if self._embedded is not None and self._embedded.shape[1] != self.length:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} makes {self._embedded.shape[1]} tokens of its "
+                f"input, but {self.length} were expected."
+            )
         if self.settings.similarity is not None:
-            self.correlated = self._correlated(contents)
+            self.correlated = self._correlated(contents.lasting)
         return found
 
-    def _correlated(self, contents: list[Any]) -> Correlated:
+    def _correlated(self, content: Tensor | None) -> Correlated:
         """Neighbourhoods by what the model embeds, without positions."""
-        if len(contents) != 1 or not isinstance(contents[0], Tensor):
+        if content is None:
             raise UnsupportedModelError(
                 f"similarity compares embeddings, but those of {type(self.model).__name__} cannot "
                 "be found; leave similarity out."
             )
-        columns = in_columns(contents[0], self.length)
+        columns = in_columns(content, self.length)
         shown = torch.ones(self.length, dtype=torch.bool)
         if isinstance(mask := self._inputs.get("attention_mask"), Tensor):
             shown = mask[0].bool()

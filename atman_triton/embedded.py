@@ -83,15 +83,35 @@ def _input_embeddings(model: Any) -> nn.Module | None:
         return None
 
 
+class Caught(list[Any]):
+    """What a module returned, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions: list[int] = []
+
+    def add(self, output: Any) -> None:
+        """Note an output."""
+        self.append(output)
+        self._versions.append(output._version if isinstance(output, Tensor) else 0)
+
+    @property
+    def lasting(self) -> Tensor | None:
+        """The one row that was returned in one call, if nothing was written into it since."""
+        if len(self) != 1 or not isinstance(self[0], Tensor) or len(self[0]) != 1:
+            return None
+        return self[0] if self[0]._version == self._versions[0] else None
+
+
 @contextmanager
-def catching(module: nn.Module | None) -> Iterator[list[Any]]:
-    """A list that gets what the module returns, call by call, in this thread."""
-    caught: list[Any] = []
+def catching(module: nn.Module | None, *, copied: bool = False) -> Iterator[Caught]:
+    """What the module returns in this thread, or copies of it, which nothing is written into."""
+    caught = Caught()
     owner = threading.get_ident()
 
     def catch(module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() == owner:
-            caught.append(output)
+            caught.add(output.clone() if copied and isinstance(output, Tensor) else output)
 
     hook = None if module is None else module.register_forward_hook(catch)
     try:

@@ -8,7 +8,7 @@ import torch
 
 from atman_triton.classes import Readout
 from atman_triton.classifier_engine import ClassifierEngine
-from atman_triton.embedded import entry_of
+from atman_triton.embedded import catching, entry_of
 from atman_triton.engine import undisturbed
 from atman_triton.integration import UnsupportedModelError
 from atman_triton.perturbations import RunFailed, Settings, Unit
@@ -211,6 +211,34 @@ def test_inputs_are_embedded_once(name):
     assert engine.record.batch_sizes[0] == 1 and engine.record.batch_sizes[1] == 4
     assert embedding.forward is counted
     assert entry_of(model).__dict__.get("forward") in (None, counted)
+
+
+@pytest.mark.parametrize("size", [1, "auto"])
+def test_what_a_model_writes_into_is_embedded_every_time(size):
+    model = cases.make("bert")
+
+    def scale(module, args):
+        args[0].mul_(1.5)
+
+    model.bert.encoder.register_forward_pre_hook(scale)
+    settings = Settings(0.1, "min_shift", batch_size=size)
+    model, inputs, tokens, engine = engine_of("bert", settings=settings, model=model)
+    units = units_of(tokens)
+    _, loop = plain(model, inputs, tokens, units, settings, lambda x: numbers(x, READ))
+    torch.testing.assert_close(perturb(model, engine, units), loop, rtol=1e-6, atol=1e-6)
+
+
+def test_a_copy_lasts_where_a_model_writes_into_what_it_embeds():
+    module = torch.nn.Linear(2, 3)
+    with torch.no_grad(), catching(module) as caught, catching(module, copied=True) as copies:
+        module(torch.ones(1, 2)).mul_(2)
+    kept = copies.lasting
+    assert caught.lasting is None and kept is not None
+    torch.testing.assert_close(kept, module(torch.ones(1, 2)))
+    with torch.no_grad(), catching(module) as twice:
+        module(torch.ones(1, 2))
+        module(torch.ones(1, 2))
+    assert twice.lasting is None
 
 
 @pytest.mark.parametrize("size", [1, 3, "auto"])

@@ -401,5 +401,21 @@ def test_models_that_are_refused():
         "model must be a classifier over one encoder or decoder, but BartForSequenceClassification "
         "has both."
     )
+    with pytest.raises(UnsupportedModelError) as refused:
+        Explainer(tf.HubertForSequenceClassification(tf.HubertConfig(**_HEARING)))
+    assert str(refused.value) == (
+        "model must classify texts or pictures, but HubertForSequenceClassification reads "
+        "input_values."
+    )
     with pytest.raises(UnsupportedModelError, match="DebertaV2Model computes attention in its own"):
         Explainer(cases.make("deberta"))
+
+
+_HEARING = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2} | {
+    "intermediate_size": 16,
+    "conv_dim": (8,),
+    "conv_kernel": (2,),
+    "conv_stride": (2,),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}

@@ -41,6 +41,11 @@ class ClassifierTask(Task):
                 f"model must be a classifier over one encoder or decoder, but {name} has both."
             )
         self._kind = kind_of(model)
+        wanted = "pixel_values" if self._kind == "image" else "input_ids"
+        if (read := getattr(model, "main_input_name", wanted)) != wanted:
+            raise UnsupportedModelError(
+                f"model must classify texts or pictures, but {name} reads {read}."
+            )
         if self._kind == "image":
             self.tokenizer = None
         self.problem: Problem = "single_label" if self._is_token else problem_of(model.config)
