@@ -70,8 +70,18 @@ def sources(model: Any) -> tuple[str, ...]:
 
 
 def own_source(model: Any) -> str:
-    """The last of a model's sources: a decoder's own tokens, or those of an encoder alone."""
-    return sources(model)[-1]
+    """The source of a model that reads one text: a decoder's own tokens, or an encoder's alone.
+
+    Raises: UnsupportedModelError: if it has an encoder besides.
+    """
+    sites = find_sites(model)
+    known = list(dict.fromkeys(site.source for site in sites))
+    if len(known) > 1 and any(site.kind == "encoder" for site in sites):
+        raise UnsupportedModelError(
+            f"{sites[0].stack.model_name} reads {' and '.join(known)}, each by its own layers, so "
+            "what acts on the tokens of one text, as controls do, cannot be used on it."
+        )
+    return known[-1]
 
 
 def find_sites(model: Any) -> tuple[Site, ...]:

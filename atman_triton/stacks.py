@@ -329,9 +329,9 @@ def find_stack(model: Any) -> tuple[nn.Module, Stack]:
     model = checked_model(model)
     config: Any = model.config
     name = type(model).__name__
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or config.model_type == "blip":
         raise UnsupportedModelError(
-            f"{name} has an encoder and a decoder; this works on decoder-only text stacks."
+            f"{name} has several stacks of layers; this is for a decoder alone."
         )
     module = unwrap(model.get_decoder())  # pyright: ignore[reportCallIssue]
     modality = MODALITIES.get(getattr(module, "main_input_name", "input_ids"), "text")

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
 from atman_triton.integration import UnsupportedModelError, manipulate
-from atman_triton.sites import sources
+from atman_triton.sites import own_source, sources
+from atman_triton.stacks import find_stack
 
 __all__ = ["fresh_dynamo"]  # a fixture
 
@@ -346,6 +347,17 @@ def test_bad_arguments_are_named(
     with pytest.raises(error, match=message), manipulate(model, factor, **kwargs):
         pass
     assert state_of(model) == state
+
+
+@pytest.mark.parametrize("name", ["bart", "blip-captions", "clip-pair"])
+def test_models_of_several_encoders_have_no_source_of_their_own(name: str) -> None:
+    model = ALL[name].build()
+    with pytest.raises(UnsupportedModelError, match=r"reads \w+ and \w+, each by its own layers"):
+        own_source(model)
+    if name != "clip-pair":
+        with pytest.raises(UnsupportedModelError, match="has several stacks of layers"):
+            find_stack(model)
+    assert own_source(ALL["bert"].build()) == "text"
 
 
 def test_heads_that_differ_between_encoder_and_decoder() -> None:
