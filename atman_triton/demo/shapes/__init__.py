@@ -30,7 +30,7 @@ __all__ = [
     "presence_question",
 ]
 
-_DEMO_SEED = 0
+_DEMO_SEED = 15  # a blue square and a red circle
 
 
 def demo_picture() -> Picture:

@@ -106,7 +106,8 @@ def answered_right(
         expected = [question.answer]
         if question.text == DEMO_PROMPT:
             expected = [f" {shape.name}" for shape in picture.objects]
-        groups = [f"{len(picture.objects)} objects"]
+        count = len(picture.objects)
+        groups = [f"{count} object{'s' * (count > 1)}"]
         if question.answer in (" yes", " no"):
             groups.append(f"answer{question.answer}")
         for share in (total, *(total.groups.setdefault(name, Share()) for name in groups)):
