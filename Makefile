@@ -23,10 +23,10 @@ PYTHON ?= $(shell for name in python3 python3.11 python3.12 python3.13 python3.1
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 
-.PHONY: help explain test lint bench clean
+.PHONY: help explain explain-image test lint bench clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/pip-ready: constraints.txt
 	@if [ -z "$(PYTHON)" ]; then \
@@ -52,6 +52,11 @@ explain: $(VENV)/package-ready ## Explain an answer about a shipped contract: he
 	@echo "==> Explaining the shipped contract: which of its words made the model answer as it did?"
 	@$(BIN)/atman explain --html explanation.html </dev/null
 	@echo "==> Open explanation.html in a browser for the interactive view"
+
+explain-image: $(VENV)/package-ready ## Explain what a model sees in a picture: heat maps here, explanation-image.html on disk.
+	@echo "==> Explaining the shipped picture: which of its shapes made the model name it?"
+	@$(BIN)/atman explain --demo shapes --html explanation-image.html </dev/null
+	@echo "==> Open explanation-image.html in a browser for the interactive view"
 
 lint: $(VENV)/tools-ready ## Check style, formatting and types.
 	@echo "==> ruff"

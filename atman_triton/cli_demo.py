@@ -54,7 +54,7 @@ def print_pointing(
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("Where relevance stands")
     for name in (*names, "elsewhere"):
-        table.add_column(f"on the {name}" if name in names else name, justify="right")
+        table.add_column(name, justify="right")
     rows: Any = zip(explanation.answers, explanation.relevances, strict=True)
     for answer, relevance in rows:
         shares = [share_inside(explanation.units, relevance, mask) for mask in masks]
