@@ -391,7 +391,14 @@ class Explainer:
         with (
             undisturbed(self.model),
             under_controls(
-                self.model, controls, words, mode, backend, sizes=sizes, embed=embed
+                self.model,
+                controls,
+                words,
+                mode,
+                backend,
+                sizes=sizes,
+                embed=embed,
+                by_source=partial(self.task.by_source, read),
             ) as acting,
         ):
             if several is None:

@@ -5,7 +5,7 @@ Legend: Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .capabilities import keeps_logits
 from .integration import manipulate
 from .masks import AttentionMask
-from .sites import own_source
-from .stacks import find_stack
+from .perturbations import Attention
+from .sites import named_sites, own_source
 
 _ROWS_PER_BLOCK = 128
 
@@ -37,6 +37,35 @@ def negative_share(
         backend: What computes attention meanwhile.
     Source: AtMan, Eq. 4, whose factor 1 - f suppresses positive scores and raises negative ones.
     """
+    device = next(model.parameters()).device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    few = {"logits_to_keep": 1} if keeps_logits(model) else {}
+    own = [own_source(model)]
+    return share_of_negative(
+        model, lambda: model(**moved, use_cache=False, **few), own, layers, heads, backend
+    )
+
+
+def share_of_negative(
+    model: nn.Module,
+    run: Callable[[], Any],
+    sources: Sequence[str],
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    backend: str = "auto",
+    attention: Attention | None = None,
+) -> float:
+    """The same of what one call runs, of a model that reads several sources.
+
+    Args:
+        model: In evaluation mode.
+        run: Runs it on one sequence, all of its parts.
+        sources: Count where these are read.
+        layers: Count in these layers only; None is all.
+        heads: Count in these query heads only; None is all.
+        backend: What computes attention meanwhile.
+        attention: Where an encoder's tokens are read; None is everywhere.
+    """
     negative, visible = 0, 0
 
     def count(query: Tensor, key: Tensor, mask: AttentionMask) -> None:
@@ -44,15 +73,13 @@ def negative_share(
         below, seen = count_negative(query, key, mask, heads)
         negative, visible = negative + below, visible + seen
 
-    device = next(model.parameters()).device
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    few = {"logits_to_keep": 1} if keeps_logits(model) else {}
-    plain = {own_source(model): torch.ones(moved["input_ids"].shape)}
-    with manipulate(model, plain, layers=layers, backend=backend):
-        manipulation = find_stack(model)[1].current.manipulation
-        assert manipulation is not None  # manipulate has just put it there
-        manipulation.observe = count
-        model(**moved, use_cache=False, **few)
+    plain = {source: torch.ones(1, 1) for source in sources}
+    with manipulate(model, plain, layers=layers, backend=backend, attention=attention):
+        for site, _ in named_sites(model, plain, attention)[1]:
+            manipulation = site.stack.current.manipulation
+            assert manipulation is not None  # manipulate has just put it there
+            manipulation.observe = count
+        run()
     return negative / visible
 
 

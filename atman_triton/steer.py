@@ -7,7 +7,7 @@ tokens, D width of embeddings.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,14 +108,20 @@ def under_controls(
     *,
     sizes: Sequence[tuple[int, int]] = (),
     embed: Callable[[], Tensor] | None = None,
+    by_source: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
 ) -> Iterator[list[Control]]:
-    """Let controls act on a prompt that is explained; yields them, checked. None is none."""
+    """Let controls act on a prompt that is explained; yields them, checked. None is none.
+
+    ``by_source`` divides the prompt's factors ``[1, P]`` where several parts of a model read it;
+    else they are of its own tokens.
+    """
     if controls is None:
         yield []
         return
     checked = checked_controls("controls", controls)
     factors = control_rows(model, checked, prompts_of(words, sizes, embed))
-    with manipulate(model, {own_source(model): factors}, mode, backend=backend):
+    given = {own_source(model): factors} if by_source is None else by_source(factors)
+    with manipulate(model, given, mode, backend=backend):
         yield checked
 
 

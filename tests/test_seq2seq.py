@@ -8,15 +8,17 @@ from __future__ import annotations
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import seq2seq_models
 import torch
 from seq2seq_models import plain_logprobs
 from test_seq2seq_engine import close
 
 import atman_triton
-from atman_triton import Explainer, Seconds
+from atman_triton import Explainer, Seconds, TextControl
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import small_models  # pyright: ignore[reportMissingImports]
@@ -198,6 +200,54 @@ def test_the_closing_token_of_an_answer_is_left_out():
         explainer("t5").explain(TEXT, max_new_tokens=1, forced_eos_token_id=1)
 
 
+# --- controls and raw scores --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["exact", "direct"])
+def test_an_explanation_under_controls_is_of_the_controlled_model(method):
+    model, tokenizer = made("t5")
+    at = TEXT.index("house")
+    explained = explainer("t5", method=method)
+    e = explained.explain(TEXT, "Das Haus", controls=[TextControl(at, 5, 0.3, "complete")])
+    target = [each.token_id for each in e.targets]
+    inputs = {"input_ids": tokenizer(TEXT, return_tensors="pt").input_ids}
+    controlled = torch.ones(inputs["input_ids"].shape[1])
+    held = next(unit for unit in e.units if "house" in unit.text)
+    controlled[list(held.tokens)] = 0.3
+    base = plain_logprobs(model, inputs, [0], target, {"text": controlled})
+    close(e.base_logprobs, base)
+    if method == "exact":
+        for column, unit in enumerate(e.units[:4]):
+            row = controlled.clone()
+            row[list(unit.tokens)] *= 0.1
+            plain = plain_logprobs(model, inputs, [0], target, {"text": row})
+            close(e.suppressed_logprobs[:, column], plain)
+
+
+@pytest.mark.parametrize("attention", ["both", "encoder", "cross"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_share_of_negative_scores_is_counted_everywhere(name, attention, monkeypatch):
+    e = explainer(name, mode="multiplicative", attention=attention).explain(prompt_of(name), " a")
+    counts = {"negative": 0, "seen": 0}
+
+    def count(module, scores, mask):
+        source, kind, _ = seq2seq_models._plan["places"][id(module)]
+        if attention in ("both", kind) or source == "decoder":
+            seen = torch.ones_like(scores, dtype=torch.bool)
+            seen = seen if mask is None else seen & (mask > -1e30)
+            counts["negative"] += int(((scores < 0) & seen).sum())
+            counts["seen"] += int(seen.sum())
+        return scores
+
+    monkeypatch.setattr(seq2seq_models, "_manipulated", count)
+    inputs = read(name).inputs
+    start = inputs.pop("decoder_input_ids")[0].tolist()
+    target = [each.token_id for each in e.targets]
+    plain_logprobs(made(name)[0], inputs, start, target, {})
+    share = counts["negative"] / counts["seen"]
+    assert e.provenance["negative_scores"] == pytest.approx(share, abs=1e-12)
+
+
 # --- sounds -------------------------------------------------------------------------------------
 
 
@@ -351,7 +401,8 @@ def test_wrong_choices_are_refused(changes, error, message):
 
 def test_a_path_adds_up():
     e = explainer("t5", method="path", steps=16).explain(TEXT, "Das Haus")
-    rise = float((e.base_logprobs - e.together_logprobs).sum())
+    together: Any = e.together_logprobs
+    rise = float((e.base_logprobs - together).sum())
     assert float(e.completeness.sums.sum()) == pytest.approx(rise, rel=0.05)
     assert {unit.effect for unit in e.units} == {"path"}
     assert e.provenance["attention"] == "encoder self-attention and cross-attention"

@@ -16,7 +16,7 @@ from PIL import Image
 from seq2seq_models import plain_logprobs
 from test_seq2seq_engine import close
 
-from atman_triton import Explainer, Tiles
+from atman_triton import Explainer, ImageControl, TextControl, Tiles
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import small_models  # pyright: ignore[reportMissingImports]
@@ -96,6 +96,36 @@ def test_without_a_target_the_model_s_own_answer_is_explained(name):
     written = [target.token_id for target in e.targets]
     assert own[start.shape[1] :][: len(written)] == written
     assert e.provenance["target"] == "generated"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_controls_act_on_the_picture_and_on_the_text(name):
+    model, _ = made(name)
+    text = prompt_of(name)[1]
+    controls = [
+        ImageControl(0, 0, 0.5, 1, factor=0.2),
+        TextControl(text.index("picture"), 7, 0.3, "complete"),
+    ]
+    e = explainer(name).explain(prompt_of(name), "two cats", controls=controls)
+    prompt = read(name)
+    target = [each.token_id for each in e.targets]
+    row = torch.ones(len(prompt.words) + len(target) - 1)
+    row[[place for place in range(1, 37) if (place - 1) % 6 < 3]] = 0.2
+    words = [unit for unit in e.units if unit.image is None and "picture" in unit.text]
+    row[[place for unit in words for place in unit.tokens]] = 0.3
+    asked = prompt.inputs["input_ids"].shape[1] if name == "blip_vqa" else 0
+    image, asks, rest = row.split([37, asked, len(row) - 37 - asked])
+    rows = {"image": image, "decoder": rest} | ({"text": asks} if asked else {})
+    start = prompt.inputs.pop("decoder_input_ids")[0].tolist()
+    close(e.base_logprobs, plain_logprobs(model, prompt.inputs, start, target, rows))
+
+
+def test_controls_find_what_is_alike_by_what_the_tower_reads():
+    e = explainer("blip", method="direct").explain(
+        picture(), "two cats", controls=[ImageControl(0, 0, 0.1, 0.1, factor=0.2, similarity=0.9)]
+    )
+    plain = explainer("blip", method="direct").explain(picture(), "two cats")
+    assert not torch.equal(e.base_logprobs, plain.base_logprobs)
 
 
 # --- pictures -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from ..methods import Measures
 from ..perturbations import Settings
 from ..pictures import Picture, Sound
 from ..reduction import Quantity
+from ..sites import own_source
 from ..tokens import Tokens
 from ..units import Layout
 
@@ -124,6 +125,10 @@ class Task(ABC):
         advance: Callable[[int], None],
     ) -> Measures:
         """The engine that suppresses units, its base run done."""
+
+    def by_source(self, prompt: Prompt, factors: Tensor) -> Mapping[str, Tensor]:
+        """A prompt's factors ``[1, P]``, as ``manipulate`` takes them."""
+        return {own_source(self.model): factors}
 
     def embeddings(self, prompt: Prompt) -> Tensor:
         """What the model reads of a prompt's tokens, ``[P, D]``: by default their own."""

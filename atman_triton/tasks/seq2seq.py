@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..answers import END_OF_TEXT, Answers, end_tokens, limited
 from ..arguments import plain
 from ..chat import Span
+from ..encoder_decoder import encoder_decoder, first_input
 from ..perturbations import Attention, RunFailed, Settings
 from ..pieces import LeftOut
+from ..raw_scores import share_of_negative
 from ..reduction import Quantity
 from ..seq2seq_engine import Seq2SeqEngine
 from ..sites import find_sites, sources
@@ -160,6 +163,55 @@ class Seq2SeqTask(Task):
         """Where the prompt was suppressed."""
         where: Attention = "cross" if method == "direct" else settings.attention or "both"
         return {"attention": _WHERE[where]}
+
+    def by_source(self, prompt: Prompt, factors: Tensor) -> Mapping[str, Tensor]:
+        """Those of each source, and of the decoder's start tokens."""
+        sizes = self._sizes(prompt)
+        return dict(zip(sources(self.model), factors.split(sizes, 1), strict=True))
+
+    def embeddings(self, prompt: Prompt) -> Tensor:
+        """What tokens are compared by, see ``EncoderDecoder.embeddings``: ``[P, D]``."""
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in prompt.inputs.items()}
+        parts = encoder_decoder(self.model, inputs)
+        read, states = [], None
+        for stage in parts.stages:
+            with first_input(stage.module) as found:
+                states = stage.encode(1, states)
+            read.append(found[0][0])
+        return parts.embeddings(read, [])
+
+    def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float:
+        """Of the prompt and the first answer, wherever the prompt is suppressed."""
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in prompt.inputs.items()}
+        parts = encoder_decoder(self.model, inputs)
+        behind = layout.prompt_ids[len(prompt.words) :] + layout.target_ids[0][:-1]
+        ids = torch.tensor([[*parts.start, *behind]], device=device)
+
+        def run() -> None:
+            states = None
+            for stage in parts.stages:
+                states = stage.encode(1, states)
+            assert states is not None  # there is a stage
+            parts.decode(ids, states, None)
+
+        return share_of_negative(
+            self.model,
+            run,
+            sources(self.model),
+            settings.layers,
+            settings.heads,
+            settings.backend,
+            settings.attention,
+        )
+
+    def _sizes(self, prompt: Prompt) -> list[int]:
+        """Tokens of each source, the decoder's start tokens last."""
+        names = ("input_ids", "decoder_input_ids")
+        known = [prompt.inputs[name].shape[1] for name in names if name in prompt.inputs]
+        first = len(prompt.words) - sum(known)
+        return [first, *known] if first else known
 
     # --- answers ---------------------------------------------------------------------------------
 
