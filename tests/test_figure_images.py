@@ -193,3 +193,12 @@ def test_classes_and_outputs_have_words_of_their_own():
     assert {"What raises the output", "stars   (output = -0.5)"} <= set(shown)
     assert "strongest units, change of the output" in shown
     assert not [word for word in shown if "nats" in word or "p =" in word]
+
+
+def test_numbers_of_negative_bars_do_not_run_into_names():
+    figure = explained(grid((40, 20), 2, 1), [[-0.000871, 0.0005]]).plot()
+    drawn(figure)
+    (bars,) = [axes for axes in figure.axes if "strongest" in axes.get_title("left")]
+    names = [label.get_window_extent() for label in bars.get_yticklabels()]
+    numbers = [text.get_window_extent() for text in bars.texts]
+    assert max(box.x1 for box in names) < min(box.x0 for box in numbers)

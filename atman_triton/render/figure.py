@@ -36,6 +36,7 @@ FEW = 8  # bars below pictures and sounds, which show where the others are
 MATRIX_TARGETS = 16
 MATRIX_UNITS = 48
 TELLING = 0.01  # of the strongest; weaker units get no bar, but three bars there always are
+ROOM = 0.027  # of an axis for a character of a number beside a bar
 LABEL = 29  # cells of a bar's label
 SOURCE = 12  # of them, those of a document's id
 ADVANCE = 0.602  # width of a character of the font, in font sizes
@@ -387,8 +388,11 @@ def _draw_bars(
             fontsize=8,
             color=_ink("ink"),
         )
-    low = min((strength[unit] for unit in bars), default=0.0)
-    axes.set_xlim(-0.16 + min(low, 0.0) * 1.02, 1.16)
+    lengths = [strength[unit] for unit in bars]
+    low, high = min(lengths, default=0.0), max(lengths, default=0.0)
+    wide = max((len(measure.number(values[unit], digits)) for unit in bars), default=0)
+    room = ROOM * wide if low < 0 else 0.16  # numbers of negative bars stand on their left
+    axes.set_xlim(min(low, 0.0) * 1.02 - room, 1.16 if high > 0 else 0.16)
     axes.axvline(0, color=_ink("faint"), linewidth=0.8)
     axes.set_xticks([])
     axes.tick_params(length=0)
