@@ -50,6 +50,17 @@ PROBES |= {
             "tower": {"vision_config": SIGLIP, "vision_feature_select_strategy": "full"},
         },
     ),
+    "llava-siglip-without-its-first-patch": (
+        "llava",
+        [ODD],
+        {
+            "kind": tf.SiglipImageProcessorPil,
+            "extra": 0,
+            "size": {"height": SHOWN + 2, "width": SHOWN + 2},
+            "do_center_crop": False,
+            "tower": {"vision_config": SIGLIP},
+        },
+    ),
     "gemma3-crops": (
         "gemma3",
         [WIDE, SQUARE, TALL, (70, 25)],
