@@ -1,6 +1,7 @@
 """Heat over pictures and sounds: pixel by pixel, and in the terminal."""
 
 import dataclasses
+import io
 import math
 import re
 
@@ -10,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import printed
 from rich.cells import cell_len
+from rich.console import Console
 from toy_pictures import classified, corner, explained, grid, heard, patch, seen
 
 from atman_triton.explanation import load
 from atman_triton.pictures import Sound
 from atman_triton.render import blocks, heat, layout, wording
+from atman_triton.render.live import LiveView
 from atman_triton.render.palette import LIGHT
 
 NAN = float("nan")
@@ -351,6 +354,20 @@ def test_sums_of_scores_have_the_unit_of_what_was_scored():
     assert "sum to 1 nats; with all units suppressed the loss rises by 1 (" in said("logprob")
     assert "sum to 1 logits; with all units suppressed the logit falls by 1 (" in said("logit")
     assert "sum to 1; with all units suppressed the output falls by 1 (" in said("output")
+
+
+@pytest.mark.parametrize("height", [12, 24, 40])
+def test_pictures_are_seen_while_an_answer_is_written(height):
+    console = Console(file=io.StringIO(), width=60, height=height, color_system=None)
+    view = LiveView(console)
+    with console.capture() as capture:
+        console.print(view.picture(seen(answers=(" cat",))))
+    lines = capture.get().splitlines()
+    framed = [line for line in lines if line.startswith("│@")]
+    assert 1 <= len(framed) <= height // 4
+    assert len(lines) < height
+    assert "A ⟦" not in capture.get()
+    assert any(line.startswith("A picture of a") for line in lines)
 
 
 # The table.

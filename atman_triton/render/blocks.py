@@ -26,7 +26,7 @@ WEAK = 0.08  # of the strongest: below it nothing is coloured
 NOTABLE = 0.35  # of the strongest: what is marked without colour
 
 _WIDE = 48  # columns of a picture
-_TALL = 24  # rows
+TALL = 24  # rows
 _LEAST = 18  # columns of pictures that stand side by side
 _GAP = 2
 _SOUND = 72  # columns of a sound
@@ -36,7 +36,11 @@ _FAINT = Style(dim=True)
 
 
 def pictures(
-    explanation: Explanation, shown: list[Shown], width: int, coloured: bool
+    explanation: Explanation,
+    shown: list[Shown],
+    width: int,
+    coloured: bool,
+    tall: int = TALL,
 ) -> list[Text]:
     """Every picture under all that is shown over it, side by side where there is room.
 
@@ -44,6 +48,7 @@ def pictures(
         width: Columns to use.
         coloured: Whether colours say what a place contributes, over the picture in grey; without
             them characters do, in a frame.
+        tall: Rows of a picture, at most.
     """
     count = len(explanation.pictures)
     items = [(each, image) for each in shown for image in range(count)]
@@ -54,7 +59,7 @@ def pictures(
     for row in (items[k : k + side] for k in range(0, len(items), side)):
         blocks = []
         for each, image in row:
-            block = draw(explanation, layout.strengths(each.values), image, columns)
+            block = draw(explanation, layout.strengths(each.values), image, columns, tall)
             blocks.append([_title(explanation, each, image, len(shown), columns), *block])
         lines += _beside(blocks)
         lines.append(Text())
@@ -86,11 +91,11 @@ def _beside(blocks: list[list[Text]]) -> list[Text]:
 
 
 def _coloured(
-    explanation: Explanation, strength: list[float], image: int, columns: int
+    explanation: Explanation, strength: list[float], image: int, columns: int, tall: int
 ) -> list[Text]:
     """Two pixels in every cell, one above the other."""
     picture = explanation.pictures[image]
-    width, height = heat.fitted(picture, columns, 2 * _TALL)
+    width, height = heat.fitted(picture, columns, 2 * tall)
     size = (width, 2 * math.ceil(height / 2))
     level = heat.heat(explanation, strength, image, size)
     pixels = heat.overlay(picture.image, size, level, (OPPOSE, SUPPORT))
@@ -105,11 +110,11 @@ def _coloured(
 
 
 def _framed(
-    explanation: Explanation, strength: list[float], image: int, columns: int
+    explanation: Explanation, strength: list[float], image: int, columns: int, tall: int
 ) -> list[Text]:
     """A character for every cell, which is about twice as high as wide."""
     picture = explanation.pictures[image]
-    width, height = heat.fitted(picture, columns - 2, 2 * _TALL)
+    width, height = heat.fitted(picture, columns - 2, 2 * tall)
     size = (width, max(1, round(height / 2)))
     level = heat.heat(explanation, strength, image, size)
     edge = "─" * width

@@ -9,7 +9,8 @@ from rich.live import Live
 from rich.text import Text
 
 from . import layout
-from .blocks import NOTABLE
+from .blocks import NOTABLE, pictures
+from .shown import chosen
 from .terminal import FAINT, coloured_line, plain_line
 
 if TYPE_CHECKING:
@@ -68,9 +69,12 @@ class LiveView:
         heading.append(answer[-max(1, width - heading.cell_len) :], "bold")
         draw = coloured_line if self._coloured else plain_line
         cells = width if self._coloured else width - 6  # brackets stand around strong units
-        limit = max(_FEWEST, height // 2 - _REST)  # remarks stand between the lines shown
-        lines = []
         values = layout.in_sight(explanation)
+        seen = chosen(explanation, values, "")
+        lines = pictures(explanation, seen, width, self._coloured, height // 4)
+        if len(lines) > height // 2:  # several pictures below each other
+            lines = []
+        limit = max(_FEWEST, (height - len(lines)) // 2 - _REST)  # remarks stand between the lines
         for row in layout.shown_lines(explanation, values, max(_FEWEST, cells), limit, NOTABLE):
             remark = any(run.note for run in row)
             line = Text(row[0].text, FAINT) if remark else draw(row, explanation.prompt_stop)
