@@ -258,7 +258,8 @@ class Explainer:
                 and chat messages with ``{"type": "image", "image": image}`` among their parts.
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
-                end-of-text token.
+                end-of-text token. Of a classifier, a class by name or index; None is
+                the one that it predicts.
             granularity: What one unit is; None is the preset's: ``auto`` in ``aleph_alpha``, else
                 ``token``. A unit is made of whole tokens, so it carries whitespace
                 as they do, and a token that stands on both sides of a border goes where most of it
@@ -288,6 +289,7 @@ class Explainer:
             target_span: The only passage of one answer to score: as text that occurs in it once,
                 or ``(start, stop)`` in its characters, of a str target without the separator. What
                 comes before is read (its tokens can be units), what comes after is not run.
+                Of a token classifier, the passage of the prompt whose tokens' class is scored.
             documents: Texts that the answer may rest on, each a str or ``{"id": ..., "text": ...}``
                 (an id is the document's number if none is given). They are put, with blank lines
                 between them, where the prompt (a str, or the content of a message) says

@@ -125,6 +125,7 @@ def _eager_attention(module, query, key, value, attention_mask, scaling=None, **
     scores = query @ key.transpose(2, 3) * scaling
     mask = torch.zeros_like(scores) if attention_mask is None else attention_mask
     mask = mask.to(scores.dtype).expand_as(scores)
+    _perturbation["signs"].append((scores < 0)[mask == 0])
     matrix, mode = _perturbation["matrix"], _perturbation["mode"]
     layers, heads = _perturbation["layers"], _perturbation["heads"]
     if layers is None or layer in layers:
@@ -152,7 +153,7 @@ def plain_logits(model, inputs, row=None, mode="min_shift", layers=None, heads=N
     before = model.config._attn_implementation
     model.set_attn_implementation("plain_classifier")
     matrix = torch.ones(1, 1) if row is None else row.expand(len(row), -1)
-    _perturbation.update(matrix=matrix, mode=mode, layers=layers, heads=heads, calls=0)
+    _perturbation.update(matrix=matrix, mode=mode, layers=layers, heads=heads, calls=0, signs=[])
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     try:
         logits = model(**inputs).logits
@@ -160,6 +161,13 @@ def plain_logits(model, inputs, row=None, mode="min_shift", layers=None, heads=N
         return logits[0]
     finally:
         model.set_attn_implementation(before)
+
+
+def negative_share(model, inputs):
+    """Of the scores that the queries of a plain forward see."""
+    with torch.no_grad():
+        plain_logits(model, inputs)
+    return float(torch.cat(_perturbation["signs"]).double().mean())
 
 
 # --- real image processors of small sizes ---------------------------------------------------------

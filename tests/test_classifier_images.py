@@ -135,6 +135,14 @@ def test_other_methods_on_pictures(method):
     assert e.method == method and bool(e.scores.isfinite().all())
 
 
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_negative_scores_are_counted_on_pictures(name):
+    model, processor, explainer = explainer_of(name, mode="multiplicative")
+    e = explainer.explain(noisy(SIZE), "art", granularity="image")
+    share = cases.negative_share(model, dict(processor(images=noisy(SIZE), return_tensors="pt")))
+    assert e.provenance["negative_scores"] == pytest.approx(share, abs=1e-12)
+
+
 def test_only_some_pictures_are_explained_or_units():
     _, _, explainer = explainer_of("vit")
     whole = explainer.explain(noisy(SIZE), "art")

@@ -334,6 +334,15 @@ def test_methods_with_direct_effects_are_refused(method):
         explainer.explain(TEXT, "art")
 
 
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
+def test_negative_scores_are_counted_where_factors_multiply(name):
+    model, explainer = explainer_of(name, preset="paper")
+    e = explainer.explain(TEXT, "art", explain_only=[0])
+    share = cases.negative_share(model, inputs_of(wordpiece(), TEXT))
+    assert 0.2 < share < 0.8
+    assert e.provenance["negative_scores"] == pytest.approx(share, abs=1e-12)
+
+
 def test_it_is_saved_and_loaded(tmp_path):
     _, explainer = explainer_of("bert-tokens")
     e = explainer.explain(TEXT, targets=["art", 0], target_span="notice period")

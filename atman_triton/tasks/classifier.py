@@ -15,7 +15,9 @@ from ..classifier_engine import ClassifierEngine, arguments_of
 from ..classifier_input import read_picture, read_text
 from ..perturbations import Settings
 from ..placing import owners, passage
+from ..raw_scores import share_of_negative
 from ..reduction import Quantity
+from ..sites import own_source
 from ..stacks import UnsupportedModelError, find_stack
 from ..tokens import Tokens
 from ..units import Layout
@@ -152,6 +154,15 @@ class ClassifierTask(Task):
         return ClassifierEngine(
             self.model, prompt.inputs, len(prompt.words), readout, settings, expect, advance
         )
+
+    def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float:
+        """Of one plain pass."""
+
+        def run() -> None:
+            self._logits(prompt)
+
+        how = (settings.layers, settings.heads, settings.backend)
+        return share_of_negative(self.model, run, [own_source(self.model)], *how)
 
     def _logits(self, prompt: Prompt) -> Tensor:
         """Of one plain pass: ``[C]``, or ``[T, C]``."""
