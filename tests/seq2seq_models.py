@@ -367,6 +367,8 @@ def plain_logprobs(
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     caption = model.config.model_type == "blip" and not _asks(model)
     given["input_ids" if caption else "decoder_input_ids"] = read
+    if not _asks(model):
+        given["use_cache"] = False
     _plan.update(
         places=_places(model),
         factors=factors,

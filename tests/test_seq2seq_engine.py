@@ -6,6 +6,7 @@ Legend: U units, K targets, M scored tokens, P prompt tokens.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from atman_triton.lanes import Lane, lanes_of
 from atman_triton.perturbations import SAVINGS, RunFailed, Settings, Unit
 from atman_triton.seq2seq_engine import Seq2SeqEngine
 
-TARGETS = [[5, 9, 11], [7], [84, 5], [5, 9]]
+TARGETS = [[5, 9, 11], [7], [84, 5]]
 ATTENTION = ["encoder", "cross", "both"]
 STEP = torch.finfo(torch.float32).eps
 
@@ -69,25 +70,32 @@ def split(name, row, padded=0):
     return dict(zip(sizes, row.split(list(sizes.values())), strict=True))
 
 
-def plain(name, units, effect="total", targets=TARGETS, padded=0, factor=0.1, **chosen):
+def plain(name, units, effect="total", targets=TARGETS, padded=0, **chosen):
     """A plain loop: ``[U, M]``, NaN where a unit is not read before the scored token."""
     if effect == "direct":
         chosen["attention"] = "cross"
-    model, start = MODELS[name](), start_of(name)
+    settings = tuple(sorted(chosen.items()))
+    return torch.stack(
+        [
+            torch.cat(
+                [_line(name, u, k, tuple(t), padded, settings) for k, t in enumerate(targets)]
+            )
+            for u in units
+        ]
+    )
+
+
+@cache
+def _line(name, unit, k, target, padded, chosen):
+    """One whole forward, for a unit and a target: ``[T]``; the same for several tests."""
+    if unit.branch not in (None, k):
+        return torch.full((len(target),), torch.nan)
+    rows = rows_by_source(name, unit, target, 0.1, padded)
+    inputs, start = inputs_of(name, padded), start_of(name)
+    found = plain_logprobs(MODELS[name](), inputs, start, list(target), rows, **dict(chosen))
     prompt = sum(sizes_of(name, padded).values())
-    lines = []
-    for unit in units:
-        line = []
-        for k, target in enumerate(targets):
-            if unit.branch not in (None, k):
-                line.append(torch.full((len(target),), torch.nan))
-                continue
-            rows = rows_by_source(name, unit, target, factor, padded)
-            found = plain_logprobs(model, inputs_of(name, padded), start, target, rows, **chosen)
-            found[: max(0, max(unit.positions) - prompt + 1)] = torch.nan
-            line.append(found)
-        lines.append(torch.cat(line))
-    return torch.stack(lines)
+    found[: max(0, max(unit.positions) - prompt + 1)] = torch.nan
+    return found
 
 
 def close(found, expected):
@@ -140,31 +148,29 @@ def test_every_mode(name, mode):
 
 
 @pytest.mark.parametrize("effect", ["total", "direct"])
-@pytest.mark.parametrize("chosen", [{"layers": (1,)}, {"layers": (0,), "heads": (1,)}], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_layers_and_heads_are_passed_on(name, chosen, effect):
-    units = every_unit(name)[::2]
-    if name[:4] == "blip" and effect == "total" and "heads" in chosen:
+def test_layers_and_heads_are_passed_on(name, effect):
+    units, chosen = every_unit(name)[::2], {"layers": (0,), "heads": (1,)}
+    if name[:4] == "blip" and effect == "total":
         with pytest.raises(ValueError, match=r"wherever the image is read.*has 2 and 4 there"):
             perturbed(started(name, **chosen), units, effect)
-        return
+        del chosen["heads"]
     found = perturbed(started(name, **chosen), units, effect)
     close(found, plain(name, units, effect, **chosen))
     assert not torch.allclose(found, perturbed(started(name), units, effect), equal_nan=True)
 
 
 @pytest.mark.parametrize("effect", ["total", "direct"])
-@pytest.mark.parametrize("mode", ["min_shift", "multiplicative"])
 @pytest.mark.parametrize("name", ["t5", "bart"])
-def test_padding_is_no_part_of_the_prompt(name, mode, effect):
+def test_padding_is_no_part_of_the_prompt(name, effect):
     units = every_unit(name, padded=3)
     image = sizes_of(name).get("image", 0)
     blank = [
         unit for unit in units if {image + len(TEXT), image + len(TEXT) + 1} & set(unit.positions)
     ]
-    run = started(name, padded=3, mode=mode)
+    run = started(name, padded=3)
     found = perturbed(run, units, effect)
-    close(found, plain(name, units, effect, padded=3, mode=mode))
+    close(found, plain(name, units, effect, padded=3))
     close(run.base_logprobs, base_of(name))
     still = perturbed(run, blank, effect)
     torch.testing.assert_close(still, run.base_logprobs.expand_as(still), rtol=0, atol=1e-6)
@@ -184,7 +190,7 @@ ids = st.integers(4, VOCABULARY - 1)
     targets=st.lists(st.lists(ids, min_size=1, max_size=4), min_size=1, max_size=4),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_plan_and_no_saving_changes_a_number(
     name, mode, attention, effect, size, tokens, without, targets, data
 ):
