@@ -32,6 +32,10 @@ def continued(inputs: Mapping[str, Any], ids: Sequence[int], model_type: str) ->
         if name == "attention_mask" or name in TOKEN_TYPES:
             fill = 1 if name == "attention_mask" or model_type in _ANSWER_IS_1 else 0
             longer[name] = filled_up(inputs[name], len(ids), fill)
+        if name == "cross_attention_mask":  # [1, P, images, tiles]; text attends as what it follows
+            asks: Tensor = inputs[name]
+            more = asks[:, -1:].expand(-1, len(ids), *asks.shape[2:])
+            longer[name] = torch.cat([asks, more], 1)
     places = inputs.get("position_ids")
     if places is not None:
         steps = torch.arange(1, len(ids) + 1, device=places.device, dtype=places.dtype)

@@ -340,6 +340,8 @@ def generate_explained(
             "inputs must end with text, got a picture at the end; put some behind it, or generate "
             "first and give the text to Explainer.explain as target."
         )
+    if prompt.inputs["input_ids"].shape[1] != len(words):
+        raise unsupported(f"{type(model).__name__} attends to pictures beside its prompt")
     ended = any(generation_kwargs.get(name) for name in ("max_length", "generation_config"))
     if max_new_tokens is None and not ended:
         max_new_tokens = default_new_tokens(model, len(words))

@@ -23,7 +23,7 @@ from torch import Tensor
 from .branches import Branches
 from .capabilities import device_of, dtype_of, vocabulary_size
 from .chat import Content, Span, is_chat, is_image, message_numbers, parts_of, render_chat
-from .images import image_tokens, readable
+from .images import ImageToken, cross_image_tokens, image_tokens, readable
 from .pictures import Picture
 from .pieces import Area
 from .placing import owners
@@ -32,6 +32,7 @@ from .stacks import UnsupportedModelError
 from .tokens import TEMPLATE, Tokens, check_vocabulary, describe, spans_of_encoding
 
 MARKUP = "written by the processor"
+PADDING = "beside the picture"
 
 # `model_type` -> what stands around a picture's placeholder where no chat template writes it.
 _QWEN = ("<|vision_start|>", "<|vision_end|>")
@@ -118,7 +119,7 @@ def is_for_processor(prompt: Any, processor: Any) -> bool:
     return isinstance(prompt, (list, tuple)) and any(isinstance(item, str) for item in prompt)
 
 
-def read_pictures(prompt: Any, model: Any, processor: Any) -> Read:
+def read_pictures(prompt: Any, model: Any, processor: Any, *, beside: bool = False) -> Read:
     """A prompt with pictures as the model reads it.
 
     Its text is the user's (of chat messages, what the template made of them), without anything
@@ -128,6 +129,8 @@ def read_pictures(prompt: Any, model: Any, processor: Any) -> Read:
         prompt: A picture | ``[picture | str, ...]`` | chat messages with pictures in their parts.
         model: A vision-language model of transformers.
         processor: Its processor.
+        beside: The model attends to its pictures beside the prompt (Mllama); their tokens are put
+            in front of those of the text.
     Raises:
         TypeError: if an item is neither text nor a picture.
         ValueError: if the processor is none, cannot say what stands for a picture, or refuses the
@@ -148,14 +151,15 @@ def read_pictures(prompt: Any, model: Any, processor: Any) -> Read:
     around = _AROUND.get(str(getattr(model.config, "model_type", "")), ("", ""))
     mark = (around[0], placeholder, around[1])
     written = _messages(prompt, processor, mark) if is_chat(prompt) else _items(prompt, mark)
-    own = _texts(written.messages) if written.messages else written.pieces
-    refuse_placeholders(own, model, processor)
+    texts = _texts(written.messages) if written.messages else written.pieces
+    refuse_placeholders(texts, model, processor)
     recording = _Recording(processor)
     encoding = recording.encode(written)
     words, shown = _words(written, recording)
     sizes = [image.size for image in written.images]
     areas: list[Area | None] = [None] * len(words)
-    for found in image_tokens(model, processor, encoding, sizes) if sizes else []:
+    own = [] if beside or not sizes else image_tokens(model, processor, encoding, sizes)
+    for found in own:
         areas[found.token] = Area(found.image, found.box, found.view)
     text_ids = [token for token, area in zip(words.ids, areas, strict=True) if area is None]
     check_vocabulary("prompt", text_ids, vocabulary_size(model))
@@ -173,8 +177,25 @@ def read_pictures(prompt: Any, model: Any, processor: Any) -> Read:
         written.contents,
         areas if sizes else [],
     )
+    if beside and sizes:
+        others = cross_image_tokens(model, processor, encoding, sizes)
+        words = _in_front(words, others, model.config.image_token_id, placeholder)
     inputs = moved(encoding, model) if sizes else {"input_ids": encoding["input_ids"]}
     return Read(words, inputs, _pictures(written))
+
+
+def _in_front(words: Tokens, shown: Sequence[ImageToken], token: int, name: str) -> Tokens:
+    """Tokens of pictures and those of a text."""
+    count = len(shown)
+    return Tokens(
+        [token] * count + words.ids,
+        words.text,
+        [None] * count + words.spans,
+        [name] * count + words.names,
+        [PADDING if each.view == "padding" else None for each in shown] + words.reasons,
+        words.contents,
+        [Area(each.image, each.box, each.view) for each in shown] + [None] * len(words),
+    )
 
 
 def embeddings(model: Any, inputs: Mapping[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Prompt, Task
+from .beside import BesideTask
 from .classifier import ClassifierTask
 from .decoder import DecoderTask
 from .seq2seq import Seq2SeqTask
@@ -12,7 +13,7 @@ from .seq2seq import Seq2SeqTask
 __all__ = ["Prompt", "Task", "task_of"]
 
 # The last one serves all the others, or says why it cannot.
-_TASKS: tuple[type[Task], ...] = (ClassifierTask, Seq2SeqTask, DecoderTask)
+_TASKS: tuple[type[Task], ...] = (ClassifierTask, Seq2SeqTask, BesideTask, DecoderTask)
 
 
 def task_of(model: Any, processor: Any = None) -> Task:
