@@ -40,7 +40,9 @@ _MLLAMA = (
     (r"model\.language_model\.layers\.(\d+)\.self_attn", "decoder", "decoder"),
 )
 _TEXT_TOWER = r"text_model\..*layers\.(\d+)\.self_attn"
-_ALONE = r"(?:.*\.)?(?:layers?)\.(\d+)\.(?:attention|self_attn|attn|attention\.self)"
+_ALONE = (
+    r"(?:.*\.)?(?:layers?)\.(\d+)\.(?:(?:attention\.)?attention|self_attn|attn|attention\.self)"
+)
 _INPUTS = {"pixel_values": "image", "input_features": "audio"}
 
 Kinds = Mapping[nn.Module, tuple[str, str, int]]

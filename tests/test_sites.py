@@ -143,8 +143,7 @@ def test_generate_manipulates_every_step(name: str, cache: str, attention: Any) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate_manipulates_the_pictures_cached_keys(cache: str) -> None:
+def test_generate_manipulates_the_pictures_cached_keys() -> None:
     case = MLLAMA
     model, inputs, factors = case.build(), case.inputs(), case.factors()
     inputs["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
@@ -157,7 +156,6 @@ def test_generate_manipulates_the_pictures_cached_keys(cache: str) -> None:
                 given[name] = torch.cat([given[name], given[name][:, -1:]], 1)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": VOCAB + 1}
     options |= {"return_dict_in_generate": True, "output_logits": True}
-    options |= {"cache_implementation": "static"} if cache == "static" else {}
     with manipulate(model, factors, "min_shift"):
         actual = model.generate(**inputs, **options)
     assert torch.equal(actual.sequences, given["input_ids"])
