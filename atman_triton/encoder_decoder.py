@@ -2,7 +2,8 @@
 
 T5, BART and Whisper have one stage. BLIP captions an image that its vision tower reads; asked a
 question, it has two: the vision tower reads the image, and the question's encoder reads the
-question and, across, the image.
+question and, across, the image. Mllama has one, its vision tower, and a decoder that reads the
+whole prompt.
 
 Legend: B rows, E tokens of a source, D width, T decoder tokens, V vocabulary.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from . import crossed_picture
 from .prefix import PrefixCache
 from .stacks import UnsupportedModelError
 
@@ -37,6 +39,7 @@ class Stage:
         encode: States ``[B, E, D]`` of so many rows, from those of the stage before (or one row).
         ids: ``[1, E]`` of a text; None of other sources.
         padding: Bool ``[1, E]``, True where there is no padding; None if there is none.
+        inside: Whether its own attention is manipulated too, so that it can be suppressed there.
     """
 
     source: str
@@ -44,6 +47,12 @@ class Stage:
     encode: Callable[[int, Tensor | None], Tensor]
     ids: Tensor | None = None
     padding: Tensor | None = None
+    inside: bool = True
+
+
+def _apart(decoder: nn.Module, crossing: DynamicCache) -> Cache:
+    """Crossed keys in a cache of their own, as most models keep them."""
+    return EncoderDecoderCache(PrefixCache(0, len(layers_of(decoder))), crossing)
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class EncoderDecoder:
         embedding: The decoder's embedding of tokens.
         decode: Logits ``[B, T, V]`` of ids ``[B, T]``, from the last stage's states ``[B|1, E, D]``
             and a cache that holds the keys and values made of them, or None.
+        keep: A cache for the decoder that keeps nothing of its own, and in another one what it
+            crosses to.
     """
 
     stages: list[Stage]
@@ -66,13 +77,19 @@ class EncoderDecoder:
     head: nn.Module | None
     embedding: Any
     decode: Callable[[Tensor, Tensor, Cache | None], Tensor]
+    keep: Callable[[nn.Module, DynamicCache], Cache] = _apart
 
-    def cache(self, crossing: DynamicCache) -> EncoderDecoderCache:
+    @property
+    def chooses(self) -> bool:
+        """Whether the prompt is manipulated in encoders as well as across."""
+        return all(stage.inside for stage in self.stages)
+
+    def cache(self, crossing: DynamicCache) -> Cache:
         """A cache that keeps nothing of the decoder's own, and in ``crossing`` what it crosses to.
 
         ``crossing`` is filled by the first pass, and read in place by later ones.
         """
-        return EncoderDecoderCache(PrefixCache(0, len(layers_of(self.decoder))), crossing)
+        return self.keep(self.decoder, crossing)
 
     def embeddings(self, read: Sequence[Tensor], ids: Sequence[int]) -> Tensor:
         """Vectors of all columns whose cosines say how alike they are: ``[S, D]``.
@@ -240,7 +257,34 @@ def _blip(model: Any, inputs: Mapping[str, Any]) -> EncoderDecoder:
     )
 
 
-_KINDS: dict[str, Callable[[Any, Mapping[str, Any]], EncoderDecoder]] = {"blip": _blip}
+def _mllama(model: Any, inputs: Mapping[str, Any]) -> EncoderDecoder:
+    """Mllama, whose decoder reads a text, and across it what the tower made of the pictures."""
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+    given = {name: _one_row(model, inputs, name) for name in names}
+    decoder = model.get_decoder()
+    crossed = decoder.config.get_text_config().cross_attention_layers
+    layers = len(decoder.layers)
+    tower = Stage(
+        "image",
+        model.model.vision_model,
+        lambda rows, before: crossed_picture.seen(model, given, rows),
+        inside=False,
+    )
+    return EncoderDecoder(
+        [tower],
+        _start(inputs, None),
+        decoder,
+        model.get_output_embeddings(),
+        model.get_input_embeddings(),
+        lambda ids, states, cache: crossed_picture.logits(model, given, ids, states, cache),
+        lambda _, crossing: crossed_picture.CrossedCache(layers, crossed, crossing),
+    )
+
+
+_KINDS: dict[str, Callable[[Any, Mapping[str, Any]], EncoderDecoder]] = {
+    "blip": _blip,
+    **dict.fromkeys(crossed_picture.KINDS, _mllama),
+}
 
 
 def default_start(model: Any) -> int | None:

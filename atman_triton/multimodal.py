@@ -33,6 +33,8 @@ from .tokens import TEMPLATE, Tokens, check_vocabulary, describe, spans_of_encod
 
 MARKUP = "written by the processor"
 PADDING = "beside the picture"
+CLASS_TOKEN = "class token of a tile"
+_WITHOUT_BOX = {"padding": PADDING, "class": CLASS_TOKEN}
 
 # `model_type` -> what stands around a picture's placeholder where no chat template writes it.
 _QWEN = ("<|vision_start|>", "<|vision_end|>")
@@ -192,7 +194,8 @@ def _in_front(words: Tokens, shown: Sequence[ImageToken], token: int, name: str)
         words.text,
         [None] * count + words.spans,
         [name] * count + words.names,
-        [PADDING if each.view == "padding" else None for each in shown] + words.reasons,
+        [None if each.box is not None else _WITHOUT_BOX[each.view] for each in shown]
+        + words.reasons,
         words.contents,
         [Area(each.image, each.box, each.view) for each in shown] + [None] * len(words),
     )

@@ -69,7 +69,6 @@ class Seq2SeqEngine:
         self.record = Record()
         self._settings = settings
         self._expect, self._advance = expect, advance
-        self._attention: Attention = settings.attention or "both"
         self.targets = [tuple(target) for target in targets]
         self.rows = rows_of(self.targets)  # of each target, its rows among the M
         self._device = device_of(model)
@@ -78,6 +77,8 @@ class Seq2SeqEngine:
             for name, value in inputs.items()
         }
         self._parts = encoder_decoder(model, inputs)
+        chosen = settings.attention or "both"
+        self._attention: Attention = chosen if self._parts.chooses else "cross"
         # min_shift_full looks at keys behind an answer too
         joined = "one_pass" not in settings.without and settings.mode != "min_shift_full"
         self._lanes = lanes_of(self.targets, joined=joined)
@@ -107,7 +108,16 @@ class Seq2SeqEngine:
     @property
     def shares_prefix(self) -> bool:
         """Whether perturbations read the base run's encoder, so that there are direct effects."""
-        return self._attention != "encoder"
+        return self._parts.chooses and self._attention != "encoder"
+
+    @property
+    def _no_direct(self) -> str:
+        """Why there are no direct effects."""
+        if self._parts.chooses:
+            return "attention='encoder' leaves cross-attention alone"
+        return (
+            f"the text of {type(self.model).__name__} reads the picture in rows of the prompt too"
+        )
 
     def perturb(self, units: Sequence[Unit], effect: Effect = "total") -> Tensor:
         """Log-probabilities of all scored tokens with each unit suppressed in turn.
@@ -121,9 +131,10 @@ class Seq2SeqEngine:
         Raises: UnsupportedModelError: if the direct effect is asked of suppression in the encoder.
         """
         if effect == "direct" and not self.shares_prefix:
+            other = ", or attention='both' or 'cross'" if self._parts.chooses else ""
             raise UnsupportedModelError(
-                "method='direct' suppresses in cross-attention, which attention='encoder' leaves "
-                "alone; use method='exact', or attention='both' or 'cross'."
+                f"method='direct' suppresses in cross-attention, but {self._no_direct}; use "
+                f"method='exact'{other}."
             )
         where: Attention = "cross" if effect == "direct" else self._attention
         result = torch.full((len(units), len(self.base_logprobs)), torch.nan)
@@ -227,7 +238,7 @@ class Seq2SeqEngine:
                 before = self._states[-1] if self._states else None
                 with first_input(stage.module) as found:
                     self._states.append(stage.encode(1, before))
-                read.append(found[0][0])
+                read.append(found[0][0] if stage.inside else self._states[-1][0])
             # The start tokens alone fill the cache with one row, as the states are.
             start = torch.tensor([self._parts.start], device=self._device)
             self._parts.decode(start, self._states[-1], self._parts.cache(self._crossing))
@@ -245,7 +256,7 @@ class Seq2SeqEngine:
         self._run_all(groups, lambda rows: ones, "cross", base)
         self.record.runners.append("shared_prefix")
         if not self.shares_prefix:
-            self.record.reasons.append("attention='encoder' leaves cross-attention alone")
+            self.record.reasons.append(self._no_direct)
         kept: Any = self._crossing.layers
         self.record.prefix_bytes = sum(
             part.numel() * part.element_size() for each in kept for part in (each.keys, each.values)
@@ -342,7 +353,7 @@ class Seq2SeqEngine:
             settings.mode,
             settings.layers,
             settings.backend,
-            attention=where,
+            attention=where if self._parts.chooses else None,
         ):
             yield
 
@@ -350,7 +361,7 @@ class Seq2SeqEngine:
         self, chosen: Sequence[int], factors: Mapping[str, Tensor], where: Attention
     ) -> dict[str, Tensor]:
         """Factors ``[rows, H, tokens]``, 1 in heads that are not chosen."""
-        _, named = named_sites(self.model, factors, where)
+        _, named = named_sites(self.model, factors, where if self._parts.chooses else None)
         found: dict[str, Tensor] = {}
         for source, factor in factors.items():
             counts = sorted({site.stack.heads for site, _ in named if site.source == source})

@@ -78,8 +78,8 @@ class Case:
 def drawn(config: Any, model_class: Any) -> Any:
     """A float64 model in eval mode with its weights drawn."""
     config._attn_implementation = "eager"
-    # The eager code of some takes float32 softmaxes; under sdpa, UMT5's decoder in transformers 5.17
-    # sees the tokens behind.
+    # The eager code of some takes float32 softmaxes; under sdpa, UMT5's decoder in transformers
+    # 5.17 sees the tokens behind.
     if getattr(model_class, "_supports_sdpa", False) and config.model_type != "umt5":
         config._attn_implementation = "sdpa"
     torch.manual_seed(11)

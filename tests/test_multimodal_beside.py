@@ -155,13 +155,6 @@ def test_text_alone_is_text():
     assert {unit.level for unit in explanation.units} == {"token"}
 
 
-@pytest.mark.parametrize("options", [{"similarity": 0.5}, {"method": "path"}, {"method": "direct"}])
-def test_what_it_cannot_do_is_refused(options):
-    model, processor = mllama()
-    with pytest.raises(UnsupportedModelError, match=r"method='exact'"):
-        Explainer(model, processor, progress=False, **options).explain([SMALL, TEXT], " red")
-
-
 def test_live_scores_are_refused():
     model, processor = mllama()
     match = "share the prompt's keys and values, but Mllama.* attends to pictures beside its prompt"

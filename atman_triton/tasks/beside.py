@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import multimodal
+from .. import crossed_picture, multimodal
 from ..answers import Answers
-from ..beside_engine import BesideEngine
 from ..chat import Span
+from ..encoder_decoder import encoder_decoder
+from ..engine import Engine
 from ..perturbations import Settings
+from ..raw_scores import share_of_negative
 from ..reduction import Quantity
-from ..sites import find_sites
+from ..seq2seq_engine import Seq2SeqEngine
+from ..sites import find_sites, sources
 from ..tokens import Tokens
 from ..units import Layout
 from .base import Prompt
@@ -30,7 +34,7 @@ class BesideTask(DecoderTask):
     @classmethod
     def serves(cls, model: Any) -> bool:
         """Whether it is an Mllama with pictures."""
-        return getattr(getattr(model, "config", None), "model_type", None) == "mllama"
+        return getattr(getattr(model, "config", None), "model_type", None) in crossed_picture.KINDS
 
     @property
     def layers(self) -> Sequence[int]:
@@ -77,15 +81,12 @@ class BesideTask(DecoderTask):
         quantity: Quantity,
         expect: Callable[[int], None],
         advance: Callable[[int], None],
-    ) -> Any:
-        """Perturbations of the whole text, and of the pictures that it attends to."""
+    ) -> Engine | Seq2SeqEngine:
+        """Perturbations of what the text attends to; the vision tower runs once."""
         if not prompt.pictures:
             return super().measures(prompt, answers, layout, settings, quantity, expect, advance)
-        inputs = self._continued(prompt, layout.prompt_ids[len(prompt.words) :])
-        images = _shown(prompt)
-        return BesideEngine(
-            self.model, inputs, images, layout.target_ids, settings, expect, advance
-        )
+        inputs = _across(prompt, layout.prompt_ids[_shown(prompt) :])
+        return Seq2SeqEngine(self.model, inputs, layout.target_ids, settings, expect, advance)
 
     def by_source(self, prompt: Prompt, factors: Tensor) -> Mapping[str, Tensor]:
         """Those of the pictures, and of the text."""
@@ -95,17 +96,35 @@ class BesideTask(DecoderTask):
         return {"image": factors[:, :shown], "decoder": factors[:, shown:]}
 
     def embeddings(self, prompt: Prompt) -> Tensor:
-        """Refused with pictures, which have no place among the embeddings."""
-        if prompt.pictures:
-            raise ValueError(
-                "similarity is of input embeddings, but this model attends to pictures beside its "
-                "prompt; leave similarity out."
-            )
-        return super().embeddings(prompt)
+        """What the text attends to, and its own embeddings; neither is like the other."""
+        if not prompt.pictures:
+            return super().embeddings(prompt)
+        given = _across(prompt, prompt.words.ids[_shown(prompt) :])
+        with torch.no_grad():
+            parts = encoder_decoder(self.model, multimodal.moved(given, self.model))
+            return parts.embeddings([parts.stages[0].encode(1, None)[0]], [])
 
     def negative_share(self, prompt: Prompt, layout: Layout, settings: Settings) -> float | None:
-        """Not known with pictures."""
-        return None if prompt.pictures else super().negative_share(prompt, layout, settings)
+        """Of the prompt and the first target, read by themselves and across."""
+        if not prompt.pictures:
+            return super().negative_share(prompt, layout, settings)
+        ids = layout.prompt_ids + layout.target_ids[0][:-1]
+        given = multimodal.moved(self._continued(prompt, ids[len(prompt.words) :]), self.model)
+        return share_of_negative(
+            self.model,
+            lambda: self.model(**given, use_cache=False, logits_to_keep=1),
+            sources(self.model),
+            settings.layers,
+            settings.heads,
+            settings.backend,
+        )
+
+
+def _across(prompt: Prompt, ids: Sequence[int]) -> dict[str, Any]:
+    """What the engine takes: the pictures, and a text."""
+    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+    given = {name: prompt.inputs[name] for name in names}
+    return given | {"decoder_input_ids": torch.tensor([list(ids)])}
 
 
 def _shown(prompt: Prompt) -> int:
