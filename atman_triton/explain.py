@@ -81,7 +81,8 @@ class Explainer:
     that are negative with nothing suppressed: multiplying those by a factor below 1 raises them.
 
     Args:
-        model: A transformers causal language model, on any device, in any dtype.
+        model: A transformers model that writes text (a decoder alone, or an encoder-decoder such as
+            T5, BART, Whisper or BLIP) or classifies, on any device, in any dtype.
         tokenizer: Its tokenizer, or its processor where prompts are more than text; None if prompts
             and targets are token ids.
         preset: ``default`` (``min_shift``, factor 0.1, ``direct``), ``paper`` (``multiplicative``,
@@ -249,13 +250,18 @@ class Explainer:
         The target is tokenised apart from the prompt, without special tokens, and goes behind it:
         the prompt's token ids never depend on the target. They are what the tokenizer makes of the
         prompt, but for a closing token that some put behind every text. Special tokens and what a
-        chat template writes around the messages are no units; ``left_out`` lists them.
+        chat template writes around the messages are no units; ``left_out`` lists them. The decoder
+        of an encoder-decoder reads the target apart, behind its own start tokens; there the prompt
+        keeps its closing token, and the target is tokenised as labels are, without theirs.
 
         Args:
             prompt: str | chat messages (``[{"role": ..., "content": ...}, ...]``) | token ids
                 | an encoding such as ``tokenizer(text)`` returns. For a vision-language model, also
                 a ``PIL.Image``, ``[image, "text", ...]`` in any order with any number of images,
-                and chat messages with ``{"type": "image", "image": image}`` among their parts.
+                and chat messages with ``{"type": "image", "image": image}`` among their parts. For
+                BLIP, an image or ``[image, "text"]``: a question, or how the caption begins. For
+                Whisper, samples (1-D, at the rate that its processor wants) or
+                ``{"array": samples, "sampling_rate": rate}``.
             target: The answer to explain: str | token ids. None lets the model generate one
                 (greedily, unless ``generation_kwargs`` say otherwise) and explains it without its
                 end-of-text token. Of a classifier, a class by name or index; None is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -162,8 +163,12 @@ def automatic(
 ) -> tuple[Granularity, list[Unit]]:
     """The level that gives the number of units of the prompt closest to ``wanted``, and the units.
 
-    The finer one of equals. Only where the coarsest gives more than that, neighbours are joined.
+    The finer one of equals. Only where the coarsest gives more than that, neighbours are joined. A
+    sound is divided into as many equal stretches, or frames if there are no more.
     """
+    if any(token.seconds is not None for token in tokens):
+        level = _stretch(tokens, wanted)
+        return level, units_of(tokens, text, regions, level)
     levels = AUTOMATIC if is_text else AUTOMATIC[:1]
     prompt = [token for token in tokens if token.part == "prompt" and token.image is None]
     target = [token for token in tokens if token.part == "target"]
@@ -173,6 +178,14 @@ def automatic(
     if level == levels[-1] and len(units) > wanted:
         units = _levelled(units, text, regions, wanted)
     return level, units + units_of(target, text, regions, level)
+
+
+def _stretch(tokens: list[Unit], wanted: int) -> Granularity:
+    """The length that divides a sound into at most so many stretches."""
+    heard = [token.seconds for token in tokens if token.seconds is not None]
+    frames = math.ceil(len(heard) / wanted)
+    start, stop = heard[0]
+    return "token" if frames == 1 else Seconds(round(frames * (stop - start), 6))
 
 
 def _levelled(units: list[Unit], text: str, regions: Sequence[Span], wanted: int) -> list[Unit]:

@@ -40,6 +40,7 @@ from .tokens import Tokens
 TOO_LATE = "no scored token comes after it"
 
 _COARSE_TILES = Tiles(3)
+_COARSE_SECONDS = Seconds(0.5)
 _CHUNKS = (64, 8)  # tokens; how ids without a text are divided, and text without structure
 
 
@@ -250,8 +251,10 @@ def coarsest(layout: Layout) -> list[Unit]:
         words = replace(layout, tokens=[token for token in layout.tokens if token.image is None])
         tiles = tiled(shown, _COARSE_TILES, layout.sizes)
         return tiles + (coarsest(words) if words.tokens else [])
-    prompt = own
     target = [placed(token) for token in layout.tokens if token.branch is not None]
+    if any(token.seconds is not None for token in own):
+        return units_of(own, layout.text, layout.regions, _COARSE_SECONDS) + target
+    prompt = own
     levels: tuple[Granularity, ...] = ("paragraph", "sentence") if layout.is_text else ()
     for level in levels:
         found = units_of(prompt, layout.text, layout.regions, level)
@@ -267,7 +270,7 @@ def divided(unit: Unit, layout: Layout) -> list[Unit]:
     """
     own = set(unit.tokens)
     tokens = [t for t in layout.tokens if t.branch == unit.branch and t.tokens[0] in own]
-    if unit.image is not None:
+    if unit.image is not None or unit.seconds is not None:
         return tokens
     if unit.level == "paragraph":
         sentence = units_of(tokens, layout.text, layout.regions, "sentence")

@@ -287,6 +287,26 @@ def test_seconds_group_frames():
     torch.testing.assert_close(same.scores, e.scores, equal_nan=True)
 
 
+def test_a_long_sound_is_divided_into_about_as_many_stretches_as_wanted():
+    e = explainer("whisper").explain(sound(0.55), " Mr. Quilter", granularity="auto", max_units=10)
+    parts = [unit for unit in e.units if unit.part == "prompt"]
+    assert [len(unit.tokens) for unit in parts] == [3] * 9 + [1]
+    assert e.provenance["level"] == "Seconds(length=0.06)"
+    short = explainer("whisper").explain(sound(0.15), " Mr.", granularity="auto", max_units=10)
+    assert [unit.level for unit in short.units if unit.part == "prompt"] == ["frame"] * 8
+
+
+def test_stretches_that_promise_most_are_opened_up_to_frames():
+    e = explainer("whisper", method="hierarchical", budget=40).explain(sound(0.9), " Mr. Quilter")
+    parts = [unit for unit in e.units if unit.part == "prompt"]
+    assert {unit.level for unit in parts} == {"seconds", "frame"}
+    assert sorted(place for unit in parts for place in unit.tokens) == list(range(45))
+    assert [unit.seconds for unit in e.coarse.units if unit.seconds is not None] == [
+        pytest.approx((0, 0.5)),
+        pytest.approx((0.5, 0.9)),
+    ]
+
+
 def test_what_the_model_hears_is_what_its_processor_makes():
     _, processor = made("whisper")
     prompt = read("whisper")
