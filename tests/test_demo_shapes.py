@@ -378,6 +378,12 @@ def _train_as_one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     trainer = Trainer(replace(SMOKE, workers=2, looking=1), folder, make_processor(), rank)
+    for parameter in trainer.parameters:
+        parameter.grad = torch.full_like(parameter, float(rank))
+    assert trainer._average(torch.tensor([2.0 * rank])).tolist() == [1.0]
+    assert all(bool((p.grad == 0.5).all()) for p in trainer.parameters)
+    for parameter in trainer.parameters:
+        parameter.grad = None
     run(trainer, steps=2)
     for parameter in trainer.parameters:
         first = parameter.detach().clone()
