@@ -101,14 +101,19 @@ def filled(prompt: Any, documents: Sequence[Given]) -> Filled:
     """The prompt with the documents in place of its placeholder, if it has one.
 
     Args:
-        prompt: As in ``encode_prompt``; a str or the contents of chat messages may hold
-            ``{documents}``.
+        prompt: As in ``encode_prompt``, or pictures and texts; a str, a text among pictures or the
+            contents of chat messages may hold ``{documents}``.
         documents: What to put there; without any, the prompt stays as it is.
     Raises: ValueError: if there is more than one placeholder.
     """
-    if not documents or not (isinstance(prompt, str) or is_chat(prompt)):
+    if not documents or not isinstance(prompt, (str, list, tuple)):
         return Filled(prompt)
-    texts = [prompt] if isinstance(prompt, str) else contents_of(prompt, images=True)
+    if isinstance(prompt, str):
+        texts = [prompt]
+    elif is_chat(prompt):
+        texts = contents_of(prompt, images=True)
+    else:
+        texts = [item for item in prompt if isinstance(item, str)]
     places = sum(text.count(PLACEHOLDER) for text in texts)
     if places > 1:
         raise ValueError(f"prompt must hold {PLACEHOLDER} once, got {places} times.")
@@ -118,8 +123,12 @@ def filled(prompt: Any, documents: Sequence[Given]) -> Filled:
     offset = texts[part].index(PLACEHOLDER)
     body = BETWEEN.join(document.text for document in documents)
     texts[part] = texts[part].replace(PLACEHOLDER, body)
-    new = texts[0] if isinstance(prompt, str) else replaced(prompt, iter(texts))
-    return Filled(new, part, texts[part], offset)
+    if isinstance(prompt, str):
+        return Filled(texts[0], part, texts[part], offset)
+    if is_chat(prompt):
+        return Filled(replaced(prompt, iter(texts)), part, texts[part], offset)
+    several = iter(texts)  # the processor may write between them, so the documents are searched
+    return Filled([next(several) if isinstance(item, str) else item for item in prompt])
 
 
 def located(documents: Sequence[Given], filled: Filled, words: Tokens) -> list[Document]:

@@ -383,7 +383,10 @@ def _ids_of_encoding(encoding: Mapping[str, Any]) -> list[int]:
     known = {"input_ids", "attention_mask", "token_type_ids", "special_tokens_mask"}
     unknown = sorted(set(encoding) - known - {"offset_mapping", "length", "position_ids"})
     if unknown:
-        raise ValueError(f"prompt must be text alone, but it holds {', '.join(unknown)}.")
+        raise ValueError(
+            f"prompt must be text alone, but it holds {', '.join(unknown)}; give pictures "
+            "themselves, [image, 'text'], with the model's processor."
+        )
     ids = _checked_ids("prompt", encoding["input_ids"])
     visible = _row_of("attention_mask", encoding, len(ids)) or [1] * len(ids)
     shown = [index for index, seen in enumerate(visible) if seen]

@@ -65,11 +65,10 @@ def test_every_token_gets_its_share_of_the_rectangle(overlap):
 
 
 def test_edges_that_touch_take_nothing_along():
-    """Of sums such as 0.1 + 0.2 only rounding lies in the next token."""
-    found, columns = factors(
-        "qwen2.5-vl", [ImageControl(1 / 7, 0.25, 2 / 7, 0.25, 2.0, "complete")]
-    )
-    assert [column for column in columns if found[column] != 1] == [columns[8], columns[9]]
+    """Of 3/7 of a width only rounding lies in the third column of seven."""
+    control = ImageControl(3 / 7, 0.25, 2 / 7, 0.25, 2.0, "complete")
+    found, columns = factors("qwen2.5-vl", [control])
+    assert [column for column in columns if found[column] != 1] == [columns[10], columns[11]]
 
 
 def test_each_picture_is_named_by_its_number():

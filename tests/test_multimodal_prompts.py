@@ -133,6 +133,25 @@ def test_documents_stand_in_messages_with_pictures():
     assert explanation.pictures[0].start == document.start
 
 
+def test_documents_stand_among_pictures():
+    model, processor = seeing("llava")
+    explanation = Explainer(model, processor, progress=False).explain(
+        ["hello ", WIDE, "{documents} Q: the pay?"],
+        " 23",
+        documents=["The pay is 23.", "of France"],
+    )
+    shown = [explanation.text[each.start : each.stop] for each in explanation.documents]
+    assert shown == ["The pay is 23.", "of France"]
+    assert {unit.document for unit in explanation.units if unit.part == "prompt"} == {0, 1}
+
+
+def test_what_a_processor_returned_is_no_prompt():
+    model, processor = seeing("llava")
+    encoding = encoded("llava", processor, "<image>hello", [WIDE])
+    with pytest.raises(ValueError, match=r"holds pixel_values; give pictures themselves, \[image"):
+        task_of(model, processor).read(encoding)
+
+
 def test_messages_without_pictures_are_text():
     model, processor = with_template("qwen2.5-vl")
     found = task_of(model, processor).read([{"role": "user", "content": "hello"}])
