@@ -9,7 +9,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from toy_images import seeing
 from toy_models import llama, plain_logits, plain_loop
+from toy_processors import noisy
 from toy_tokenizers import byte_level
 
 import atman_triton as atman
@@ -67,6 +69,19 @@ def test_prompt_items_are_text_or_token_ids():
 def test_a_prompt_item_that_is_an_image_is_refused_by_a_text_model():
     with pytest.raises(TypeError, match="prompt must hold integer token ids"):
         explain([TEXT, torch.zeros(3, 4, 4)])
+
+
+def test_prompt_items_may_be_images():
+    """Text, image, text: each image token is a unit with its place in the picture."""
+    model, processor = seeing("llava")
+    picture = noisy((24, 24))
+    explainer = atman.Explainer(model, processor, progress=False)
+    explanation = explainer.explain(["Look: ", picture, "is a"], " there")
+    patches = [unit for unit in explanation.units if unit.image == 0]
+    assert len(patches) > 1
+    assert all(len(unit.boxes) == 1 for unit in patches)
+    assert explanation.pictures[0].start == len("Look: ")
+    assert explanation.text.startswith("Look: is a")
 
 
 def test_the_target_is_explained_too_by_what_comes_before():
@@ -257,6 +272,25 @@ def test_image_controls_are_rectangles_in_shares_and_need_an_image():
         atman.ImageControl(0.0, 0.5, 0.5, 0.6, 0.1)
     with pytest.raises(ValueError, match="needs an image in the prompt"):
         factors([control])
+
+
+def test_image_controls_take_in_the_tokens_of_their_rectangle():
+    """The left half of a picture: tokens that lie there get the factor, those cut by it a share."""
+    model, processor = seeing("llava")
+    picture = noisy((24, 24))
+    explainer = atman.Explainer(model, processor, progress=False)
+    boxes = {
+        u.tokens[0]: u.boxes[0] for u in explainer.explain([picture, "is"], " a").units if u.boxes
+    }
+    for overlap in ("partial", "complete"):
+        control = atman.ImageControl(0.0, 0.0, 0.5, 1.0, 0.1, overlap)
+        prompt = [picture, "is a"]
+        with atman.steer(model, [control], inputs=prompt, processor=processor) as found:
+            model(**processor(text="<image>is a", images=picture, return_tensors="pt"))
+        for token, (left, _, width, _) in boxes.items():
+            share = max(0.0, min(12.0, left + width) - left) / width
+            share = float(share > 0) if overlap == "complete" else share
+            assert found[0, token] == pytest.approx(1 - 0.9 * share)
 
 
 def test_contextual_control_threshold_in_completion():
