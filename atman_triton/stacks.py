@@ -337,7 +337,7 @@ def find_stack(model: Any) -> tuple[nn.Module, Stack]:
     modality = MODALITIES.get(getattr(module, "main_input_name", "input_ids"), "text")
     if modality != "text":
         module = _tower(module, modality)
-    role = "decoder" if modality == "text" and not looks_both_ways(module) else "encoder"
+    role = "decoder" if modality == "text" and _writes(model, module) else "encoder"
     return module, stack_of(module, role, model)
 
 
@@ -354,6 +354,12 @@ def _tower(model: Any, modality: str) -> Any:
     """The encoder within an image or audio model that has only one."""
     names = {"image": ("vision_model",), "audio": ("encoder",)}[modality]
     return next((getattr(model, name) for name in names if hasattr(model, name)), model)
+
+
+def _writes(model: Any, module: nn.Module) -> bool:
+    """Whether a text stack is a decoder; PaliGemma's looks both ways within its prompt."""
+    generates = getattr(model, "can_generate", None)
+    return not looks_both_ways(module) or bool(generates and generates())
 
 
 def looks_both_ways(module: nn.Module) -> bool:

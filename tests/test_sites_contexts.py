@@ -14,6 +14,7 @@ from manipulated import checkpoint_layers, fresh_dynamo
 from site_models import BLIP, ENCODERS, SEQ2SEQ, drawn
 from site_oracle import logits_of, oracle, oracle_logits
 from torch import Tensor
+from toy_images import seeing
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.siglip.modeling_siglip import SiglipAttention
 
@@ -358,6 +359,11 @@ def test_models_of_several_encoders_have_no_source_of_their_own(name: str) -> No
         with pytest.raises(UnsupportedModelError, match="has several stacks of layers"):
             find_stack(model)
     assert own_source(ALL["bert"].build()) == "text"
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma", "gemma3"])
+def test_the_pictures_of_a_decoder_are_among_its_tokens(name: str) -> None:
+    assert sources(seeing(name)[0]) == ("decoder",)
 
 
 def test_heads_that_differ_between_encoder_and_decoder() -> None:
