@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -83,6 +84,30 @@ def test_activation_checkpointing_is_refused_in_its_text_stacks() -> None:
         manipulate(model, {"decoder": factors["decoder"]}),
     ):
         model(**inputs)
+
+
+def test_other_threads_run_blips_own_code() -> None:
+    """It gives its weights, which ours never holds, while this thread manipulates."""
+    case = BLIP["blip-captions"]
+    model, inputs = case.build(), case.inputs()
+    plain = model.text_decoder(inputs["input_ids"], output_attentions=True, use_cache=False)
+    seen = model.vision_model(inputs["pixel_values"], output_attentions=True)
+    results: list[Any] = []
+
+    def work() -> None:
+        results.append(
+            model.text_decoder(inputs["input_ids"], output_attentions=True, use_cache=False)
+        )
+        results.append(model.vision_model(inputs["pixel_values"], output_attentions=True))
+
+    with manipulate(model, case.factors()):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        logits_of(model, inputs)
+    for actual, expected in zip(results, (plain, seen), strict=True):
+        pairs = zip(actual.attentions, expected.attentions, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_attention_weights_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -267,6 +268,17 @@ class _Deaf(SiglipAttention):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         return hidden_states, None
+
+
+def test_layers_may_be_replaced_between_contexts() -> None:
+    case = ENCODERS["siglip"]
+    model, inputs, factors = case.build(), case.inputs(), case.factors()
+    with manipulate(model, factors, "min_shift"):
+        plain_logits(model, inputs)
+    model.vision_model.encoder.layers[1] = copy.deepcopy(model.vision_model.encoder.layers[0])
+    with manipulate(model, factors, "min_shift"):
+        actual = plain_logits(model, inputs)
+    assert far(actual, oracle_logits(model, inputs, factors)) < ROUNDING
 
 
 def test_a_layer_that_does_not_ask_is_named() -> None:
