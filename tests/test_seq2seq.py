@@ -336,10 +336,6 @@ def test_the_language_is_asked_of_the_model_where_nobody_names_it(monkeypatch):
     config, tokenizer = model.generation_config, processor.tokenizer
     monkeypatch.setattr(config, "lang_to_id", {"<|en|>": 2, "<|de|>": 9}, raising=False)
     monkeypatch.setattr(config, "task_to_id", {"transcribe": 3}, raising=False)
-    assert read("whisper").inputs["decoder_input_ids"].tolist() == [[1, 2, 3, 4]]
-    monkeypatch.setattr(tokenizer, "language", None)
-    monkeypatch.setattr(tokenizer, "task", None)
-    tokenizer.set_prefix_tokens()
     heard = []
 
     def hear(features):
@@ -347,6 +343,11 @@ def test_the_language_is_asked_of_the_model_where_nobody_names_it(monkeypatch):
         return torch.tensor([9])
 
     monkeypatch.setattr(model, "detect_language", hear)
+    assert read("whisper").inputs["decoder_input_ids"].tolist() == [[1, 2, 3, 4]]
+    assert not heard
+    monkeypatch.setattr(tokenizer, "language", None)
+    monkeypatch.setattr(tokenizer, "task", None)
+    tokenizer.set_prefix_tokens()
     assert read("whisper").inputs["decoder_input_ids"].tolist() == [[1, 9, 3, 4]]
     assert len(heard) == 1
     monkeypatch.setattr(config, "language", "en", raising=False)
