@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .answers import contrasted
 from .arguments import (
-    check_contrast,
-    check_generation,
     check_one_of,
     checked_batch_size,
     checked_budget,
@@ -19,11 +17,11 @@ from .arguments import (
     checked_indices,
     checked_similarity,
     checked_steps,
-    checked_targets,
 )
+from .asked import Reading, check_attention, check_method, checked_question
 from .attention import BACKENDS, MODES
 from .controls import Control, plain_control
-from .documents import checked_documents, filled, located
+from .documents import filled, located
 from .engine import Settings, undisturbed
 from .explanation import Explanation, LeftOut
 from .granularity import (
@@ -31,11 +29,7 @@ from .granularity import (
     ImageGranularity,
     Images,
     Tiles,
-    checked_granularity,
-    checked_image_granularity,
-    checked_max_units,
     described,
-    tiles_of,
 )
 from .methods import (
     DEFAULT_STEPS,
@@ -46,29 +40,17 @@ from .methods import (
     measure,
     with_neighbours,
 )
-from .parts import TARGET_GRANULARITIES, TargetGranularity
+from .parts import TargetGranularity
 from .perturbations import Attention
-from .placing import checked_span
 from .presets import PRESETS
 from .progress import token_progress
 from .provenance import provenance
 from .reduction import Postprocessing, Quantity, Reduction
-from .selection import checked_explain_only
 from .steer import under_controls
 from .suppression import Rule
 from .tasks import task_of
 from .tokens import Span
 from .units import Layout, lay_out, token_places
-
-
-class Reading(NamedTuple):
-    """How scores are read: fields of ``Explanation``."""
-
-    reduction: Reduction
-    postprocessing: Postprocessing
-    normalize: bool
-    contrast: bool
-    quantity: Quantity = "logprob"
 
 
 class Explainer:
@@ -152,7 +134,7 @@ class Explainer:
             and is not to be had with ``encoder``. ``provenance["attention"]`` says what was done.
     Raises:
         TypeError: if ``model`` is no transformers model, or a setting is not of the type above.
-        UnsupportedModelError: if it is no causal language model, or its attention cannot be
+        UnsupportedModelError: if it is of no kind that can be explained, or its attention cannot be
             manipulated; some models only tell in ``explain``.
         ValueError: if a setting is unknown or out of range.
     Source: AtMan, Eq. 2 to 4.
@@ -188,17 +170,8 @@ class Explainer:
             method = "exact" if mode == "min_shift_full" else chosen.method
         check_one_of("method", method, METHODS)
         check_one_of("backend", backend, BACKENDS)
-        if mode == "min_shift_full" and method in ("direct", "hybrid"):
-            raise ValueError(
-                f"method={method!r} keeps the prompt's keys of the base run, which "
-                "mode='min_shift_full' does not allow; take method='exact' or mode='min_shift'."
-            )
-        self._check_attention(attention, method)
-        if mode == "min_shift_full" and method in GRADIENT_METHODS:
-            raise ValueError(
-                f"method={method!r} needs that no token acts on those before it, but with "
-                "mode='min_shift_full' all do; take method='exact' or mode='min_shift'."
-            )
+        check_method(mode, method)
+        check_attention(self.task, attention, method, default=self._default_method)
         self.model = model
         self.tokenizer = self.task.tokenizer
         self.preset = preset
@@ -341,58 +314,36 @@ class Explainer:
             torch.OutOfMemoryError: if not even one perturbation fits in memory.
         Source: AtMan, Eq. 2 and 3.
         """
-        if granularity is None:  # hierarchical chooses for itself
-            hierarchical = self.method == "hierarchical"
-            granularity = "token" if hierarchical else PRESETS[self.preset].granularity
-        if (tiles := tiles_of(granularity)) is not None:
-            if image_granularity is not None:
-                raise TypeError(
-                    f"granularity={granularity!r} and image_granularity={image_granularity!r} both "
-                    "say how pictures are divided; give one."
-                )
-            granularity, image_granularity = "token", tiles
-        granularity = checked_granularity(granularity)
-        images = checked_image_granularity(image_granularity)
-        quantity = self._quantity(score)
-        units_wanted = checked_max_units(max_units, granularity)
-        check_one_of("target_granularity", target_granularity, TARGET_GRANULARITIES)
-        check_one_of("reduction", reduction, get_args(Reduction))
-        if postprocessing is None:
-            postprocessing = PRESETS[self.preset].postprocessing
-        check_one_of("postprocessing", postprocessing, get_args(Postprocessing))
-        if not isinstance(normalize, bool):
-            raise TypeError(f"normalize must be True or False, got {normalize!r}.")
-        checked_explain_only(explain_only)
-        sources = checked_documents(documents)
-        if target_span is not None and not isinstance(target_span, str):
-            target_span = checked_span("target_span", target_span)
-        if separator is not None and not isinstance(separator, str):
-            raise TypeError(f"separator must be a str or None, got {separator!r}.")
-        classes = self.task.classifies
-        several = checked_targets(target, targets, classes=classes)
-        check_contrast(contrast_target, targets, classes=classes)
-        one = targets is None and contrast_target is None
-        if target_span is not None and not (one or classes):
-            raise TypeError(
-                "target_span is of one answer; give target, without targets and contrast_target."
-            )
-        check_generation(several, max_new_tokens, generation_kwargs)
-        if self.method == "hierarchical" and granularity != "token":
-            raise ValueError(
-                f"method='hierarchical' chooses the size of units itself, got "
-                f"granularity={described(granularity)!r}; leave it out."
-            )
-        if sources and self.tokenizer is None:
-            raise ValueError("documents need text; pass the tokenizer.")
-        whole = filled(prompt, sources)
+        given = {
+            "target": target,
+            "targets": targets,
+            "contrast_target": contrast_target,
+            "target_span": target_span,
+            "target_granularity": target_granularity,
+            "granularity": granularity,
+            "image_granularity": image_granularity,
+            "max_units": max_units,
+            "explain_only": explain_only,
+            "documents": documents,
+            "score": score,
+            "reduction": reduction,
+            "postprocessing": postprocessing,
+            "normalize": normalize,
+            "separator": separator,
+            "max_new_tokens": max_new_tokens,
+        }
+        asked = checked_question(
+            self.task, PRESETS[self.preset], self.method, given, generation_kwargs
+        )
+        whole = filled(prompt, asked.documents)
         read = self.task.read(whole.prompt)
         words = read.words
-        if image_granularity is not None and not read.pictures:
+        if asked.divides_images and not read.pictures:
             raise ValueError(
-                f"image_granularity={described(images)!r} is of pictures, but the prompt holds "
-                "none."
+                f"image_granularity={described(asked.images)!r} is of pictures, but the prompt "
+                "holds none."
             )
-        placed = located(sources, whole, words)
+        placed = located(asked.documents, whole, words)
         sizes = [(picture.width, picture.height) for picture in read.pictures]
         embed = partial(self.task.embeddings, read)
         mode, backend = self.settings.mode, self.settings.backend
@@ -409,14 +360,20 @@ class Explainer:
                 by_source=partial(self.task.by_source, read),
             ) as acting,
         ):
-            if several is None:
-                answers = self.task.generated(read, max_new_tokens, generation_kwargs, target_span)
+            if asked.targets is None:
+                answers = self.task.generated(
+                    read, max_new_tokens, generation_kwargs, asked.target_span
+                )
             else:
                 answers = self.task.given(
-                    read, several, separator, alone=targets is None, target_span=target_span
+                    read,
+                    asked.targets,
+                    separator,
+                    alone=targets is None,
+                    target_span=asked.target_span,
                 )
             if contrast_target is not None:
-                span = target_span if classes else None
+                span = asked.target_span if self.task.classifies else None
                 other = self.task.given(
                     read, [contrast_target], separator, alone=True, target_span=span
                 )
@@ -425,22 +382,28 @@ class Explainer:
             layout = lay_out(
                 words,
                 answers.tokens,
-                granularity,
+                asked.granularity,
                 explain_only,
                 is_text=self.task.is_text,
                 documents=placed,
                 context=answers.context,
-                max_units=units_wanted,
+                max_units=asked.max_units,
                 target_granularity=target_granularity,
-                image_granularity=images,
+                image_granularity=asked.images,
                 pictures=read.pictures,
                 sound=read.sound,
             )
-            if granularity == "auto":
-                facts |= {"max_units": units_wanted, "level": described(layout.granularity)}
+            if asked.granularity == "auto":
+                facts |= {"max_units": asked.max_units, "level": described(layout.granularity)}
             with token_progress("Explaining", self.progress) as bar:
                 engine = self.task.measures(
-                    read, answers, layout, self.settings, quantity, bar.expect, bar.advance
+                    read,
+                    answers,
+                    layout,
+                    self.settings,
+                    asked.reading.quantity,
+                    bar.expect,
+                    bar.advance,
                 )
                 method = self.method
                 facts["method_choice"] = "default" if self._default_method else "given"
@@ -469,35 +432,14 @@ class Explainer:
             layout,
             outcome,
             engine.base_logprobs,
-            Reading(reduction, postprocessing, normalize, contrast_target is not None, quantity),
+            asked.reading,
             layout.left_out + answers.left_out,
-            provenance(self, method, engine.record, described(granularity), len(layout.prompt_ids))
+            provenance(
+                self, method, engine.record, described(asked.granularity), len(layout.prompt_ids)
+            )
             | self.task.facts(self.settings, method)
             | facts,
         )
-
-    def _check_attention(self, attention: Any, method: str) -> None:
-        """Refuse a choice that the model does not have, or that the method contradicts."""
-        if attention is None:
-            return
-        check_one_of("attention", attention, get_args(Attention))
-        if not self.task.attends:
-            raise ValueError(
-                f"attention={attention!r} chooses between an encoder and cross-attention, which "
-                f"{type(self.task.model).__name__} does not have; leave it out."
-            )
-        if attention == "encoder" and method in ("direct", "hybrid") and not self._default_method:
-            raise ValueError(
-                f"method={method!r} suppresses in cross-attention, which attention='encoder' "
-                "leaves alone; take method='exact', or attention='both' or 'cross'."
-            )
-
-    def _quantity(self, score: Any) -> Quantity:
-        """What is scored, which the model must have."""
-        known = self.task.quantities
-        if score is not None:
-            check_one_of("score", score, known)
-        return known[0] if score is None else score
 
     def _explanation(
         self,

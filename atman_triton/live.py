@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .answers import END_OF_TEXT, check_length, default_new_tokens, end_tokens
 from .arguments import check_generation, check_one_of, plain
+from .asked import Reading
 from .capabilities import check_causal, device_of, why_not_prefix
 from .engine import undisturbed
-from .explain import Explainer, Reading
+from .explain import Explainer
 from .explanation import Explanation
 from .granularity import (
     Granularity,
