@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -295,7 +294,7 @@ class Runner:
         """The configuration of the decoder layers."""
         return text_config(self.model)
 
-    @cached_property
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         return decoder_layers(self.model)
