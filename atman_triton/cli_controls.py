@@ -20,7 +20,8 @@ WRITTEN = (
     "equals sign, so the words may hold others; write text:C#1#1=2 for the words 'C#1'.\n\n"
     "[bold]token:7=FACTOR[/bold]  the token at position 7, from 0, special tokens included.\n\n"
     "[bold]image:LEFT,TOP,WIDTH,HEIGHT=FACTOR[/bold]  a rectangle of the picture, in shares of its "
-    "width and height: image:0,0,0.5,1=0.1 suppresses the left half."
+    "width and height: image:0,0,0.5,1=0.1 suppresses the left half; of the second picture "
+    "image:0,0,0.5,1#2=0.1."
 )
 """How controls are written, for the help of commands."""
 
@@ -73,7 +74,7 @@ def split_control(given: str) -> Written:
         raise BadUsage(f"--control {given!r}: the factor must be at least 0, got {number}.")
     if kind == "token" and not name.isdecimal():
         raise BadUsage(f"--control {given!r}: the position must be a number from 0, got {name!r}.")
-    if kind == "image" and not _BOX.fullmatch(name):
+    if kind == "image" and not _BOX.fullmatch(_PLACE.sub("", name)):
         raise BadUsage(
             f"--control {given!r}: the rectangle must be LEFT,TOP,WIDTH,HEIGHT in shares of the "
             f"picture, such as 0,0,0.5,1, got {name!r}."
@@ -88,13 +89,16 @@ def place_control(
     from .controls import ImageControl, TextControl, TokenControl
 
     given, kind, name, factor = written
-    if kind == "image":
-        left, top, width, height = map(float, name.split(","))
-        return ImageControl(left, top, width, height, factor, overlap, similarity=similarity)
     if kind == "token":
         return TokenControl(int(name), factor, similarity=similarity)
     number = _PLACE.search(name)
     sought = name[: number.start()] if number else name
+    if kind == "image":
+        left, top, width, height = map(float, sought.split(","))
+        which = 0 if number is None else int(number[1]) - 1
+        return ImageControl(
+            *(left, top, width, height, factor, overlap), similarity=similarity, image=which
+        )
     found = [at for at in range(len(text)) if sought and text.startswith(sought, at)]
     if not found:
         raise BadUsage(f"--control {given!r}: {sought!r} does not occur in the prompt.")

@@ -309,6 +309,7 @@ def explain(
                 given.prompt,
                 settings={"preset": preset, "factor": factor, "mode": mode, "batch_size": size},
                 granularity=asked.get("granularity", "token"),
+                image_granularity=image_granularity,
                 explain_only=asked.get("explain_only"),
                 max_new_tokens=max_new_tokens,
                 watch=not quiet,

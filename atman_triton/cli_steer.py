@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_controls import OVERLAPS, WRITTEN, Controls, Overlap, place_control, split_control
-from .cli_demo import pick_demo
-from .cli_prompt import read_asked
+from .cli_demo import Demo, pick_demo
+from .cli_prompt import Pictures, check_read, read_asked
 from .cli_shared import (
     DTYPES,
     AsJson,
@@ -52,7 +52,9 @@ def steer(
         ),
     ] = None,
     file: File = None,
+    image: Pictures = None,
     model: Model = None,
+    demo: Demo = None,
     control: Controls = None,
     overlap: Overlap = "complete",
     similarity: Annotated[
@@ -103,25 +105,26 @@ def steer(
         raise BadUsage(f"--temperature must be above 0, got {temperature}.")
     wanted = [split_control(given) for given in control]
     where = {"layers": parse_indices("layers", layers), "heads": parse_indices("heads", heads)}
-    asked = read_asked(prompt, file, (), None, pick_demo(None, model, pictures=False))
+    shipped = pick_demo(demo, model, pictures=bool(image))
+    asked = read_asked(prompt, file, image or (), None, shipped)
     place = pick_device(device)
     with contextlib.redirect_stdout(sys.stderr):
-        reader, processor = load_model(model, place, dtype)
+        reader, processor = load_model(model, place, dtype, shipped or "contract")
         check_decoder("steer", reader)
-        tokenizer = getattr(processor, "tokenizer", processor)
+        check_read(reader, processor, asked)
         with our_errors():
-            from .capabilities import vocabulary_size
             from .controls import plain_control
             from .steered import compare
-            from .tokens import encode_prompt
+            from .tasks import task_of
 
-            words = encode_prompt(asked.prompt, tokenizer, vocabulary_size(reader))
+            task = task_of(reader, processor)
+            read = task.read(asked.prompt)
+            words, tokenizer = read.words, task.tokenizer
             controls = [place_control(words.text, one, overlap, similarity) for one in wanted]
             generation = _generation(reader, tokenizer, len(words), max_new_tokens, temperature)
             result = compare(
-                reader,
-                tokenizer,
-                words,
+                task,
+                read,
                 controls,
                 generation=generation,
                 seed=None if temperature is None else seed or 0,
@@ -180,6 +183,9 @@ def _said(words: Tokens, control: Any, factors: list[float]) -> str:
     """One control in words."""
     if hasattr(control, "pos"):
         what = f"token {control.pos}, {words.names[control.pos]!r}"
+    elif hasattr(control, "left"):
+        share = f"{control.width:.0%} × {control.height:.0%}"
+        what = f"{share} of picture {control.image + 1}, from {control.left:.0%}, {control.top:.0%}"
     else:
         what = repr(words.text[control.start : control.start + control.length])
     verb = "Amplified" if control.factor > 1 else "Suppressed"

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .controls import Control
 from .engine import undisturbed
+from .multimodal import moved
 from .steer import steer
+from .tasks import Prompt, Task
 from .tokens import Tokens, tokens_of_ids
 
 
@@ -47,9 +49,8 @@ class Steered:
 
 
 def compare(
-    model: Any,
-    tokenizer: Any,
-    words: Tokens,
+    task: Task,
+    prompt: Prompt,
     controls: Sequence[Control],
     *,
     generation: dict[str, Any],
@@ -60,29 +61,29 @@ def compare(
     """Continue a prompt with and without controls (paper, Fig. 4).
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        words: The prompt.
+        task: Of a causal language model.
+        prompt: As the task reads it.
         controls: What acts on it.
         generation: For ``model.generate``, both times the same.
         seed: Of sampling, both times the same; None leaves torch's generator alone.
         top_k: How many next tokens of each case to list.
         **settings: ``mode``, ``layers``, ``heads`` and ``backend`` of ``steer``.
     """
-    ids = torch.tensor([words.ids], device=model.device)
-    asked = {
-        "attention_mask": torch.ones_like(ids),
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
+    model, tokenizer, words = task.model, task.tokenizer, prompt.words
+    asked = moved(prompt.inputs, model)
+    asked.setdefault("attention_mask", torch.ones_like(asked["input_ids"]))
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+    read: dict[str, Any] = {"inputs": words}
+    if prompt.pictures:
+        read = {"inputs": prompt.raw, "processor": task.processor}
     outputs, factors = [], torch.ones(1, len(words))
     with undisturbed(model):
         for steering in (False, True):
             if seed is not None:
                 torch.manual_seed(seed)
-            context: Any = steer(model, controls, inputs=words, **settings)
+            context: Any = steer(model, controls, **read, **settings)
             with context if steering else nullcontext(factors) as factors:
-                outputs.append(model.generate(input_ids=ids, **asked, **generation))
+                outputs.append(model.generate(**asked, **generation))
     plain, steered = (output.sequences[0, len(words) :].tolist() for output in outputs)
     same = next(
         (place for place, (a, b) in enumerate(zip(plain, steered, strict=False)) if a != b), 0

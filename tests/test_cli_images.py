@@ -10,8 +10,9 @@ from PIL import Image
 from test_cli import PROMPT, check, folder, reader, run  # noqa: F401 - fixtures
 from test_cli_loading import saved  # noqa: F401 - a fixture
 
-from atman_triton import Explainer
+from atman_triton import Explainer, ImageControl, steer
 from atman_triton.cli_prompt import Asked, read_sound
+from atman_triton.demo.shapes import demo_picture, make_picture
 from atman_triton.explanation import load
 from atman_triton.granularity import Images
 from atman_triton.loading import BadUsage, load_model
@@ -264,3 +265,118 @@ def test_what_a_picture_cannot_be_divided_into(run, saved, picture):  # noqa: F8
     check(result, 2, "image_granularity must be 'patch' (one image token), 'image' (the whole pic")
     check(run(*words, "--image-granularity", "2x2"), 2, "but the prompt holds none.")
     check(run(*words, "--image", picture, "--granularity", "2by2"), 2, "--granularity must be one")
+
+
+def test_a_part_of_a_picture_is_suppressed(run, saved, picture):  # noqa: F811
+    model_folder = saved("LlavaForConditionalGeneration")
+    model, processor = load_model(str(model_folder), "cpu", "auto")
+    image = Image.open(picture)
+    words = ("steer", "-m", model_folder, "--image", picture, "--max-new-tokens", 2, "--json")
+    for text, which in (("This is a", 0), ("{image}This is a", 0), ("{image}{image}x", 1)):
+        several = text.count("{image}") or 1
+        prompt = [*[image] * several, text.replace("{image}", "")]
+        place = "#2" if which else ""
+        given = (*words, *["--image", picture] * (several - 1), "--prompt", text)
+        code, out, error = run(*given, "--control", f"image:0,0,0.5,1{place}=0.1")
+        assert (code, error) == (0, "")
+        data = json.loads(out)
+        control = ImageControl(0.0, 0.0, 0.5, 1.0, 0.1, "complete", image=which)
+        steering = steer(model, [control], inputs=prompt, processor=processor)
+        with steering as factors, torch.no_grad():
+            mark = processor.image_token * several
+            shown = processor([image] * several, mark + prompt[-1], return_tensors="pt")
+            row = model(**shown).logits[0, -1].softmax(-1)
+        found = {entry["position"]: entry["factor"] for entry in data["factors"]}
+        wanted = {k: pytest.approx(f) for k, f in enumerate(factors[0].tolist()) if f != 1}
+        assert found == wanted
+        assert len(found) == 18  # of 6×6 patches
+        for token in data["next_tokens"]:
+            if not data["next_tokens_behind"]:
+                assert token["steered"] == pytest.approx(row[token["id"]].item(), rel=1e-3)
+    result = run(*words, "--prompt", "x", "--control", "image:0,0,0.5,1#3=0.1")
+    check(result, 2, "needs an image in the prompt, which holds 1 of them")
+    check(run(*words, "--prompt", "x", "--control", "image:0,0,1.5,1=0.1"), 2, "width must be abo")
+    text_alone = ("steer", "-m", saved("LlamaForCausalLM"), "--prompt", "x", "--image", picture)
+    result = run(*text_alone, "--control", "token:0=0.1")
+    check(result, 2, "--image: LlamaForCausalLM reads no pictures")
+
+
+def test_what_is_explained_may_be_suppressed_too(seen, picture):
+    prompt = [Image.open(picture), "This is a"]
+    control = ImageControl(0.5, 0.0, 0.5, 1.0, 0.2, "complete")
+    words = ["This is a", "--control", "image:0.5,0,0.5,1=0.2"]
+    found = seen(words, prompt, controls=[control])
+    assert found.provenance["controls"][0]["left"] == 0.5
+
+
+def test_a_picture_is_cited_while_the_answer_is_written(run, saved, picture, tmp_path):  # noqa: F811
+    paths = [tmp_path / "live.json", tmp_path / "other.json"]
+    words = ("explain", "This is a", "-m", saved("LlavaForConditionalGeneration"), "--quiet")
+    words += ("--image", picture, "--max-new-tokens", 2, "--image-granularity", "2x2")
+    assert run(*words, "--live", "--save", paths[0])[0] == 0
+    assert run(*words, "--save", paths[1])[0] == 0
+    live, other = map(load, paths)
+    own = [place for place, unit in enumerate(other.units) if unit.part == "prompt"]
+    assert live.units == [other.units[place] for place in own]
+    torch.testing.assert_close(live.scores, other.scores[:, own], rtol=1e-3, atol=1e-5)
+
+
+# The shipped model of shapes.
+
+
+def test_each_shape_answers_to_its_name(run):  # noqa: F811
+    code, out, error = run("explain", "--demo", "shapes", "--quiet")
+    assert (code, error) == (0, "")
+    names = [shape.name for shape in demo_picture().objects]
+    table = out[out.index("Where relevance stands") :].splitlines()
+    assert table[0].split() == "Where relevance stands".split() + " ".join(names).split() + [
+        "elsewhere"
+    ]
+    for index, name in enumerate(names):
+        row = next(line for line in table if line.startswith(repr(f" {name}")))
+        shares = [int(cell.rstrip("%")) for cell in row.split("'")[2].split()]
+        assert sum(shares) == pytest.approx(100, abs=1)
+        assert shares[index] > 50 > 5 > shares[1 - index]
+    code, out, _ = run("explain", "--demo", "shapes", "--json", "--image-granularity", "6x6")
+    assert [each["text"] for each in json.loads(out)["targets"]][:2] == [
+        " " + word for word in names[0].split()
+    ]
+
+
+def test_the_shipped_model_answers_and_reads_other_pictures(run, tmp_path):  # noqa: F811
+    name = demo_picture().objects[0].name
+    words = ("explain", "--demo", "shapes", "--quiet", f"Is there a {name}? A:")
+    code, out, _ = run(*words)
+    assert code == 0
+    assert out.startswith("Answer: yes ")
+    path = tmp_path / "other.png"
+    other = make_picture("another one", 1)
+    other.image.save(path)
+    code, out, _ = run("explain", "--image", path, "--quiet", "--max-new-tokens", 4)
+    assert code == 0
+    assert out.startswith(f"Answer: {other.objects[0].name} ")
+    assert "Where relevance stands" not in out
+    result = run("explain", "--demo", "contract", "x", "--image", path)
+    check(
+        result, 2, "LlamaForCausalLM reads no pictures; take a vision-language model, or --demo s"
+    )
+    check(run("explain", "--demo", "cats"), 2, "--demo must be one of contract, shapes, got 'cats'")
+    result = run("explain", "--demo", "shapes", "--model", "x")
+    check(result, 2, "--demo and --model exclude each other; give one of them.")
+
+
+def test_a_suppressed_shape_is_not_named(run):  # noqa: F811
+    shape = demo_picture().objects[1]
+    left, top, right, bottom = (edge / 96 for edge in shape.box)
+    control = f"image:{left:.2f},{top:.2f},{right - left:.2f},{bottom - top:.2f}=0.1"
+    code, out, _ = run("steer", "--demo", "shapes", "--control", control, "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert shape.name not in data["steered"]
+    assert data["prompt"] == "This is a picture of a"
+    behind = {token["text"].strip(): token for token in data["next_tokens"]}
+    if shape.colour in behind and not data["next_tokens_behind"]:
+        assert behind[shape.colour]["steered"] < behind[shape.colour]["plain"]
+    code, out, _ = run("steer", "--demo", "shapes", "--control", control, "--max-new-tokens", 4)
+    assert out.startswith("Suppressed, factor 0.1: ")
+    assert "of picture 1, from" in out
