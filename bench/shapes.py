@@ -13,8 +13,8 @@ training never sees. One command::
     python -m bench.shapes questions figure      # some parts again, and the pictures
 
 Rows of a part take the place of its earlier ones in ``bench/results/shapes.csv``, so parts may be
-run one by one. ``figure`` draws ``bench/results/shapes.png`` from that file, and the first of the
-100 pictures as ``docs/explain-image.png``.
+run one by one. ``figure`` draws ``bench/results/shapes.png`` from that file, with some explanations
+and failures, and one of the 100 pictures as ``docs/explain-image.png``.
 """
 
 from __future__ import annotations

@@ -14,14 +14,16 @@ from atman_triton.demo.shapes import DEMO_PROMPT, Picture
 from atman_triton.render.heat import heat, overlay, resized
 from atman_triton.render.palette import LIGHT
 from bench import shapes_questions as questions
-from bench.shapes_pointing import explained, picture_of
+from bench.shapes_pointing import explained, picture_of, pointed
 from bench.shapes_redundancy import picture_of as redundant_picture
 from bench.shapes_rows import Row, Setting
 
+EXAMPLE = 7  # of its relevance as much stands on the named objects as on the average picture
 _SHADES = ("#2166ac", "#92c5de", "0.75")
 _SIDE = 384  # pixels of a picture
 _WIDTH = 34  # characters of a title's line
 _FAILURES = 4
+_PICTURES = 100
 _SHOWN_KAPPA = 0.6
 
 
@@ -37,15 +39,16 @@ def draw(model: Any, processor: Any, rows: Sequence[Row], path: Path) -> None:
     _redundancy(second, rows)
     _questions(third, rows)
     _show(examples, [*_examples(model, processor), *_redundant(model, processor)])
-    _show(failures, list(_failures(model, processor)))
+    wrong = [*_misplaced(model, processor), *_failures(model, processor)]
+    _show(failures, wrong[:_FAILURES])
     figure.savefig(path, dpi=110)
 
 
 def draw_example(model: Any, processor: Any, path: Path) -> None:
-    """The first of the pictures, beside what its patches do for both of its names."""
+    """One of the pictures, beside what its patches do for both of its names."""
     from matplotlib.figure import Figure
 
-    picture = picture_of(0)
+    picture = picture_of(EXAMPLE)
     explanation = explained(model, processor, picture, Setting("direct"))
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     panels = [("what the model is shown", np.asarray(resized(picture.image, (_SIDE, _SIDE))))]
@@ -147,9 +150,9 @@ def _heated(
 
 
 def _examples(model: Any, processor: Any) -> Iterator[Panel]:
-    picture = picture_of(0)
+    picture = picture_of(EXAMPLE)
     explanation = explained(model, processor, picture, Setting("direct"))
-    yield "picture 0 of 100", picture.image
+    yield f"picture {EXAMPLE} of 100", picture.image
     for branch, answer in enumerate(explanation.answers):
         yield f"“{DEMO_PROMPT}{answer}”", _heated(picture, explanation, branch)
 
@@ -168,10 +171,24 @@ def _redundant(model: Any, processor: Any) -> Iterator[Panel]:
         yield f"{how}: at most {most:.2g} nats", _heated(picture, explanation)
 
 
+def _misplaced(model: Any, processor: Any) -> Iterator[Panel]:
+    """The first picture whose relevance stands on the wrong object, if there is one."""
+    for number in range(_PICTURES):
+        picture = picture_of(number)
+        explanation = explained(model, processor, picture, Setting("direct"))
+        right = pointed(explanation, picture).right
+        if not all(right):
+            branch = right.index(False)
+            name = picture.objects[branch].name
+            title = f"failure (picture {number}): most does not stand on the {name}"
+            yield title, _heated(picture, explanation, branch)
+            return
+
+
 def _failures(model: Any, processor: Any) -> Iterator[Panel]:
     """The first questions that are answered wrongly, or whose evidence does not stand first."""
     found = number = 0
-    while found < _FAILURES and number < 100:
+    while found < _FAILURES and number < _PICTURES:
         picture, asked = questions.asked(number)
         number += 1
         for kind, question in asked.items():
