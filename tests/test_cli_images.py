@@ -380,3 +380,20 @@ def test_a_suppressed_shape_is_not_named(run):  # noqa: F811
     code, out, _ = run("steer", "--demo", "shapes", "--control", control, "--max-new-tokens", 4)
     assert out.startswith("Suppressed, factor 0.1: ")
     assert "of picture 1, from" in out
+
+
+def test_a_picture_alone_is_classified_or_asked_about(run, saved, picture, tmp_path):  # noqa: F811
+    path = tmp_path / "a.json"
+    words = ("explain", "--image", picture, "--quiet", "--save", path)
+    model_folder = saved("ViTForImageClassification")
+    assert run(*words, "-m", model_folder, "--target", "LABEL_1")[0] == 0
+    assert load(path).answer == "LABEL_1"
+    assert {unit.level for unit in load(path).units} == {"patch"}
+    model_folder = saved("BlipForQuestionAnswering")
+    code, _, error = run(*words, "-m", model_folder, "What is it?", "--target", "a cat")
+    assert (code, error) == (0, "")
+    found = load(path)
+    assert found.prompt == "What is it?"
+    assert {unit.level for unit in found.units} == {"patch", "token"}
+    result = run("explain", "x", "-m", model_folder, "--target", "a cat")
+    check(result, 2, "prompt must hold one image, got 0")
