@@ -8,13 +8,14 @@ object ``twice``, and, as the control, two of different names, of which the firs
   input embeddings that counts);
 - ``object``: all tokens of an object as one unit, beside single patches elsewhere, for someone who
   knows where objects stand but not which are alike;
-- ``all``: both objects together: an upper bound.
+- ``all``: both objects together: the most that there is to see.
 
 *Found*, of a picture: more than half of the positive relevance stands on the pixels of the named
 objects (they cover about a tenth of the picture), and the unit with the largest relevance overlaps
 one of them. *On it*: that share. *Strength*: the largest relevance of a unit there over that of all
 tokens of the named objects suppressed together (by the same method, without κ): how much of what
-the objects do is seen at all.
+the objects do is seen at all. Units are made of whole patches, about half of whose pixels belong to
+the object that they overlap: even ``all`` stands on it only so far, and is *found* as rarely.
 """
 
 from __future__ import annotations
