@@ -8,20 +8,15 @@ it shows the reader early that the words of a question and of a sentence belong 
 from __future__ import annotations
 
 import json
-import os
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,6 +24,7 @@ from .documents import make_document
 from .model import make_model
 from .packing import FACT_INDEX, LEVELS, Batch, draw_batch, pack, sample_texts
 from .tokenizer import train_tokenizer
+from .training import Run, carry_on, check_folder, launch, means
 
 _PASS = 0.85  # share of right answers that opens the next level
 _TAG_LAYER, _TAG_WEIGHT = 2, 0.3
@@ -102,72 +98,41 @@ def forward(
     return loss, right[:-1], named
 
 
-class Trainer:
-    """A run that can stop, and continue from its folder."""
+class Trainer(Run):
+    """The training of the reader."""
+
+    model: LlamaForCausalLM
+    progress: Progress
 
     def __init__(
         self, recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerFast, rank: int = 0
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.folder, self.tokenizer, self.rank = recipe, folder, tokenizer, rank
-        self.model = make_model(tokenizer, width=recipe.width, layers=recipe.layers)
-        self.tag_head = torch.nn.Linear(recipe.width, len(FACT_INDEX))
-        matrices, others = [], list(self.tag_head.parameters())
-        for name, parameter in self.model.named_parameters():
-            hidden = parameter.ndim == 2 and "embed_tokens" not in name
-            (matrices if hidden else others).append(parameter)
-        self.parameters = [*self.model.parameters(), *self.tag_head.parameters()]
-        self.optimizers = (
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        )
-        self.progress = Progress()
+        model = make_model(tokenizer, width=recipe.width, layers=recipe.layers)
+        head = torch.nn.Linear(recipe.width, len(FACT_INDEX))
+        super().__init__(recipe, folder, model, head, tokenizer, Progress(), rank)
 
     def step(self, done: float) -> dict[str, float]:
         """One update. ``done``, the finished share of the run, sets the learning rate."""
         recipe, progress = self.recipe, self.progress
-        fall = min(1.0, (1.0 - done) / (1.0 - recipe.steady))
-        scale = min(1.0, (progress.step + 1) / recipe.warmup) * max(fall, 0.0)
-        for optimizer, peak in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
         batch = draw_batch(
-            self.tokenizer,
+            self.reader,
             tokens=recipe.tokens,
             seed=recipe.seed,
             step=progress.step,
             level=progress.level,
             rank=self.rank,
         )
-        loss, right, named = forward(self.model, batch, recipe.autocast, self.tag_head)
-        loss.backward()
+        loss, right, named = forward(self.model, batch, recipe.autocast, self.head)
         size = torch.tensor(float(batch.ids.numel()))
         numbers = torch.stack([loss.detach(), right.mean(), named, size])
-        if recipe.workers > 1:
-            numbers = self._average(numbers)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        numbers = self._update(loss, numbers, done, (progress.step + 1) / recipe.warmup)
         mean_loss, accuracy, mean_named, mean_size = numbers.tolist()
         progress.right += 0.02 * (accuracy - progress.right)
         if progress.right > _PASS and progress.level + 1 < len(LEVELS):
             progress.level, progress.right = progress.level + 1, 0.0
-        progress.step += 1
         progress.tokens += round(mean_size * recipe.workers)
-        return {"loss": mean_loss, "right": accuracy, "named": mean_named, "lr_scale": scale}
-
-    def _average(self, numbers: Tensor) -> Tensor:
-        """Average the gradients, in place, and ``numbers`` over the workers."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
-        dist.all_reduce(flat)
-        flat /= self.recipe.workers
-        start = numbers.numel()
-        for gradient in gradients:
-            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-            start += gradient.numel()
-        return flat[: numbers.numel()]
+        return {"loss": mean_loss, "right": accuracy, "named": mean_named, "lr_scale": self.scale}
 
     @torch.inference_mode()
     def check(self, documents: int = 48) -> float:
@@ -177,42 +142,16 @@ class Trainer:
             rng = Random(f"check-{start}")
             drawn = [make_document(rng) for _ in range(16)]
             rows = [(document, [rng.choice(document.questions)]) for document in drawn]
-            batch = pack(rows, self.tokenizer, rng)
+            batch = pack(rows, self.reader, rng)
             right.append(forward(self.model, batch, self.recipe.autocast)[1])
         return float(torch.cat(right).mean())
 
-    def save(self) -> None:
-        """Write the checkpoint, and model and tokenizer in the form ``from_pretrained`` reads."""
-        state = {
-            "recipe": asdict(self.recipe),
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "tag_head": self.tag_head.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "checkpoint.pt.part"
-        torch.save(state, part)
-        part.replace(self.folder / "checkpoint.pt")
-        self.model.save_pretrained(self.folder / "model")
-        self.tokenizer.save_pretrained(self.folder / "model")
-        facts = {"recipe": state["recipe"], "progress": state["progress"]}
-        (self.folder / "model" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-
     def load(self) -> None:
-        """Continue from the folder's checkpoint.
+        """Continue from the folder's checkpoint, its history cut to that.
 
         Raises: ValueError: if it was made with another recipe.
         """
-        path = self.folder / "checkpoint.pt"
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{path} was made with another recipe: {state['recipe']}.")
-        self.model.load_state_dict(state["model"])
-        self.tag_head.load_state_dict(state["tag_head"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
+        super().load()
         history = self.folder / "history.jsonl"
         if self.rank == 0 and history.exists():
             rows = history.read_text().splitlines(keepends=True)
@@ -235,35 +174,21 @@ def run(
     Every ``log_every`` steps a row of means goes to ``history.jsonl`` in the folder and to the
     console, if there is one.
     """
-    progress, chief = trainer.progress, trainer.rank == 0
     trainer.folder.mkdir(parents=True, exist_ok=True)
-    began = saved = time.perf_counter()
-    before = progress.seconds
-    recent: list[dict[str, float]] = []
-    with Bar(console=console, disable=console is None) as bar:
-        task = bar.add_task("Training", total=steps, completed=progress.step)
-        while progress.step < (steps if stop is None else stop):
-            recent.append(trainer.step(progress.step / steps))
-            now = time.perf_counter()
-            progress.seconds = before + now - began
-            bar.update(task, completed=progress.step)
-            if chief and progress.step % log_every == 0:
-                row = _log(trainer, recent, check=progress.step % check_every == 0)
-                if console is not None:
-                    bar.console.print(row, soft_wrap=True)
-                recent.clear()
-            if chief and now - saved > save_minutes * 60:
-                trainer.save()
-                saved = time.perf_counter()
-    if chief:
-        trainer.save()
+    carry_on(
+        trainer,
+        lambda recent: _log(trainer, recent, check=trainer.progress.step % check_every == 0),
+        steps=steps,
+        stop=stop,
+        log_every=log_every,
+        save_minutes=save_minutes,
+        console=console,
+    )
 
 
 def _log(trainer: Trainer, recent: list[dict[str, float]], *, check: bool) -> str:
     """Append one row to the history and return it as text."""
-    row: dict[str, Any] = {
-        key: round(sum(r[key] for r in recent) / len(recent), 4) for key in recent[0]
-    }
+    row: dict[str, Any] = dict(means(recent))
     row |= {k: round(v, 3) for k, v in asdict(trainer.progress).items() if k != "right"}
     if check:
         row["check"] = round(trainer.check(), 4)
@@ -272,19 +197,13 @@ def _log(trainer: Trainer, recent: list[dict[str, float]], *, check: bool) -> st
     return json.dumps(row)
 
 
-def _work(rank: int, recipe: Recipe, out: Path, steps: int, resume: bool) -> None:
-    """One worker process."""
-    torch.set_num_threads(1)
-    if recipe.workers > 1:
-        meeting = f"file://{(out / 'rendezvous').resolve()}"
-        dist.init_process_group("gloo", meeting, rank=rank, world_size=recipe.workers)
+def _work(rank: int, out: Path, recipe: Recipe, steps: int, resume: bool) -> None:
+    """What one worker does."""
     texts = sample_texts(recipe.seed, _TOKENIZER_DOCUMENTS)
     trainer = Trainer(recipe, out, train_tokenizer(texts, recipe.vocabulary), rank)
     if resume:
         trainer.load()
     run(trainer, steps=steps, console=Console() if rank == 0 else None)
-    if recipe.workers > 1:
-        dist.destroy_process_group()
 
 
 def main(
@@ -296,28 +215,9 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="A toy size for a few seconds.")] = False,
 ) -> None:
     """Train the demo reader; OUT/model is then what from_pretrained reads."""
-    console = Console(stderr=True)
-    checkpoint = out / "checkpoint.pt"
-    if resume != checkpoint.exists():
-        way = (
-            f"There is no {checkpoint} to resume." if resume else f"{checkpoint} exists: --resume?"
-        )
-        console.print(f"[red]{way}[/red]", soft_wrap=True)
-        raise typer.Exit(2)
-    recipe = (
-        replace(SMOKE, seed=seed, workers=workers) if smoke else Recipe(seed=seed, workers=workers)
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rendezvous").unlink(missing_ok=True)
-    # glibc would otherwise map and fault in every activation anew; workers read this as they start.
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**32))
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    arguments = (recipe, out, min(steps, 40) if smoke else steps, resume)
-    if recipe.workers > 1:
-        spawn(_work, arguments, recipe.workers)
-    else:
-        _work(0, *arguments)
+    check_folder(out, resume)
+    recipe = replace(SMOKE if smoke else Recipe(), seed=seed, workers=workers)
+    launch(_work, workers, out, recipe, min(steps, 40) if smoke else steps, resume)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,18 @@ the tower early what an object is, and keeps what a patch says to its own place.
 from __future__ import annotations
 
 import json
-import os
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import Progress as Bar
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from ..training import Run, carry_on, check_folder, launch, means
 from .model import GRID, make_model, make_processor
 from .packing import Batch, draw_batch
 from .pictures import COLOURS, KINDS
@@ -131,109 +127,38 @@ def forward(
     return numbers
 
 
-class Trainer:
-    """A run that can stop, and continue from its folder."""
+class Trainer(Run):
+    """The training of the shapes model."""
+
+    model: LlavaForConditionalGeneration
+    progress: Progress
 
     def __init__(
         self, recipe: Recipe, folder: Path, processor: LlavaProcessor, rank: int = 0
     ) -> None:
         torch.manual_seed(recipe.seed)
-        self.recipe, self.folder, self.processor, self.rank = recipe, folder, processor, rank
-        self.model = make_model(
-            processor, width=recipe.width, layers=recipe.layers, tower=recipe.tower
-        )
-        self.model.set_attn_implementation("eager")  # the faster backward on a CPU
-        self.head = torch.nn.Linear(recipe.width, sum(_TAGS))
-        matrices, others = [], list(self.head.parameters())
-        for name, parameter in self.model.named_parameters():
-            hidden = parameter.ndim == 2 and "embed" not in name
-            (matrices if hidden else others).append(parameter)
-        self.parameters = [*matrices, *others]
-        self.optimizers = (
-            torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        )
-        self.progress = Progress()
+        model = make_model(processor, width=recipe.width, layers=recipe.layers, tower=recipe.tower)
+        model.set_attn_implementation("eager")  # the faster backward on a CPU
+        head = torch.nn.Linear(recipe.width, sum(_TAGS))
+        super().__init__(recipe, folder, model, head, processor, Progress(), rank)
 
     def step(self, done: float) -> dict[str, float]:
         """One update. ``done``, the finished share of the run, sets the learning rate."""
         recipe, progress = self.recipe, self.progress
-        fall = min(1.0, (1.0 - done) / (1.0 - recipe.steady))
-        begun = progress.step - recipe.looking if progress.step >= recipe.looking else progress.step
-        scale = min(1.0, (begun + 1) / recipe.warmup) * max(fall, 0.0)
-        for optimizer, peak in zip(self.optimizers, (recipe.muon_lr, recipe.adam_lr), strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * scale
+        answering = progress.step >= recipe.looking
+        begun = progress.step - recipe.looking if answering else progress.step
         batch = draw_batch(
-            self.processor,
+            self.reader,
             pictures=recipe.pictures,
             seed=recipe.seed,
             step=progress.step,
             rank=self.rank,
         )
-        found = forward(
-            self.model,
-            self.head,
-            batch,
-            autocast=recipe.autocast,
-            answering=progress.step >= recipe.looking,
-        )
-        found["loss"].backward()
+        found = forward(self.model, self.head, batch, autocast=recipe.autocast, answering=answering)
         numbers = torch.stack([number.detach() for number in found.values()])
-        if recipe.workers > 1:
-            numbers = self._average(numbers)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
+        numbers = self._update(found["loss"], numbers, done, (begun + 1) / recipe.warmup)
         progress.pictures += recipe.pictures * recipe.workers
         return dict(zip(found, numbers.tolist(), strict=True))
-
-    def _average(self, numbers: Tensor) -> Tensor:
-        """Average the gradients, in place, and ``numbers`` over the workers."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
-        dist.all_reduce(flat)
-        flat /= self.recipe.workers
-        sizes = [len(numbers), *(gradient.numel() for gradient in gradients)]
-        mean, *pieces = flat.split(sizes)
-        for gradient, piece in zip(gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
-        return mean
-
-    def save(self) -> None:
-        """Write the checkpoint, and model and processor in the form ``from_pretrained`` reads."""
-        state = {
-            "recipe": asdict(self.recipe),
-            "progress": asdict(self.progress),
-            "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "checkpoint.pt.part"
-        torch.save(state, part)
-        part.replace(self.folder / "checkpoint.pt")
-        self.model.save_pretrained(self.folder / "model")
-        self.processor.save_pretrained(self.folder / "model")
-        facts = {"recipe": state["recipe"], "progress": state["progress"]}
-        (self.folder / "model" / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-
-    def load(self) -> None:
-        """Continue from the folder's checkpoint.
-
-        Raises: ValueError: if it was made with another recipe.
-        """
-        path = self.folder / "checkpoint.pt"
-        state = torch.load(path, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            raise ValueError(f"{path} was made with another recipe: {state['recipe']}.")
-        self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.progress = Progress(**state["progress"])
 
 
 def run(
@@ -249,47 +174,30 @@ def run(
 
     Returns: means over ``log_every`` steps each, which the console shows too, if there is one.
     """
-    progress, chief = trainer.progress, trainer.rank == 0
-    began = saved = time.perf_counter()
-    before = progress.seconds
-    recent: list[dict[str, float]] = []
     history: list[dict[str, float]] = []
-    with Bar(console=console, disable=console is None) as bar:
-        task = bar.add_task("Training", total=steps, completed=progress.step)
-        while progress.step < (steps if stop is None else stop):
-            recent.append(trainer.step(progress.step / steps))
-            now = time.perf_counter()
-            progress.seconds = before + now - began
-            bar.update(task, completed=progress.step)
-            if progress.step % log_every == 0:
-                means = {
-                    k: round(sum(r.get(k, 0.0) for r in recent) / len(recent), 4)
-                    for k in recent[-1]
-                }
-                history.append(means)
-                recent.clear()
-                if console is not None:
-                    bar.console.print(json.dumps(asdict(progress) | means), soft_wrap=True)
-            if chief and now - saved > save_minutes * 60:
-                trainer.save()
-                saved = time.perf_counter()
-    if chief:
-        trainer.save()
+
+    def log(recent: list[dict[str, float]]) -> str:
+        history.append(means(recent))
+        return json.dumps(asdict(trainer.progress) | history[-1])
+
+    carry_on(
+        trainer,
+        log,
+        steps=steps,
+        stop=stop,
+        log_every=log_every,
+        save_minutes=save_minutes,
+        console=console,
+    )
     return history
 
 
-def _work(rank: int, recipe: Recipe, out: Path, steps: int, resume: bool) -> None:
-    """One worker process."""
-    torch.set_num_threads(1)
-    if recipe.workers > 1:
-        meeting = f"file://{(out / 'rendezvous').resolve()}"
-        dist.init_process_group("gloo", meeting, rank=rank, world_size=recipe.workers)
+def _work(rank: int, out: Path, recipe: Recipe, steps: int, resume: bool) -> None:
+    """What one worker does."""
     trainer = Trainer(recipe, out, make_processor(), rank)
     if resume:
         trainer.load()
     run(trainer, steps=steps, console=Console() if rank == 0 else None)
-    if recipe.workers > 1:
-        dist.destroy_process_group()
 
 
 def main(
@@ -301,26 +209,9 @@ def main(
     smoke: Annotated[bool, typer.Option("--smoke", help="A toy size for a few seconds.")] = False,
 ) -> None:
     """Train the shapes model; OUT/model is then what from_pretrained reads."""
-    console = Console(stderr=True)
-    checkpoint = out / "checkpoint.pt"
-    if resume != checkpoint.exists():
-        way = (
-            f"There is no {checkpoint} to resume." if resume else f"{checkpoint} exists: --resume?"
-        )
-        console.print(f"[red]{way}[/red]", soft_wrap=True)
-        raise typer.Exit(2)
+    check_folder(out, resume)
     recipe = replace(SMOKE if smoke else Recipe(), seed=seed, workers=workers)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "rendezvous").unlink(missing_ok=True)
-    # glibc would otherwise map and fault in every activation anew; workers read this as they start.
-    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**32))
-    os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    arguments = (recipe, out, min(steps, 40) if smoke else steps, resume)
-    if recipe.workers > 1:
-        spawn(_work, arguments, recipe.workers)
-    else:
-        _work(0, *arguments)
+    launch(_work, workers, out, recipe, min(steps, 40) if smoke else steps, resume)
 
 
 if __name__ == "__main__":
