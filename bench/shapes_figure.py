@@ -19,7 +19,7 @@ from bench.shapes_redundancy import picture_of as redundant_picture
 from bench.shapes_rows import Row, Setting
 
 EXAMPLE = 7  # of its relevance as much stands on the named objects as on the average picture
-_SHADES = ("#2166ac", "#92c5de", "0.75")
+_SHADES = ("#2166ac", "#92c5de", "0.75", "0.5")
 _SIDE = 384  # pixels of a picture
 _WIDTH = 34  # characters of a title's line
 _FAILURES = 4
@@ -118,7 +118,8 @@ def _redundancy(axes: Any, rows: Sequence[Row]) -> None:
 
 def _questions(axes: Any, rows: Sequence[Row]) -> None:
     several = [
-        ("relevance on the picture", _of(rows, "questions", "on the picture")),
+        ("relevance on the picture, by patches", _of(rows, "questions", "on the picture")),
+        ("the same, the picture as one unit", _of(rows, "questions", "as one")),
         ("answered right", _of(rows, "questions", "answered")),
         ("words stand first", _of(rows, "questions", "words first")),
     ]
@@ -193,7 +194,7 @@ def _failures(model: Any, processor: Any) -> Iterator[Panel]:
         number += 1
         for kind, question in asked.items():
             explanation = questions.explained(model, processor, picture, question, "exact")
-            judged = questions.judged(explanation, picture, question)
+            judged = questions.judged(explanation, explanation, picture, question)
             right = judged.answered and judged.words_first and judged.object_first is not False
             if right or found == _FAILURES:
                 continue

@@ -7,11 +7,11 @@ decides together with the picture (``liked``, ``not liked``).
 
 The answer that is explained is the model's, the likelier one of " yes" and " no". *Answered*: it is
 the right one. *On the picture*: the share of the absolute relevance that image tokens have, the
-text's tokens the rest. *Object first*: the image token with the largest relevance overlaps an
-object that the answer is about (to ``absent``, one of the same colour or kind; where nothing in the
-picture is liked there is none). *Words first*: the text token with the largest relevance stands in
-the words that decide: the name asked for, or the statement on who is asked about. *Both*: object
-and words.
+text's tokens the rest; *as one*: the same with the whole picture as one unit. *Object first*: the
+image token with the largest relevance overlaps an object that the answer is about (to ``absent``,
+one of the same colour or kind; where nothing in the picture is liked there is none). *Words first*:
+the text token with the largest relevance stands in the words that decide: the name asked for, or
+the statement on who is asked about. *Both*: object and words.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Answered(NamedTuple):
 
     answered: bool
     on_picture: float
+    as_one: float
     object_first: bool | None
     words_first: bool
 
@@ -68,21 +69,34 @@ def deciding(question: Question) -> tuple[int, int]:
 
 
 def explained(
-    model: Any, processor: Any, picture: Picture, question: Question, method: str
+    model: Any,
+    processor: Any,
+    picture: Picture,
+    question: Question,
+    method: str,
+    unit: str = "patch",
 ) -> atman.Explanation:
-    """The likelier answer."""
+    """The likelier answer, by patches or by the picture as one unit, ``image``."""
     explainer = atman.Explainer(model, processor, method=method, progress=False)  # pyright: ignore[reportArgumentType]
-    both = explainer.explain([picture.image, question.text], targets=ANSWERS)
+    prompt = [picture.image, question.text]
+    both = explainer.explain(prompt, targets=ANSWERS, image_granularity=unit)
     return both.branch(int(both.base_logprobs.argmax()))
 
 
-def judged(explanation: atman.Explanation, picture: Picture, question: Question) -> Answered:
-    """Where the relevance stands."""
+def on_picture(explanation: atman.Explanation) -> float:
+    """The share of the absolute relevance that units of the picture have."""
+    units, sizes = explanation.units, explanation.relevance.abs().tolist()
+    own = [(u, size) for u, size in zip(units, sizes, strict=True) if u.part == "prompt"]
+    return sum(size for u, size in own if u.image is not None) / sum(size for _, size in own)
+
+
+def judged(
+    explanation: atman.Explanation, whole: atman.Explanation, picture: Picture, question: Question
+) -> Answered:
+    """Where the relevance stands, by patches and with the picture as one unit."""
     units, values = explanation.units, explanation.relevance
-    sizes = values.abs().tolist()
     seen = [place for place, unit in enumerate(units) if unit.image is not None]
     read = [p for p, unit in enumerate(units) if unit.image is None and unit.part == "prompt"]
-    whole = sum(sizes[place] for place in seen + read)
     first, last = deciding(question)
     word = units[max(read, key=lambda place: float(values[place]))]
     patch = units[max(seen, key=lambda place: float(values[place]))]
@@ -90,7 +104,8 @@ def judged(explanation: atman.Explanation, picture: Picture, question: Question)
     start = explanation.text.index(question.text)
     return Answered(
         explanation.answer == question.answer,
-        sum(sizes[place] for place in seen) / whole,
+        on_picture(explanation),
+        on_picture(whole),
         any(covered(patch, mask) > 0 for mask in masks) if masks else None,
         (word.start or 0) - start < last and (word.stop or 0) - start > first,
     )
@@ -101,7 +116,10 @@ def examine(model: Any, processor: Any, number: int) -> dict[tuple[str, str], An
     picture, questions = asked(number)
     return {
         (kind, method): judged(
-            explained(model, processor, picture, question, method), picture, question
+            explained(model, processor, picture, question, method),
+            explained(model, processor, picture, question, method, "image"),
+            picture,
+            question,
         )
         for kind, question in questions.items()
         for method in METHODS
@@ -116,6 +134,7 @@ def summarise(found: Sequence[dict[tuple[str, str], Answered]]) -> list[Row]:
         numbers = {
             "answered": rate([each.answered for each in own]),
             "on the picture": average([each.on_picture for each in own]),
+            "as one": average([each.as_one for each in own]),
             "words first": rate([each.words_first for each in own]),
         }
         about = [each for each in own if each.object_first is not None]

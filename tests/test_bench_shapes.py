@@ -141,12 +141,17 @@ def test_questions_are_judged_by_object_and_words(reader):
     values[:, patch] -= 3.0
     values[:, word] -= 1.0
     found = replace(explanation, suppressed_logprobs=values)
-    judged = shapes_questions.judged(found, picture, question)
+    whole = shapes_questions.explained(*reader, picture, question, "direct", "image")
+    of_image = [unit.image is not None for unit in whole.units]
+    assert sum(of_image) == 1
+    judged = shapes_questions.judged(found, whole, picture, question)
     assert judged.on_picture == pytest.approx(0.75)
+    sizes = whole.relevance[[unit.part == "prompt" for unit in whole.units]].abs()
+    assert judged.as_one == pytest.approx(float(sizes[of_image.index(True)] / sizes.sum()))
     assert judged.object_first and judged.words_first and judged.both
     values[:, patch] += 4.0
     values[:, word] += 2.0
-    judged = shapes_questions.judged(found, picture, question)
+    judged = shapes_questions.judged(found, whole, picture, question)
     assert not judged.object_first and not judged.words_first
 
 
