@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from atman_triton import cli, cli_explain
+from atman_triton import cli
 from atman_triton._version import __version__
+from atman_triton.cli import explaining
 from atman_triton.explain import Explainer
 from atman_triton.explanation import load
 from atman_triton.integration import UnsupportedModelError
@@ -350,7 +351,7 @@ def break_logits(reader, change):
 
 def test_errors_of_the_run_itself_are_no_bad_usage(run, reader, folder, monkeypatch):
     words = ["explain", PROMPT, "--model", folder, "--quiet"]
-    monkeypatch.setattr(cli_explain, "load_model", lambda *_: reader)
+    monkeypatch.setattr(explaining, "load_model", lambda *_: reader)
     with break_logits(reader, lambda logits: logits.fill_(torch.nan)):
         check(run(*words, "--target", "23"), 1, "the model returns NaN in torch.float32")
     with break_logits(reader, only_the_first_token):
@@ -364,7 +365,7 @@ def test_what_the_model_raises_is_no_bad_usage(run, reader, folder, monkeypatch,
     def fail(*_, **__):
         raise error("this model is no good")
 
-    monkeypatch.setattr(cli_explain, "load_model", lambda *_: reader)
+    monkeypatch.setattr(explaining, "load_model", lambda *_: reader)
     monkeypatch.setattr(reader[0].model, "forward", fail)
     for words in (["--target", "23"], []):
         result = run("explain", PROMPT, "--model", folder, "--quiet", *words)

@@ -11,7 +11,7 @@ from test_cli import PROMPT, check, folder, reader, run  # noqa: F401 - fixtures
 from test_cli_loading import saved  # noqa: F401 - a fixture
 
 from atman_triton import Explainer, ImageControl, steer
-from atman_triton.cli_prompt import Asked, read_sound
+from atman_triton.cli.prompt import Asked, read_sound
 from atman_triton.demo.shapes import demo_picture, make_picture
 from atman_triton.explanation import load
 from atman_triton.granularity import Images

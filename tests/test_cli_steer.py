@@ -7,7 +7,7 @@ import torch
 from test_cli import PROMPT, check, folder, reader, run  # noqa: F401 - fixtures
 
 from atman_triton import TextControl, steer
-from atman_triton.cli_controls import place_control, split_control
+from atman_triton.cli.controls import place_control, split_control
 from atman_triton.demo import demo_prompt
 
 AMPLIFIED = "Extra hours bring $33.80 each."

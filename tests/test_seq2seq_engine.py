@@ -26,9 +26,9 @@ from seq2seq_models import (
 from atman_triton import layers, memory
 from atman_triton.engine import undisturbed
 from atman_triton.integration import UnsupportedModelError
-from atman_triton.lanes import Lane, lanes_of
 from atman_triton.perturbations import SAVINGS, RunFailed, Settings, Unit
-from atman_triton.seq2seq_engine import Seq2SeqEngine
+from atman_triton.seq2seq.engine import Seq2SeqEngine
+from atman_triton.seq2seq.lanes import Lane, lanes_of
 
 TARGETS = [[5, 9, 11], [7], [84, 5]]
 ATTENTION = ["encoder", "cross", "both"]

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import crossed_picture, multimodal
+from .. import multimodal
 from ..answers import Answers
 from ..chat import Span
-from ..encoder_decoder import encoder_decoder
 from ..engine import Engine
 from ..perturbations import Settings
 from ..raw_scores import share_of_negative
 from ..reduction import Quantity
-from ..seq2seq_engine import Seq2SeqEngine
+from ..seq2seq import crossed_picture
+from ..seq2seq.encoder_decoder import encoder_decoder
+from ..seq2seq.engine import Seq2SeqEngine
 from ..sites import find_sites, sources
 from ..tokens import Tokens
 from ..units import Layout

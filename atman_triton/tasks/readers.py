@@ -19,12 +19,12 @@ from transformers import GenerationMixin
 
 from ..audio import frame_seconds, waveform
 from ..capabilities import dtype_of
-from ..encoder_decoder import default_start
 from ..grouping import seconds_text
 from ..images import readable
 from ..images.geometry import Axis, cells_of
 from ..pictures import Picture, Sound
 from ..pieces import Area
+from ..seq2seq.encoder_decoder import default_start
 from ..stacks import UnsupportedModelError
 from ..tokens import Tokens, decode, describe, encode_prompt, tokens_of_ids, with_whitespace
 from .base import Prompt

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..answers import END_OF_TEXT, Answers, end_tokens, limited
 from ..arguments import plain
 from ..chat import Span
-from ..encoder_decoder import encoder_decoder, first_input
 from ..perturbations import Attention, RunFailed, Settings
 from ..pieces import LeftOut
 from ..raw_scores import share_of_negative
 from ..reduction import Quantity
-from ..seq2seq_engine import Seq2SeqEngine
+from ..seq2seq.encoder_decoder import encoder_decoder, first_input
+from ..seq2seq.engine import Seq2SeqEngine
 from ..sites import find_sites, sources
 from ..tokens import Tokens, border, check_vocabulary, encode_target, tokens_of_ids
 from ..units import Layout

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_controls import OVERLAPS, WRITTEN, Controls, Overlap, place_control, split_control
-from .cli_demo import Demo, pick_demo
-from .cli_prompt import Pictures, check_read, read_asked
-from .cli_shared import (
+from ..loading import BadUsage, check_decoder, load_model, pick_device
+from .controls import OVERLAPS, WRITTEN, Controls, Overlap, place_control, split_control
+from .demo import Demo, pick_demo
+from .prompt import Pictures, check_read, read_asked
+from .shared import (
     DTYPES,
     AsJson,
     Debug,
@@ -26,10 +27,9 @@ from .cli_shared import (
     our_errors,
     parse_indices,
 )
-from .loading import BadUsage, check_decoder, load_model, pick_device
 
 if TYPE_CHECKING:
-    from .tokens import Tokens
+    from ..tokens import Tokens
 
 STEER = (
     "Show what a model says while parts of its prompt are suppressed or amplified.\n\n"
@@ -91,7 +91,7 @@ def steer(
     debug: Debug = False,
 ) -> None:
     """Show what a model says while parts of its prompt are suppressed or amplified."""
-    from .attention import MODES
+    from ..attention import MODES
 
     # min_shift_full looks at future keys, so it cannot generate with a cache.
     check_one_of("mode", mode, [known for known in MODES if known != "min_shift_full"])
@@ -113,9 +113,9 @@ def steer(
         check_decoder("steer", reader)
         check_read(reader, processor, asked)
         with our_errors():
-            from .controls import plain_control
-            from .steered import compare
-            from .tasks import task_of
+            from ..controls import plain_control
+            from ..steered import compare
+            from ..tasks import task_of
 
             task = task_of(reader, processor)
             read = task.read(asked.prompt)
@@ -133,7 +133,7 @@ def steer(
                 **where,
             )
     if not as_json:
-        from .render.steered import show_steered
+        from ..render.steered import show_steered
 
         said = [_said(words, one, result.factors) for one in controls]
         return show_steered(result, said)
@@ -159,7 +159,7 @@ def steer(
 def _generation(
     model: Any, tokenizer: Any, prompt_tokens: int, max_new_tokens: int | None, heat: float | None
 ) -> dict[str, Any]:
-    from .capabilities import context_window
+    from ..capabilities import context_window
 
     limit = context_window(model)
     room = None if limit is None else limit - prompt_tokens + 1

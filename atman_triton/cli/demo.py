@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_shared import check_one_of
-from .loading import DEMOS, BadUsage
+from ..loading import DEMOS, BadUsage
+from .shared import check_one_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .demo.shapes import Picture
-    from .explanation import Explanation
+    from ..demo.shapes import Picture
+    from ..explanation import Explanation
 
 Demo = Annotated[
     str | None,
@@ -46,7 +46,7 @@ def print_pointing(
     from rich.console import Console
     from rich.table import Table
 
-    from .images.pointing import share_inside
+    from ..images.pointing import share_inside
 
     console = console or Console(highlight=False, markup=False, emoji=False)
     names = [shape.name for shape in picture.objects]

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .cli_shared import (
+from ..loading import BadUsage
+from .shared import (
     AsJson,
     Debug,
     Html,
@@ -18,7 +19,6 @@ from .cli_shared import (
     print_explanation,
     write_files,
 )
-from .loading import BadUsage
 
 VIEW = (
     "Show saved explanations again, without a model.\n\n"
@@ -52,7 +52,7 @@ def view(
             raise BadUsage(f"--{name}: {path} is a file to view.")
     if len(files) > 1 and (plot or as_json):
         raise BadUsage("--plot and --json take one explanation; give one file.")
-    from .explanation import load
+    from ..explanation import load
 
     explanations = []
     for file in files:

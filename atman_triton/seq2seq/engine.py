@@ -24,19 +24,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from . import gradients, memory
-from .branches import Branches
-from .capabilities import device_of, dtype_of
+from .. import gradients, memory
+from ..branches import Branches
+from ..capabilities import device_of, dtype_of
+from ..integration import UnsupportedModelError, run_as_atman
+from ..perturbations import Attention, Effect, Near, Record, Settings, Unit
+from ..runner import check_nan
+from ..scored import check_base, rows_of, stands_before, timed
+from ..sites import named_sites
+from ..suppression import Correlated
 from .encoder_decoder import encoder_decoder, first_input
-from .integration import UnsupportedModelError, run_as_atman
+from .gradients import WholeRuns, nothing_fits
 from .lanes import lanes_of, scored
-from .perturbations import Attention, Effect, Near, Record, Settings, Unit
-from .runner import check_nan
-from .scored import check_base, rows_of, stands_before, timed
-from .seq2seq_gradients import WholeRuns, nothing_fits
-from .seq2seq_plan import Pass, Planner
-from .sites import named_sites
-from .suppression import Correlated
+from .plan import Pass, Planner
 
 
 class Seq2SeqEngine:

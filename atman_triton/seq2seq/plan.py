@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from . import memory
-from .capabilities import device_of
+from .. import memory
+from ..capabilities import device_of
+from ..perturbations import Settings
+from .gradients import does_not_fit, nothing_fits
 from .lanes import Lane
-from .perturbations import Settings
-from .seq2seq_gradients import does_not_fit, nothing_fits
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,18 @@ from typing import Annotated
 
 import typer
 
-from .cli_controls import (
+from ..loading import BadUsage, load_model, pick_device
+from .controls import (
     WRITTEN,
     Controls,
     Overlap,
     split_control,
 )
-from .cli_demo import Demo, pick_demo, print_pointing
-from .cli_live import explain_live, refuse_with_live
-from .cli_prompt import Audio, Pictures, check_read, read_asked
-from .cli_run import check_settings, explain_once
-from .cli_shared import (
+from .demo import Demo, pick_demo, print_pointing
+from .live import explain_live, refuse_with_live
+from .prompt import Audio, Pictures, check_read, read_asked
+from .run import check_settings, explain_once
+from .shared import (
     AsJson,
     Debug,
     Device,
@@ -34,7 +35,7 @@ from .cli_shared import (
     print_explanation,
     write_files,
 )
-from .cli_values import (
+from .values import (
     parse_batch_size,
     parse_budget,
     parse_granularity,
@@ -42,7 +43,6 @@ from .cli_values import (
     parse_similarity,
     read_documents,
 )
-from .loading import BadUsage, load_model, pick_device
 
 EXPLAIN = (
     "Show which parts of a text, a picture or a sound made a model give its answer.\n\n"

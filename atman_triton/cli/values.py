@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_prompt import PLACEHOLDER
-from .cli_shared import check_one_of, our_errors, read_file
-from .loading import BadUsage
+from ..loading import BadUsage
+from .prompt import PLACEHOLDER
+from .shared import check_one_of, our_errors, read_file
 
 # Of pictures and of sounds: a grid, all of it, a length.
 _NO_TEXT = re.compile(r"\d+\s*[x×]\s*\d+|image|frame|\d+(\.\d+)?\s*s")
@@ -53,7 +53,7 @@ def parse_granularity(
     name: str | None, delimiters: Sequence[str], patterns: Sequence[str]
 ) -> dict[str, Any]:
     """What one unit is, as an argument of ``explain``; nothing for what that takes by itself."""
-    from .granularity import GRANULARITIES, Delimiter
+    from ..granularity import GRANULARITIES, Delimiter
 
     given = {
         "--granularity": name is not None,
@@ -77,7 +77,7 @@ def parse_granularity(
 def parse_passage(text: str) -> Any:
     """Words of a text, its characters as START:STOP, or ``{image}``, the pictures."""
     if text == PLACEHOLDER:
-        from .granularity import Images
+        from ..granularity import Images
 
         return Images()
     span = _SPAN.fullmatch(text)

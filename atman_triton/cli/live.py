@@ -6,11 +6,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .cli_shared import our_errors
-from .loading import BadUsage, check_decoder
+from ..loading import BadUsage, check_decoder
+from .shared import our_errors
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
+    from ..explanation import Explanation
 
 _INTERVAL = 0.1  # seconds between two pictures
 
@@ -47,8 +47,8 @@ def explain_live(
     check_decoder("--live", model)
     from rich.console import Console
 
-    from .live import generate_explained
-    from .render.live import LiveView
+    from ..live import generate_explained
+    from ..render.live import LiveView
 
     view = LiveView(Console(file=sys.stderr, highlight=False, markup=False, emoji=False))
     watched = watch and view.wanted

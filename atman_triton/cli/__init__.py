@@ -15,10 +15,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_explain import EXPLAIN, explain
-from .cli_steer import STEER, steer
-from .cli_view import VIEW, view
-from .loading import BadUsage, Failed
+from ..loading import BadUsage, Failed
+from .explaining import EXPLAIN, explain
+from .steering import STEER, steer
+from .viewing import VIEW, view
 
 MESSAGE = 400  # characters of an error that are shown
 INTERRUPTED = 130
@@ -68,7 +68,7 @@ def _atman(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from ._version import __version__
+        from .._version import __version__
 
         print(f"atman {__version__}")
     elif context.invoked_subcommand is None:

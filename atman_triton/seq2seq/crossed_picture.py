@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .prefix import PrefixCache
+from ..prefix import PrefixCache
 
 KINDS = frozenset({"mllama"})
 """``config.model_type`` of models that read pictures beside the text."""

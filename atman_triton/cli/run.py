@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
-from .cli_controls import OVERLAPS, Written, place_control
-from .cli_prompt import Asked
-from .cli_shared import DTYPES, check_one_of, our_errors
+from .controls import OVERLAPS, Written, place_control
+from .prompt import Asked
+from .shared import DTYPES, check_one_of, our_errors
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
-    from .tasks import Task
+    from ..explanation import Explanation
+    from ..tasks import Task
 
 ATTENTIONS = ("both", "encoder", "cross")
 
 
 def check_settings(**given: str | None) -> None:
     """Refuse values that are not among the known ones of their option."""
-    from .attention import MODES
-    from .explain import METHODS, PRESETS
-    from .parts import TARGET_GRANULARITIES
-    from .reduction import Postprocessing, Quantity
-    from .suppression import RULES
+    from ..attention import MODES
+    from ..explain import METHODS, PRESETS
+    from ..parts import TARGET_GRANULARITIES
+    from ..reduction import Postprocessing, Quantity
+    from ..suppression import RULES
 
     known = {
         "preset": PRESETS,
@@ -60,8 +60,8 @@ def explain_once(
         settings: Of ``Explainer``.
         **options: Of ``Explainer.explain``.
     """
-    from .documents import checked_documents, filled
-    from .explain import Explainer
+    from ..documents import checked_documents, filled
+    from ..explain import Explainer
 
     with our_errors():
         prompt = _with_documents(asked, options.get("documents")).prompt
@@ -80,7 +80,7 @@ def explain_once(
 
 def _with_documents(asked: Asked, documents: Any) -> Asked:
     """A place for documents in the text, in front of it; beside pictures they are put there too."""
-    from .documents import PLACEHOLDER, checked_documents, filled
+    from ..documents import PLACEHOLDER, checked_documents, filled
 
     if documents is None or asked.text is None:
         return asked

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .runner import target_logprobs
+from ..runner import target_logprobs
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import memory
+from .. import memory
+from ..perturbations import Record, Settings
+from ..plan import Batch
+from ..runner import target_logprobs
 from .encoder_decoder import EncoderDecoder, layers_of
-from .perturbations import Record, Settings
-from .plan import Batch
-from .runner import target_logprobs
 
 
 class WholeRuns:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_shared import read_prompt
-from .loading import BadUsage, modalities
+from ..loading import BadUsage, modalities
+from .shared import read_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .demo.shapes import Picture
+    from ..demo.shapes import Picture
 
 PLACEHOLDER = "{image}"
 """Where a picture stands in the text."""
@@ -87,7 +87,7 @@ def read_asked(
                 "no prompt: give it as an argument, with --file, or on standard input; a picture "
                 "with --image."
             )
-        from .demo import demo_prompt
+        from ..demo import demo_prompt
 
         text = demo_prompt()
     return Asked(text, pictures, sound)
@@ -95,7 +95,7 @@ def read_asked(
 
 def _of_shapes(text: str | None, pictures: list[Image], sound: dict[str, Any] | None) -> Asked:
     """What the shipped model of shapes reads: by itself its own picture, and each shape in it."""
-    from .demo.shapes import DEMO_PROMPT, demo_picture
+    from ..demo.shapes import DEMO_PROMPT, demo_picture
 
     words = DEMO_PROMPT if text is None else text
     if pictures:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from .loading import BadUsage
+from ..loading import BadUsage
 
 if TYPE_CHECKING:
-    from .controls import Control
+    from ..controls import Control
 
 OVERLAPS = ("partial", "complete")
 WRITTEN = (
@@ -86,7 +86,7 @@ def place_control(
     text: str, written: Written, overlap: Any, similarity: float | None = None
 ) -> Control:
     """A control with its place in the text of the prompt."""
-    from .controls import ImageControl, TextControl, TokenControl
+    from ..controls import ImageControl, TextControl, TokenControl
 
     given, kind, name, factor = written
     if kind == "token":

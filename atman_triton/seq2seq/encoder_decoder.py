@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..prefix import PrefixCache
+from ..stacks import UnsupportedModelError
 from . import crossed_picture
-from .prefix import PrefixCache
-from .stacks import UnsupportedModelError
 
 _MAIN = {"input_ids": "text", "input_features": "audio", "pixel_values": "image"}
 _LAYER_LISTS = ("layers", "layer", "block")

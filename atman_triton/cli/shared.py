@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import BadUsage, Failed
+from ..loading import BadUsage, Failed
 
 if TYPE_CHECKING:
-    from .explanation import Explanation
+    from ..explanation import Explanation
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -108,7 +108,7 @@ def check_outputs(**paths: Path | None) -> None:
     if plot is not None:
         if plot.suffix.lower() not in PLOT_FORMATS:
             raise BadUsage(f"--plot: {plot} must end in {', '.join(PLOT_FORMATS)}.")
-        from .table import import_extra
+        from ..table import import_extra
 
         import_extra("matplotlib", "plot")
 
@@ -139,7 +139,7 @@ def our_errors() -> Iterator[None]:
     """Tell apart what the user gave wrongly, which this package finds, and runs that fail."""
     import torch
 
-    from .engine import RunFailed
+    from ..engine import RunFailed
 
     try:
         yield
@@ -161,7 +161,7 @@ def _is_ours(error: Exception) -> bool:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    package = __name__.rpartition(".")[0]
+    package = __name__.partition(".")[0]
     return frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith(package)
 
 
@@ -197,7 +197,7 @@ def print_explanation(
     if not as_json:
         explanation.show(top_k=top_k, target=target)
         return
-    from .explanation import to_json
+    from ..explanation import to_json
 
     data = to_json(explanation)
     values = explanation.values(target).tolist()

@@ -1,0 +1,1 @@
+"""Encoder-decoders: their parts, and the engine that suppresses what they read."""
