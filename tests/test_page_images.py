@@ -237,6 +237,10 @@ def test_the_script_colours_pictures_by_what_is_chosen(tmp_path):
         result.see = byId("see").hidden; byId("plain").click();
         result.plain = getComputedStyle(document.querySelector(".picture img")).filter;
         result.bare = getComputedStyle(all(".box")[0]).backgroundColor;
+        byId("plain").click(); byId("smooth").click();
+        const filters = () => all(".box").map((e) => getComputedStyle(e).filter);
+        result.soft = [...new Set(filters())]; over(all(".box")[3]); result.sharp = filters()[3];
+        byId("smooth").click(); result.again = [...new Set(filters())];
         """,
     )
     assert "error" not in result
@@ -254,6 +258,10 @@ def test_the_script_colours_pictures_by_what_is_chosen(tmp_path):
     assert result["last"] == pytest.approx(expected, abs=0.5)
     assert (result["see"], result["plain"]) == (False, "none")
     assert result["bare"] == "rgba(0, 0, 0, 0)"
+    # by the width of a patch, of which four make the picture; what is pointed at keeps its edges
+    blurs = [float(each[len("blur(") : -len("px)")]) for each in result["soft"] if each != "none"]
+    assert blurs == [pytest.approx(width / 16, rel=0.01)]
+    assert (result["sharp"], result["again"]) == ("none", ["none"])
 
 
 @browser

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 from typing import TYPE_CHECKING
 
 from . import heat, wording
@@ -122,13 +123,20 @@ def _picture(explanation: Explanation, image: int) -> str:
     side = _SIDE if len(explanation.pictures) == 1 else _SEVERAL
     width, _ = heat.fitted(picture, side, side)
     few = " few" * (width >= 3 * picture.width)
+    soft = width / picture.width * _patch(explanation, image) / 4
     data = base64.b64encode(picture.data).decode()
     name = f"{wording.image_name(explanation, image)}, {picture.width}×{picture.height} pixels"
     return (
-        f'<span class="picture{few}" style="width:{width}px;'
+        f'<span class="picture{few}" style="width:{width}px;--soft:{soft:.3g}px;'
         f'aspect-ratio:{picture.width}/{picture.height}">'
         f'<img alt="{escape(name)}" src="data:image/png;base64,{data}">'
     )
+
+
+def _patch(explanation: Explanation, image: int) -> float:
+    """The typical width of what stands on a picture, in its pixels."""
+    widths = [box[2] for unit in explanation.units if unit.image == image for box in unit.boxes]
+    return median(widths) if widths else 0.0
 
 
 def _sound(sound: Sound) -> str:

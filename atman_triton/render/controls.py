@@ -61,11 +61,13 @@ def choices(explanation: Explanation) -> str:
 
 
 def pictures(explanation: Explanation) -> str:
-    """Whether pictures are seen as they are, shown where scripts run."""
-    return (
-        '<p class="see" id="see" hidden><label><input type="checkbox" id="plain" '
-        'autocomplete="off"> Pictures as they are</label></p>'
-    ) * bool(explanation.pictures)
+    """How pictures are seen, shown where scripts run."""
+    choices = (("plain", "Pictures as they are"), ("smooth", "Softened"))
+    boxes = " ".join(
+        f'<label><input type="checkbox" id="{name}" autocomplete="off"> {label}</label>'
+        for name, label in choices
+    )
+    return f'<p class="see" id="see" hidden>{boxes}</p>' * bool(explanation.pictures)
 
 
 PART = "Which part of the target to explain"

@@ -477,10 +477,12 @@
     select.addEventListener("change", () => choose(Number(select.dataset.k), Number(select.value)));
   }
 
-  const plain = byId("plain");
-  if (plain) {
-    plain.addEventListener("change", () => text.classList.toggle("plain", plain.checked));
-    byId("see").hidden = false;
+  const see = byId("see");
+  if (see) {
+    for (const box of see.querySelectorAll("input")) {
+      box.addEventListener("change", () => text.classList.toggle(box.id, box.checked));
+    }
+    see.hidden = false;
   }
 
   const theme = byId("theme");
