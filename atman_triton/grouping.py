@@ -66,8 +66,8 @@ def tiled(tokens: list[Unit], tiles: Tiles, sizes: Sequence[tuple[int, int]]) ->
         if (columns, rows) == (1, 1):
             cells.setdefault((image, 0, 0), []).append(token)
         for left, top, wide, high in token.boxes if (columns, rows) != (1, 1) else ():
-            column = min(columns - 1, int((left + wide / 2) / width * columns))
-            row = min(rows - 1, int((top + high / 2) / height * rows))
+            column = _cell((left + wide / 2) / width, columns)
+            row = _cell((top + high / 2) / height, rows)
             cells.setdefault((image, row, column), []).append(token)
     units = []
     for (image, row, column), held in sorted(cells.items()):
@@ -86,6 +86,12 @@ def tiled(tokens: list[Unit], tiles: Tiles, sizes: Sequence[tuple[int, int]]) ->
             )
         )
     return units
+
+
+def _cell(share: float, cells: int) -> int:
+    """Which of equal cells holds a share of the length: on an edge the later one, however the share
+    was rounded."""
+    return min(int(round(share * cells, 9)), cells - 1)
 
 
 def patch_text(box: Box | None, view: str) -> str:

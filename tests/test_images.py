@@ -1,4 +1,4 @@
-"""Pictures of every kind read as models are shown them, and image tokens grouped by tiles."""
+"""Pictures of every kind read as models are shown them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from atman_triton.images import ImageToken, readable, tiles
+from atman_triton.images import readable
 
 RED = (200, 30, 40)
 
@@ -95,75 +95,3 @@ def test_a_picture_without_pixels_is_refused(size):
 def test_numbers_without_a_range_are_refused(mode):
     with pytest.raises(ValueError, match=f"mode {mode} does not say which number is white"):
         readable(Image.new(mode, (2, 2)))
-
-
-# --- tiles ----------------------------------------------------------------------------------------
-
-SIZE = (60, 30)
-
-
-def gridded(columns, rows, view="grid", first=0):
-    """Tokens of a grid over the whole picture."""
-    width, height = SIZE[0] / columns, SIZE[1] / rows
-    return [
-        ImageToken(first + row * columns + column, 0, box, view)
-        for row in range(rows)
-        for column in range(columns)
-        for box in [(column * width, row * height, width, height)]
-    ]
-
-
-def places(found):
-    return [[token.token for token in tile] for tile in found]
-
-
-def test_tiles_run_by_rows_and_hold_what_stands_in_them():
-    assert places(tiles(gridded(4, 4), SIZE, (2, 2))) == [
-        [0, 1, 4, 5],
-        [2, 3, 6, 7],
-        [8, 9, 12, 13],
-        [10, 11, 14, 15],
-    ]
-    assert places(tiles(gridded(4, 2), SIZE, (2, 1))) == [[0, 1, 4, 5], [2, 3, 6, 7]]
-
-
-def test_the_grid_of_the_tokens_gives_each_its_own_tile():
-    tokens = gridded(12, 12)
-    assert places(tiles(tokens, SIZE, (12, 12))) == [[token.token] for token in tokens]
-
-
-def test_an_overview_and_crops_of_one_place_go_together():
-    tokens = gridded(2, 2, "overview") + gridded(4, 4, "crop", first=4)
-    assert places(tiles(tokens, SIZE, (2, 2))) == [
-        [0, 4, 5, 8, 9],
-        [1, 6, 7, 10, 11],
-        [2, 12, 13, 16, 17],
-        [3, 14, 15, 18, 19],
-    ]
-
-
-@pytest.mark.parametrize("count", [3, 5, 7, 11])
-def test_a_middle_on_an_edge_goes_to_the_later_tile_everywhere(count):
-    """Of an odd number of tokens the middle one stands on the edge between two halves."""
-    for shape, grid in (((count, 1), (2, 1)), ((1, count), (1, 2))):
-        first, second = places(tiles(gridded(*shape), SIZE, grid))
-        assert first == list(range(count // 2)) and second == list(range(count // 2, count))
-
-
-def test_tiles_without_a_token_are_left_out():
-    found = tiles(gridded(2, 2), SIZE, (3, 3))
-    assert places(found) == [[0], [1], [2], [3]]
-
-
-def test_tokens_without_a_place_are_only_in_the_whole_image():
-    tokens = [*gridded(2, 1), ImageToken(2, 0, None, "newline"), ImageToken(3, 0, None, "padding")]
-    assert places(tiles(tokens, SIZE, (2, 1))) == [[0], [1]]
-    assert places(tiles(tokens, SIZE, (1, 1))) == [[0, 1, 2, 3]]
-    assert tiles([], SIZE, (1, 1)) == []
-
-
-def test_wrong_tiles_are_refused():
-    with pytest.raises(ValueError, match="at least one column and row, got 0x2"):
-        tiles(gridded(2, 2), SIZE, (0, 2))
-    with pytest.raises(ValueError, match="must be those of one image"):
-        tiles([*gridded(1, 1), ImageToken(1, 1, (0.0, 0.0, 1.0, 1.0), "grid")], SIZE, (2, 2))

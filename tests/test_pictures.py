@@ -9,6 +9,7 @@ from PIL import Image
 from atman_triton.explanation import Explanation, Target, Unit, load
 from atman_triton.granularity import Images, Seconds, Tiles, checked_granularity, tiles_of
 from atman_triton.granularity import checked_image_granularity as checked_images
+from atman_triton.grouping import tiled
 from atman_triton.pictures import Picture, Sound
 from atman_triton.pieces import Area
 from atman_triton.tokens import Tokens
@@ -62,6 +63,42 @@ def test_tiles_hold_the_tokens_whose_centres_lie_in_them():
     assert found[1].boxes == ((20.0, 0.0, 20.0, 20.0),)
     assert found[2].boxes == ((5.0, 0.0, 5.0, 30.0),)  # a centre on the border goes right
     assert {unit.level for unit in found[:3]} == {"tile"}
+
+
+def gridded(columns, rows, view="grid", first=0):
+    """Units of a grid over the whole of ``WIDE``."""
+    width, height = WIDE.width / columns, WIDE.height / rows
+    return [
+        Unit(view, (first + row * columns + column,), None, None, "prompt", image=0, boxes=(box,))
+        for row in range(rows)
+        for column in range(columns)
+        for box in [(column * width, row * height, width, height)]
+    ]
+
+
+def held(units, *shape):
+    return [unit.tokens for unit in tiled(units, Tiles(*shape), [(WIDE.width, WIDE.height)])]
+
+
+def test_an_overview_and_crops_of_one_place_go_together():
+    assert held(gridded(2, 2, "overview") + gridded(4, 4, "crop", first=4), 2) == [
+        (0, 4, 5, 8, 9),
+        (1, 6, 7, 10, 11),
+        (2, 12, 13, 16, 17),
+        (3, 14, 15, 18, 19),
+    ]
+
+
+@pytest.mark.parametrize("count", [3, 5, 7, 11, 13])
+def test_a_centre_on_an_edge_goes_to_the_later_tile_everywhere(count):
+    """Of an odd number of tokens the middle one stands on the edge between two halves."""
+    halves = [tuple(range(count // 2)), tuple(range(count // 2, count))]
+    assert held(gridded(count, 1), 2, 1) == halves
+    assert held(gridded(1, count), 1, 2) == halves
+
+
+def test_the_grid_of_the_tokens_gives_each_its_own_tile():
+    assert held(gridded(12, 12), 12) == [(token,) for token in range(144)]
 
 
 def test_a_whole_picture_also_holds_tokens_without_a_place():

@@ -3,6 +3,5 @@
 from .geometry import Box
 from .layout import ImageToken, cross_image_tokens, image_tokens
 from .picture import readable
-from .tiles import tiles
 
-__all__ = ["Box", "ImageToken", "cross_image_tokens", "image_tokens", "readable", "tiles"]
+__all__ = ["Box", "ImageToken", "cross_image_tokens", "image_tokens", "readable"]
