@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .explanation import Explanation
 
 _EDGE = 0.01  # pixels, for rounding
-METHODS = ("exact", "direct", "hybrid", "hierarchical", "path", "score_gradient")
 GRADIENT_METHODS = ("path", "score_gradient")
 
 
@@ -31,8 +30,8 @@ def check_settings(explanation: Explanation) -> None:
         raise ValueError(f"prompt_stop must lie in [0, {len(e.text)}], got {e.prompt_stop}.")
     if e.reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {e.reduction!r}.")
-    if e.method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {e.method!r}.")
+    if not isinstance(e.method, str) or not e.method:
+        raise ValueError(f"method must be a name, got {e.method!r}.")
     if e.postprocessing not in get_args(Postprocessing):
         raise ValueError(
             f"postprocessing must be 'none', 'absolute' or 'square', got {e.postprocessing!r}."
@@ -90,7 +89,9 @@ def check_names(units: Sequence[Unit], method: str) -> None:
         "direct": ("direct",),
         "path": ("path",),
         "score_gradient": ("gradient",),
-    }.get(method, ("total", "direct"))
+        "hybrid": ("total", "direct"),
+        "hierarchical": ("total", "direct"),
+    }.get(method, ("baseline",))
     for index, unit in enumerate(units):
         if unit.part not in ("prompt", "target"):
             raise ValueError(

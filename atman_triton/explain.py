@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from .answers import contrasted
+from .answers import Answers, contrasted
 from .arguments import (
     check_one_of,
     checked_batch_size,
@@ -18,7 +18,7 @@ from .arguments import (
     checked_similarity,
     checked_steps,
 )
-from .asked import Reading, check_attention, check_method, checked_question
+from .asked import Asked, Reading, check_attention, check_method, checked_question
 from .attention import BACKENDS, MODES
 from .controls import Control, plain_control
 from .documents import filled, located
@@ -48,9 +48,23 @@ from .provenance import provenance
 from .reduction import Postprocessing, Quantity, Reduction
 from .steer import under_controls
 from .suppression import Rule
-from .tasks import task_of
+from .tasks import Prompt, task_of
 from .tokens import Span
 from .units import Layout, lay_out, token_places
+
+
+class Measured(NamedTuple):
+    """What a method gave.
+
+    Args:
+        outcome: The units and their scores.
+        base_logprobs: ``[M]`` float32, nats: nothing suppressed.
+        facts: How the numbers came about, as JSON values; ``method`` among them.
+    """
+
+    outcome: Outcome
+    base_logprobs: Tensor
+    facts: dict[str, Any]
 
 
 class Explainer:
@@ -395,50 +409,56 @@ class Explainer:
             )
             if asked.granularity == "auto":
                 facts |= {"max_units": asked.max_units, "level": described(layout.granularity)}
-            with token_progress("Explaining", self.progress) as bar:
-                engine = self.task.measures(
-                    read,
-                    answers,
-                    layout,
-                    self.settings,
-                    asked.reading.quantity,
-                    bar.expect,
-                    bar.advance,
-                )
-                method = self.method
-                facts["method_choice"] = "default" if self._default_method else "given"
-                if self._default_method and method == "direct" and not engine.shares_prefix:
-                    method = "exact"
-                    facts["method_choice"] = (
-                        f"default: no direct effects, because {'; '.join(engine.record.reasons)}"
-                    )
-                outcome = measure(
-                    method,
-                    engine,
-                    layout,
-                    self.budget,
-                    reduction,
-                    self.steps or DEFAULT_STEPS,
-                )
-            if self.settings.similarity is not None:
-                places = token_places(words, answers.tokens, answers.context)
-                outcome = with_neighbours(outcome, engine, places)
-                counts = [len(unit.neighbours) for unit in outcome.units]
-                facts["mean_neighbours"] = sum(counts) / len(counts)
-            if self.settings.mode == "multiplicative":
-                share = self.task.negative_share(read, layout, self.settings)
-                facts |= {} if share is None else {"negative_scores": share}
+            found = self._measured(read, answers, layout, asked)
         return self._explanation(
             layout,
-            outcome,
-            engine.base_logprobs,
+            found.outcome,
+            found.base_logprobs,
             asked.reading,
             layout.left_out + answers.left_out,
-            provenance(
-                self, method, engine.record, described(asked.granularity), len(layout.prompt_ids)
+            found.facts | facts,
+        )
+
+    def _measured(self, read: Prompt, answers: Answers, layout: Layout, asked: Asked) -> Measured:
+        """What the method gives for every unit, while controls act on the model."""
+        facts: dict[str, Any] = {"method_choice": "default" if self._default_method else "given"}
+        with token_progress("Explaining", self.progress) as bar:
+            engine = self.task.measures(
+                read,
+                answers,
+                layout,
+                self.settings,
+                asked.reading.quantity,
+                bar.expect,
+                bar.advance,
             )
-            | self.task.facts(self.settings, method)
-            | facts,
+            method = self.method
+            if self._default_method and method == "direct" and not engine.shares_prefix:
+                method = "exact"
+                facts["method_choice"] = (
+                    f"default: no direct effects, because {'; '.join(engine.record.reasons)}"
+                )
+            outcome = measure(
+                method,
+                engine,
+                layout,
+                self.budget,
+                asked.reading.reduction,
+                self.steps or DEFAULT_STEPS,
+            )
+        if self.settings.similarity is not None:
+            places = token_places(read.words, answers.tokens, answers.context)
+            outcome = with_neighbours(outcome, engine, places)
+            counts = [len(unit.neighbours) for unit in outcome.units]
+            facts["mean_neighbours"] = sum(counts) / len(counts)
+        if self.settings.mode == "multiplicative":
+            share = self.task.negative_share(read, layout, self.settings)
+            facts |= {} if share is None else {"negative_scores": share}
+        how = provenance(
+            self, method, engine.record, described(asked.granularity), len(layout.prompt_ids)
+        )
+        return Measured(
+            outcome, engine.base_logprobs, how | self.task.facts(self.settings, method) | facts
         )
 
     def _explanation(

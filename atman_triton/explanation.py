@@ -21,7 +21,7 @@ from torch import Tensor
 from . import checks
 from .completeness import Completeness
 from .pictures import Picture, Sound
-from .pieces import Document, LeftOut, Target, TargetPart, Unit
+from .pieces import Document, Effect, LeftOut, Target, TargetPart, Unit
 from .reduction import Postprocessing, Quantity, Reduction, normalized, postprocessed, reduced
 from .saving import from_json, load, save, to_json
 from .single import single, whole_targets
@@ -62,8 +62,8 @@ class Explanation:
         targets: The ``T`` scored tokens, at least one for every target, in order.
         base_logprobs: ``[T]`` float32, nats: log p of each target token with nothing suppressed.
         suppressed_logprobs: ``[T, U]`` float32, nats: the same with one unit suppressed; NaN where
-            the unit stands at or after the target token, or in another target. No run of a gradient
-            method suppresses one unit alone: there it is the base less the score.
+            the unit stands at or after the target token, or in another target. Gradient methods
+            and baselines suppress no unit alone: there it is the base less the score.
         reduction: How ``relevance`` goes over target tokens: ``"mean"`` (Eq. 3), ``"sum"`` (Eq. 2).
         left_out: What the model read besides the units, such as template tokens.
         provenance: How the numbers came about: model, settings, library versions. JSON values only.
@@ -72,7 +72,7 @@ class Explanation:
         method: ``"exact"`` (every unit's total effect), ``"direct"`` (every unit's direct effect),
             ``"hybrid"`` (direct, then exact for the strongest), ``"hierarchical"`` (large units
             first, then what they are made of), or by gradients ``"path"`` and
-            ``"score_gradient"``; see ``Unit.effect``.
+            ``"score_gradient"``; any other name is a baseline's. See ``Unit.effect``.
         coarse: The same prompt and targets by larger units, from which ``"hierarchical"`` chose
             what to refine; it may have a ``coarse`` of its own.
         together_logprobs: Of gradient methods, and only of them, ``[T]`` float32, nats: log p of
@@ -264,7 +264,7 @@ class Explanation:
         return reduced(self.base_logprobs[:, None], groups, count, "sum")[:, 0].float()
 
     @property
-    def effect(self) -> Literal["total", "direct", "path", "gradient", "mixed"]:
+    def effect(self) -> Effect | Literal["mixed"]:
         """The effect that the units' scores are, ``mixed`` if not all the same."""
         first = self.units[0].effect
         return first if all(unit.effect == first for unit in self.units) else "mixed"

@@ -48,3 +48,11 @@ def filled_up(value: Any, more: int, fill: int) -> Tensor | None:
     if value is None:
         return None
     return torch.cat([value, value.new_full((1, more), fill)], 1)
+
+
+def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The same on a device."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }

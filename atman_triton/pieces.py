@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Part = Literal["prompt", "target"]
-Effect = Literal["total", "direct", "path", "gradient"]
+Effect = Literal["total", "direct", "path", "gradient", "baseline"]
 Level = Literal[
     "token",
     "word",
@@ -120,6 +120,8 @@ class Unit:
             only in the rows of the target, all else kept as it is with nothing suppressed.
             ``path``: its share in suppressing all units together, from gradients on the way there.
             ``gradient``: a first-order estimate from the gradient with nothing suppressed.
+            ``baseline``: what another method than AtMan gives, see ``baselines``; the result's
+            ``method`` names it, and only some of them count in nats.
         level: How large a piece it is.
         document: Which of ``Explanation.documents`` it stands in; None outside of them.
         neighbours: Tokens outside of it that were suppressed along with it (paper, 3.3); empty

@@ -42,16 +42,7 @@ def provenance(
     """
     model, settings = explainer.model, explainer.settings
     ignored = settings.similarity is not None and settings.rule == "paper"
-    parameter = next(model.parameters())
-    versions = {"atman_triton": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "triton"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "model_class": type(model).__name__,
+    return measured_with(model, record, granularity) | {
         "preset": explainer.preset,
         "mode": settings.mode,
         "factor": None if ignored else settings.factor,
@@ -64,19 +55,34 @@ def provenance(
         "layers": settings.layers,
         "heads": settings.heads,
         "backend": settings.backend,
-        "granularity": granularity,
-        "runs": sum(record.batch_sizes),
         "exact_runs": record.runs["total"],
         "direct_runs": record.runs["direct"],
-        "backward_runs": record.backward_runs,
         "forwards": record.tokens / prompt_tokens,
         "runner": " + ".join(sorted(set(record.runners))),
         "runner_reasons": record.reasons,
         "wasted_share": record.wasted,
         "prefix_bytes": record.prefix_bytes,
         "activations": record.activations,
-        "batch_sizes": record.batch_sizes,
         "logits": record.logits,
+    }
+
+
+def measured_with(model: Any, record: Record, granularity: str) -> dict[str, Any]:
+    """What holds of every method: model, work, versions, as JSON values."""
+    parameter = next(model.parameters())
+    versions = {"atman_triton": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "triton"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "model": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        "model_class": type(model).__name__,
+        "granularity": granularity,
+        "runs": sum(record.batch_sizes),
+        "backward_runs": record.backward_runs,
+        "batch_sizes": record.batch_sizes,
         "seconds": record.seconds,
         "device": str(parameter.device),
         "dtype": str(parameter.dtype).removeprefix("torch."),

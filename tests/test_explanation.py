@@ -387,8 +387,12 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"method": "fast"},
             ValueError,
-            "method must be one of exact, direct, hybrid, hierarchical, path, score_gradient, "
-            "got 'fast'.",
+            "units[0].effect must be 'baseline' where method is 'fast', got 'total'.",
+        ),
+        (
+            {"method": ""},
+            ValueError,
+            "method must be a name, got ''.",
         ),
         (
             {"target_stops": [3]},
@@ -460,7 +464,7 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="indirect")]},
             ValueError,
-            "units[1].effect must be one of total, direct, path, gradient, got 'indirect'.",
+            "units[1].effect must be one of total, direct, path, gradient, baseline, got 'indirect'.",
         ),
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="direct")]},

@@ -118,6 +118,8 @@ def scale(explanation: Explanation) -> Scale:
     output = explanation.quantity == "output"
     unit = _UNITS[explanation.quantity] + (", squared" if output else "²") * (how == "square")
     suffix = "" if output else f" {unit}"
+    if explanation.effect == "baseline":  # whose numbers have no unit in common
+        unit, suffix = "units of its own", ""
     if explanation.normalize:
         unit, suffix = "0 to 1", ""
     if how != "none":
@@ -257,6 +259,7 @@ def effect(explanation: Explanation, mark: str) -> str:
         "direct": direct,
         "path": "share in suppressing all units together, from gradients on the way there",
         "gradient": "first-order estimate of suppressing all units together, usually a poor one",
+        "baseline": f"what the baseline {explanation.method} gives, in a unit of its own",
         "mixed": f"total effect, but where {mark} a {direct}",
     }[explanation.effect]
 

@@ -1,0 +1,65 @@
+"""Pictures of a prompt, copied, painted over and put back where they stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..chat import is_image
+from ..images import readable
+from ..pieces import Box
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGE_KEYS = ("image", "url", "path")
+
+
+def images_of(prompt: Any) -> list[Image]:
+    """Copies of the pictures of a prompt, in order, as the model is shown them."""
+    found: list[Image] = []
+    _walk(prompt, lambda image: found.append(readable(image)) or image)
+    return [image.copy() for image in found]
+
+
+def with_images(prompt: Any, images: Iterator[Image]) -> Any:
+    """The prompt with other pictures in the place of its own, in order."""
+    return _walk(prompt, lambda _: next(images))
+
+
+def mean_colour(image: Image) -> tuple[int, int, int]:
+    """Of all pixels of a picture in RGB."""
+    import numpy as np
+
+    red, green, blue = np.asarray(image, np.float64).reshape(-1, 3).mean(0).round().astype(int)
+    return int(red), int(green), int(blue)
+
+
+def paint(image: Image, box: Box, colour: tuple[int, int, int]) -> None:
+    """Paint the pixels whose centre lies in a box, at least one of them."""
+    left, top, width, height = box
+    columns = _pixels(left, width, image.width)
+    rows = _pixels(top, height, image.height)
+    image.paste(colour, (columns[0], rows[0], columns[1], rows[1]))
+
+
+def _pixels(start: float, length: float, size: int) -> tuple[int, int]:
+    first = min(max(0, math.ceil(start - 0.5)), size - 1)
+    return first, min(size, max(first + 1, math.ceil(start + length - 0.5)))
+
+
+def _walk(item: Any, change: Any) -> Any:
+    """A prompt, every picture in it changed."""
+    from PIL import Image
+
+    if isinstance(item, Image.Image):
+        return change(item)
+    if isinstance(item, Mapping):
+        if is_image(item):
+            key = next(key for key in _IMAGE_KEYS if isinstance(item.get(key), Image.Image))
+            return {**item, key: change(item[key])}
+        return {**item, "content": _walk(item["content"], change)} if "content" in item else item
+    if isinstance(item, (list, tuple)):
+        return [_walk(each, change) for each in item]
+    return item
