@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -82,7 +82,14 @@ class Replay:
         return self.branches.length
 
     def run(
-        self, start: int, stop: int, rows: int, logits: int | None, *, cached: bool = True
+        self,
+        start: int,
+        stop: int,
+        rows: int,
+        logits: int | None,
+        *,
+        cached: bool = True,
+        embeddings: Tensor | None = None,
     ) -> Tensor:
         """Logits of the last columns of a range, in as many equal rows as there are factors.
 
@@ -92,6 +99,7 @@ class Replay:
             rows: ``B``.
             logits: How many of the last columns need logits; None computes all.
             cached: Tell the model that a prefix was seen; False for a plain pass from 0.
+            embeddings: ``[B, stop - start, D]``, which the text stack reads in place of its own.
         Returns: ``[B, logits, V]``, or more columns from a model that computes all.
         """
         arguments: dict[str, Any] = {"return_dict": True, "use_cache": cached}
@@ -105,6 +113,8 @@ class Replay:
             # Only their number counts, so the last one, which is text, stands in for all.
             arguments["input_ids"] = self.ids[:, -1:].expand(rows, stop - start)
             prepared = self._cut(self._prepared, start, stop, rows, arguments)
+            if embeddings is not None:
+                prepared["inputs_embeds"] = embeddings
             with self._prepared_stack(prepared):
                 output = self.model(**arguments)
         else:
@@ -113,7 +123,8 @@ class Replay:
                 arguments["position_ids"] = arguments["position_ids"].expand(rows, -1)
             if self._padding is not None:
                 arguments["attention_mask"] = self._padding[:, :stop].expand(rows, -1)
-            output = self.model(**arguments)
+            with nullcontext() if embeddings is None else self._embedded_stack(embeddings):
+                output = self.model(**arguments)
         found = output.logits
         least = 1 if logits is None else logits
         if found.dim() != 3 or found.shape[1] < least:
@@ -267,6 +278,25 @@ class Replay:
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             carried = {name: kwargs[name] for name in (KEYWORD,) if name in kwargs}
             return (), prepared | carried
+
+        hook = stack.register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _embedded_stack(self, embeddings: Tensor) -> Iterator[None]:
+        """Let the text stack read embeddings instead of token ids."""
+        stack, _ = find_stack(self.model)
+
+        def replace(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+            given = dict(bound.arguments)
+            given |= given.pop("kwargs", {})
+            return (), given | {"input_ids": None, "inputs_embeds": embeddings}
 
         hook = stack.register_forward_pre_hook(replace, with_kwargs=True)
         try:

@@ -12,7 +12,6 @@ S = P + T − 1 tokens that are read for one target, D width of embeddings, N va
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ from ..perturbations import Unit as Perturbation
 from ..pieces import Unit
 from ..replay import Replay
 from ..scored import check_base, rows_of, stands_before, timed
-from ..stacks import UnsupportedModelError, find_stack
+from ..stacks import UnsupportedModelError
 from ..tasks import Prompt, Task, task_of
 from ..tasks.decoder import DecoderTask
 from .removal import Removal
@@ -193,28 +192,17 @@ class Case:
             output: What to return of each token.
         Returns: ``[B, T]`` float32.
         """
-        replay, rows = self._replays[target], len(embeddings)
-        with run_as_atman(self.model, None, "multiplicative"), self._reading(embeddings):
-            logits = replay.run(
-                0, self.length(target), rows, len(self.targets[target]), cached=False
-            )
+        replay, rows, length = self._replays[target], len(embeddings), self.length(target)
+        slopes = torch.is_grad_enabled()
+        with (
+            undisturbed(self.model),
+            torch.set_grad_enabled(slopes),
+            run_as_atman(self.model, None, "multiplicative"),
+        ):
+            wanted = len(self.targets[target])
+            logits = replay.run(0, length, rows, wanted, cached=False, embeddings=embeddings)
         self.count(rows, self.length(target))
         return self.scored(logits, target, output)
-
-    @contextmanager
-    def _reading(self, embeddings: Tensor) -> Iterator[None]:
-        """Let the text stack read these."""
-        stack, _ = find_stack(self.model)
-
-        def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            own = {name: value for name, value in kwargs.items() if name != "input_ids"}
-            return (None, *args[1:]) if args else (), own | {"inputs_embeds": embeddings}
-
-        hook = stack.register_forward_pre_hook(read, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
 
     # --- pieces of the prompt taken away ----------------------------------------------------------
 
