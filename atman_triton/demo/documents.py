@@ -153,6 +153,23 @@ def unfinished_statement(rng: random.Random, document: Document, question: Quest
     return question._replace(text=f"{text.rstrip()}?", answer=answer, form="plain")
 
 
+def reworded(rng: random.Random, document: Document, question: Question) -> Question | None:
+    """The same question in other words, for the same answer; None if it is asked in one way only.
+
+    The words are those of another pattern of the fact where there is one, not just another choice
+    of words in the same.
+    """
+    facts = data.FACTS[document.kind][question.value_type]
+    fact = next(fact for fact in facts if fact.name == question.fact)
+    ways = [
+        [_question_text(text, question.form) for text in _expand(pattern)]
+        for pattern in fact.questions
+    ]
+    others = [way for way in ways if question.text not in way]
+    texts = [text for way in others or ways for text in way if text != question.text]
+    return question._replace(text=rng.choice(texts)) if texts else None
+
+
 class _Value(NamedTuple):
     """A value: how the text writes it, and the answer for each form it can be asked in."""
 
@@ -231,11 +248,14 @@ def _duration(rng: random.Random, number: int, unit: str) -> _Value:
 def _ask(rng: random.Random, fact: Fact, value_type: str, value: _Value, sentence: int) -> Question:
     """One of the wordings of the question for a stated fact."""
     form = rng.choice(tuple(value.answers))
-    text = rng.choice(_expand(rng.choice(fact.questions)))
-    text = text.replace("{place}", "country" if form == "country" else "state")
-    if form == "digits":
-        text = text.replace("?", ", in digits?")
+    text = _question_text(rng.choice(_expand(rng.choice(fact.questions))), form)
     return Question(text, f" {value.answers[form]}", sentence, fact.name, value_type, form)
+
+
+def _question_text(text: str, form: str) -> str:
+    """A question's wording, made to ask for the answer in this form."""
+    text = text.replace("{place}", "country" if form == "country" else "state")
+    return text.replace("?", ", in digits?") if form == "digits" else text
 
 
 def _sentence(rng: random.Random, text: str) -> str:

@@ -46,12 +46,14 @@ class Share:
 
 def fresh_cases(count: int, salt: str = "fresh") -> list[Case]:
     """``count`` documents that training never sees, each with one of its questions."""
-    cases = []
-    for number in range(count):
-        rng = random.Random(f"{salt}-{number}")
-        document = make_document(rng)
-        cases.append((document, rng.choice(document.questions)))
-    return cases
+    return [fresh_case(number, salt) for number in range(count)]
+
+
+def fresh_case(number: int, salt: str = "fresh") -> Case:
+    """One of them, from 0."""
+    rng = random.Random(f"{salt}-{number}")
+    document = make_document(rng)
+    return document, rng.choice(document.questions)
 
 
 @torch.inference_mode()
