@@ -251,7 +251,10 @@ def best(scores: Mapping[Any, Sequence[float]]) -> Any:
 
 
 def table(rows: Sequence[Row], part: str) -> Table:
-    """One part of a study: a line for what was varied and each method, a column per measure."""
+    """One part of a study: a line for what was varied and each method, a column per measure.
+
+    Behind each value, half the width of its interval.
+    """
     own = pick(rows, part=part)
     measures = list(dict.fromkeys(each.measure for each in own))
     result = Table(title=f"{own[0].study}: {part}")
@@ -267,7 +270,7 @@ def table(rows: Sequence[Row], part: str) -> Table:
 
 
 def _cell(found: Row | None) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]" if found else ""
+    return f"{found.value:.3f} ±{(found.high - found.low) / 2:.3f}" if found else ""
 
 
 # --- the command ----------------------------------------------------------------------------
