@@ -292,6 +292,7 @@ def options_of(
     if options.documents < 2:
         parser.error("an interval needs at least 2 documents")
     torch.set_num_threads(1)
+    _facts()  # of the code that runs, whatever is committed meanwhile
     return options
 
 
