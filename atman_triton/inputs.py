@@ -1,6 +1,6 @@
 """What a model's forward takes for a prompt, and for the prompt with more tokens behind it.
 
-Legend: P prompt tokens, N further ones.
+Legend: B prompts of as many tokens, P each, N further ones.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def continued(inputs: Mapping[str, Any], ids: Sequence[int], model_type: str) ->
     """The same with text behind it.
 
     Args:
-        inputs: Of the prompt, ``input_ids`` ``[1, P]`` among them.
+        inputs: Of the prompt, ``input_ids`` ``[B, P]`` among them.
         ids: ``N`` tokens.
         model_type: The model's family, by which token types are read.
-    Returns: those of ``[1, P + N]`` tokens; what does not count tokens stays as it is.
+    Returns: those of ``[B, P + N]`` tokens; what does not count tokens stays as it is.
     """
     longer = dict(inputs)
     prompt: Tensor = inputs["input_ids"]
-    longer["input_ids"] = torch.cat([prompt, prompt.new_tensor(ids)[None]], 1)
+    longer["input_ids"] = torch.cat([prompt, prompt.new_tensor(ids).expand(len(prompt), -1)], 1)
     for name in inputs:
         if name == "attention_mask" or name in TOKEN_TYPES:
             fill = 1 if name == "attention_mask" or model_type in _ANSWER_IS_1 else 0
@@ -44,10 +44,10 @@ def continued(inputs: Mapping[str, Any], ids: Sequence[int], model_type: str) ->
 
 
 def filled_up(value: Any, more: int, fill: int) -> Tensor | None:
-    """``[1, P]`` continued with ``more`` equal values; None stays None."""
+    """``[B, P]`` continued with ``more`` equal values; None stays None."""
     if value is None:
         return None
-    return torch.cat([value, value.new_full((1, more), fill)], 1)
+    return torch.cat([value, value.new_full((len(value), more), fill)], 1)
 
 
 def moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from ..granularity import described
 from ..methods import Outcome
 from ..progress import token_progress
 from ..provenance import measured_with
-from ..stacks import UnsupportedModelError
 from ..tasks import Prompt, task_of
 from ..tasks.decoder import DecoderTask
 from ..units import Layout
-from .case import Case, Output
+from .case import Case, Output, no_decoder
 from .methods import BASELINES, Options
 
 _LEAST = {"budget": 2, "steps": 1, "seed": 0}
@@ -66,10 +65,7 @@ class Baseline(Explainer):
         check_one_of("method", method, tuple(BASELINES))
         self.task = task_of(model, tokenizer)
         if type(self.task) is not DecoderTask:
-            raise UnsupportedModelError(
-                f"baselines explain decoders alone, got {type(model).__name__}; "
-                "atman_triton.Explainer takes it."
-            )
+            raise no_decoder(model)
         self.model = model
         self.tokenizer = self.task.tokenizer
         self.preset = "default"

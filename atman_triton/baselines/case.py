@@ -67,10 +67,7 @@ class Case:
         advance: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         if type(task) is not DecoderTask:
-            raise UnsupportedModelError(
-                f"baselines explain decoders alone, with pictures or without, got "
-                f"{type(task.model).__name__}; atman_triton.Explainer takes it."
-            )
+            raise no_decoder(task.model)
         self.task: DecoderTask = task
         self.model: Any = task.model
         self.device = device_of(self.model)
@@ -100,13 +97,27 @@ class Case:
             model: The model that was explained.
             processor: Its tokenizer or processor.
             prompt: As ``explain`` was given it, with its documents filled in.
-            explanation: Of the whole target: not of a ``target_span``.
+            explanation: Of this prompt and of whole targets: not of a ``target_span``.
+        Raises:
+            UnsupportedModelError: if the model is no decoder alone.
+            ValueError: if the explanation is of another prompt, or of part of a target.
         """
         task = task_of(model, processor)
+        if type(task) is not DecoderTask:
+            raise no_decoder(model)
+        read = task.read(prompt)
         targets: list[list[int]] = [[] for _ in explanation.target_stops]
         for target in explanation.targets:
-            targets[target.branch].append(target.token_id)
-        return cls(task, task.read(prompt), targets, explanation.units)
+            own = targets[target.branch]
+            expected = len(read.words) + len(own)
+            if target.token != expected:
+                raise ValueError(
+                    "explanation must be of this prompt, its documents filled in, and of whole "
+                    f"targets: scored token {target.text!r} stands at {target.token}, expected "
+                    f"{expected}."
+                )
+            own.append(target.token_id)
+        return cls(task, read, targets, explanation.units)
 
     @property
     def forwards(self) -> float:
@@ -115,13 +126,20 @@ class Case:
 
     def count(self, rows: int, tokens: int, *, backward: bool = False) -> None:
         """Note a finished pass of ``rows`` times ``tokens`` tokens, or a backward pass."""
-        many = rows * tokens * (BACKWARD if backward else 1)
-        self.record.tokens += many
         if backward:
             self.record.backward_runs += rows
+            self._note(rows * tokens * BACKWARD)
         else:
-            self.record.batch_sizes.append(rows)
-        self.advance(many)
+            self.count_all([tokens] * rows)
+
+    def count_all(self, tokens: Sequence[int]) -> None:
+        """Note a finished pass of rows of so many tokens each."""
+        self.record.batch_sizes.append(len(tokens))
+        self._note(sum(tokens))
+
+    def _note(self, tokens: int) -> None:
+        self.record.tokens += tokens
+        self.advance(tokens)
 
     # --- the prompt as it is ----------------------------------------------------------------------
 
@@ -143,9 +161,13 @@ class Case:
         return range(self.prompt_tokens - 1, self.length(target))
 
     def scored(self, logits: Tensor, target: int, output: Output = "logprob") -> Tensor:
-        """``[B, T]`` of the target's tokens, from logits whose last ``T`` columns predict them."""
+        """``[B, T]`` of the target's tokens, from logits whose last ``T`` columns predict them.
+
+        In float32; of float64 logits in float64.
+        """
         own = torch.tensor(self.targets[target], device=logits.device)
-        kept = logits[:, -len(own) :].float()
+        kept = logits[:, -len(own) :]
+        kept = kept if kept.dtype == torch.float64 else kept.float()
         kept = kept.log_softmax(-1) if output == "logprob" else kept
         return kept.gather(-1, own.expand(len(kept), -1)[..., None]).squeeze(-1)
 
@@ -190,7 +212,7 @@ class Case:
             target: Which of the ``K``.
             embeddings: ``[B, S, D]``.
             output: What to return of each token.
-        Returns: ``[B, T]`` float32.
+        Returns: ``[B, T]`` float32; of a model in float64 that.
         """
         replay, rows, length = self._replays[target], len(embeddings), self.length(target)
         slopes = torch.is_grad_enabled()
@@ -269,10 +291,11 @@ class Case:
         return engine
 
     def _check_removable(self, units: Collection[int]) -> None:
-        known = set(self.removable)
-        wrong = [unit for unit in units if unit not in known]
+        wrong = set(units).difference(self.removable)
         if wrong:
-            raise ValueError(f"removed must hold indices of units of the prompt, got {wrong[0]!r}.")
+            raise ValueError(
+                f"removed must hold indices of units of the prompt, got {sorted(wrong, key=str)[0]!r}."
+            )
 
     # --- scores -----------------------------------------------------------------------------------
 
@@ -298,3 +321,11 @@ class Case:
         size = max(1, memory.tokens_per_batch(self.device) // max(1, tokens))
         for start in range(0, count, size):
             yield range(start, min(count, start + size))
+
+
+def no_decoder(model: Any) -> UnsupportedModelError:
+    """What is said of a model that baselines do not explain."""
+    return UnsupportedModelError(
+        f"baselines explain decoders alone, with pictures or without, got {type(model).__name__}; "
+        "atman_triton.Explainer takes it."
+    )

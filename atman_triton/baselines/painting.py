@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..chat import is_image
@@ -13,14 +13,12 @@ from ..pieces import Box
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_IMAGE_KEYS = ("image", "url", "path")
-
 
 def images_of(prompt: Any) -> list[Image]:
-    """Copies of the pictures of a prompt, in order, as the model is shown them."""
+    """The pictures of a prompt, in order, as the model is shown them."""
     found: list[Image] = []
-    _walk(prompt, lambda image: found.append(readable(image)) or image)
-    return [image.copy() for image in found]
+    _walk(prompt, lambda image: found.append(readable(image)))
+    return found
 
 
 def with_images(prompt: Any, images: Iterator[Image]) -> Any:
@@ -49,16 +47,15 @@ def _pixels(start: float, length: float, size: int) -> tuple[int, int]:
     return first, min(size, max(first + 1, math.ceil(start + length - 0.5)))
 
 
-def _walk(item: Any, change: Any) -> Any:
+def _walk(item: Any, change: Callable[[Image], Any]) -> Any:
     """A prompt, every picture in it changed."""
-    from PIL import Image
+    from PIL.Image import Image
 
-    if isinstance(item, Image.Image):
+    if isinstance(item, Image):
         return change(item)
     if isinstance(item, Mapping):
         if is_image(item):
-            key = next(key for key in _IMAGE_KEYS if isinstance(item.get(key), Image.Image))
-            return {**item, key: change(item[key])}
+            return {**item, "image": change(item["image"])}
         return {**item, "content": _walk(item["content"], change)} if "content" in item else item
     if isinstance(item, (list, tuple)):
         return [_walk(each, change) for each in item]

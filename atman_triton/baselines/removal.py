@@ -1,11 +1,11 @@
 """Pieces of a prompt taken out of a model's input, many variants in few passes.
 
-Legend: N variants, K targets, M scored tokens, T of one target, L tokens of a shortened prompt.
+Legend: N variants, K targets, M scored tokens, T of one target, L tokens of a shortened prompt with
+a target behind it, B rows of a batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import memory
+from .. import memory, multimodal
+from ..capabilities import keeps_logits
+from ..encoded_once import EncodedOnce
 from ..inputs import TOKEN_TYPES, continued, moved
 from ..pieces import Box
-from ..tasks.decoder import DecoderTask
+from ..stacks import UnsupportedModelError
 from .painting import images_of, mean_colour, paint, with_images
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .case import Case
 
-_COUNT_TOKENS = TOKEN_TYPES | {"input_ids", "attention_mask", "position_ids"}
+_COUNT_TOKENS = TOKEN_TYPES | {"input_ids", "attention_mask"}
 
 
 class Variant(NamedTuple):
@@ -47,27 +51,54 @@ class Removal:
     def __init__(self, case: Case) -> None:
         self.case = case
         self._kind = str(getattr(case.model.config, "model_type", ""))
-        original: Any = getattr(case.model, "_orig_mod", case.model)
-        self._places = "position_ids" in inspect.signature(original.forward).parameters
-        # reading a prompt anew must not forget the pictures that the case has encoded
-        self._reader = DecoderTask(case.task.model, case.task.processor)
+        self._prepared = set(case.prompt.inputs) != {"input_ids"}
+        """Whether a processor made the inputs, which then hold more than ids."""
 
     def logprobs(self, removed: Sequence[Collection[int]]) -> Tensor:
         """``[N, M]`` float32."""
         case = self.case
         several = [self._variant(units) for units in dict.fromkeys(map(frozenset, removed))]
         found = {each.units: torch.empty(len(case.base_logprobs)) for each in several}
-        for k, target in enumerate(case.targets):
-            more = [*case.context, *target[:-1]]
-            case.expect(sum(len(each.ids) + len(more) for each in several))
-            for group in self._groups(several, len(more)):
-                inputs = moved(self._inputs(group, more), case.device)
-                output = case.model(**inputs, use_cache=False, **case.keep(len(target)))
-                case.count(1, sum(len(each.ids) + len(more) for each in group))
-                rows = case.rows[k]
-                for each, own in zip(group, case.scored(output.logits, k).cpu(), strict=True):
-                    found[each.units][rows.start : rows.stop] = own
+        behind = [[*case.context, *target[:-1]] for target in case.targets]
+        case.expect(sum(len(each.ids) + len(more) for each in several for more in behind))
+        pending = list(self._groups(several, max(map(len, behind))))
+        while pending:
+            group = pending.pop(0)
+            try:
+                scored = self._run(group, behind)
+            except (RuntimeError, MemoryError) as error:
+                if len(group) == 1 or not memory.out_of_memory(error):
+                    raise
+            else:
+                for each, own in zip(group, scored, strict=True):
+                    found[each.units] = own
+                for more in behind:
+                    case.count_all([len(each.ids) + len(more) for each in group])
+                continue
+            # Outside the except block, so that the failed pass's tensors are gone by now.
+            half = len(group) // 2
+            pending = [group[:half], group[half:], *pending]
         return torch.stack([found[frozenset(units)] for units in removed])
+
+    def _run(self, group: Sequence[Variant], behind: Sequence[Sequence[int]]) -> Tensor:
+        """``[B, M]`` of one batch, on the CPU; its pictures are encoded once for all targets."""
+        case = self.case
+        read = self._read(group)
+        encoded, scored = EncodedOnce(), []
+        for k, more in enumerate(behind):
+            lengths = [len(each.ids) + len(more) for each in group]
+            inputs = moved(self._behind(group, read, more), case.device)
+            wanted = len(case.targets[k])
+            keep = max(lengths) - min(lengths) + wanted
+            with encoded.on(case.model):
+                logits = case.model(**inputs, use_cache=False, **case.keep(keep)).logits
+            ends = torch.tensor(lengths, device=logits.device) - max(lengths) + logits.shape[1]
+            columns = ends[:, None] + torch.arange(-wanted, 0, device=logits.device)  # [B, T]
+            rows = torch.arange(len(group), device=logits.device)[:, None]
+            scored.append(case.scored(logits[rows, columns], k).float().cpu())
+        return torch.cat(scored, 1)
+
+    # --- which variants there are -----------------------------------------------------------------
 
     def _variant(self, units: frozenset[int]) -> Variant:
         own, words = self.case.units, self.case.prompt.words
@@ -86,7 +117,7 @@ class Removal:
         """A token that stands for an empty prompt."""
         config = self.case.model.config
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            token = getattr(config, name, None)
+            token = getattr(config.get_text_config(), name, None)
             token = token[0] if isinstance(token, list) and token else token
             if isinstance(token, int):
                 return token
@@ -98,76 +129,108 @@ class Removal:
     def _groups(self, several: Sequence[Variant], more: int) -> Iterator[list[Variant]]:
         """Variants that go through the model together, the short ones first.
 
-        With pictures, only those that keep the same text; else any, shorter ones padded.
+        What a processor prepared has one length in a group; text has any, so that few tokens are
+        put behind the short ones.
         """
-        pictures = bool(self.case.prompt.pictures)
-        order = sorted(several, key=lambda each: (len(each.ids), each.kept, sorted(each.units)))
-        most = memory.tokens_per_batch(self.case.device)
+        order = sorted(several, key=lambda each: len(each.ids))
         group: list[Variant] = []
         for each in order:
-            full = (len(group) + 1) * (len(each.ids) + more) > most
-            if group and (full or (pictures and group[0].kept != each.kept)):
-                yield group
-                group = []
+            if group:
+                other = self._prepared and len(group[0].ids) != len(each.ids)
+                if other or len(group) >= self._most_rows(len(group[0].ids), len(each.ids), more):
+                    yield group
+                    group = []
             group.append(each)
         if group:
             yield group
 
-    def _inputs(self, group: Sequence[Variant], more: Sequence[int]) -> dict[str, Any]:
-        """What the model's forward takes for some variants, with tokens behind them."""
-        if self.case.prompt.pictures:
-            return _stacked([continued(self._reread(each), more, self._kind) for each in group])
-        longest = max(len(each.ids) for each in group)
-        padding = [longest - len(each.ids) for each in group]
-        rows = [[0] * pad + [*each.ids, *more] for pad, each in zip(padding, group, strict=True)]
-        inputs: dict[str, Any] = {"input_ids": torch.tensor(rows)}
-        if any(padding):
-            shown = torch.ones_like(inputs["input_ids"])
-            for row, pad in zip(shown, padding, strict=True):
-                row[:pad] = 0
-            inputs["attention_mask"] = shown
-            if self._places:
-                inputs["position_ids"] = (shown.cumsum(1) - 1).clamp(min=0)
-        return inputs
+    def _most_rows(self, shortest: int, longest: int, more: int) -> int:
+        """How many prompts of such lengths fit, with so many tokens behind them."""
+        case, length = self.case, longest + more
+        rows = memory.tokens_per_batch(case.device) // length
+        if self._free is not None:
+            logits = longest - shortest + more + 1 if keeps_logits(case.model) else length
+            row = memory.bytes_per_row(case.model, length, logits, length)
+            rows = min(rows, int(self._free * memory.SHARE) // row)
+        return max(1, rows)
+
+    @property
+    def _free(self) -> int | None:
+        return memory.free_memory(self.case.model)
+
+    # --- what the model reads ---------------------------------------------------------------------
+
+    def _read(self, group: Sequence[Variant]) -> dict[str, Any] | None:
+        """The prompts of a group as a processor prepares them; None where it is text alone."""
+        return _stacked([self._reread(each) for each in group]) if self._prepared else None
+
+    def _behind(
+        self, group: Sequence[Variant], read: dict[str, Any] | None, more: Sequence[int]
+    ) -> dict[str, Any]:
+        """What the model's forward takes for a group with tokens behind each prompt.
+
+        Shorter rows are filled up behind their last token, which text in front does not see: so
+        positions, windows and biases are those of the row alone, and no mask is needed.
+        """
+        if read is not None:
+            return continued(read, more, self._kind)
+        rows = [[*each.ids, *more] for each in group]
+        longest = max(map(len, rows))
+        return {"input_ids": torch.tensor([row + row[-1:] * (longest - len(row)) for row in rows])}
 
     def _reread(self, variant: Variant) -> dict[str, Any]:
-        """What the model takes for the prompt with its pictures painted and text deleted."""
+        """What the model takes for one prompt with its pictures painted and text deleted."""
         prompt = self.case.prompt
         inputs = prompt.inputs
         if variant.painted:
-            images = images_of(prompt.raw)
+            images = [image.copy() for image in self._images]
             for image, box in variant.painted:
                 paint(images[image], box, self._means[image])
-            own = self._reader.read(with_images(prompt.raw, iter(images)))
-            if own.words.ids != prompt.words.ids:
-                raise ValueError("a painted picture is read in other tokens than the picture.")
-            inputs = own.inputs
-        tokens = len(prompt.words)
-        if len(variant.ids) == tokens:
+            task = self.case.task
+            inputs = multimodal.prepared(
+                with_images(prompt.raw, iter(images)), task.model, task.processor
+            )
+            if not torch.equal(inputs["input_ids"], prompt.inputs["input_ids"]):
+                raise UnsupportedModelError(
+                    f"{type(task.processor).__name__} reads a painted picture as other tokens than "
+                    "the picture itself, so patches cannot be removed from its prompts."
+                )
+        if len(variant.kept) == len(prompt.words):
             return inputs
-        return {name: _cut(name, value, variant.kept, tokens) for name, value in inputs.items()}
+        kept = torch.tensor(variant.kept or [0])
+        cut = {name: _cut(name, value, kept) for name, value in inputs.items()}
+        cut["input_ids"] = cut["input_ids"].new_tensor(variant.ids)[None]
+        return cut
+
+    @cached_property
+    def _images(self) -> list[Image]:
+        return images_of(self.case.prompt.raw)
 
     @cached_property
     def _means(self) -> list[tuple[int, int, int]]:
-        return [mean_colour(image) for image in images_of(self.case.prompt.raw)]
+        return [mean_colour(image) for image in self._images]
 
 
-def _cut(name: str, value: Any, kept: Sequence[int], tokens: int) -> Any:
+def _cut(name: str, value: Any, kept: Tensor) -> Any:
     """An input that counts the prompt's tokens, for those that are kept; others as they are."""
-    if not isinstance(value, Tensor) or name not in _COUNT_TOKENS:
-        return value
-    places = torch.tensor(kept, dtype=torch.long)
-    if name == "position_ids":  # what follows moves up
-        return value[..., : len(kept)]
-    return value.index_select(1, places)
+    if name == "position_ids":
+        raise UnsupportedModelError(
+            "the processor numbers the tokens of a prompt itself, so which numbers they have once "
+            "some are deleted is not known."
+        )
+    return value.index_select(1, kept.to(value.device)) if name in _COUNT_TOKENS else value
 
 
 def _stacked(several: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Inputs of several rows as those of one batch."""
-    first = several[0]
+    """Inputs of several prompts as those of one batch."""
     if len(several) == 1:
-        return first
-    return {
-        name: torch.cat([each[name] for each in several]) if isinstance(value, Tensor) else value
-        for name, value in first.items()
-    }
+        return dict(several[0])
+    return {name: _joined([each[name] for each in several]) for name in several[0]}
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """One input of several prompts: tensors and lists one after the other, settings as they are."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))
+    return [item for value in values for item in value] if isinstance(first, list) else first
