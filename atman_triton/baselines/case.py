@@ -38,6 +38,9 @@ from .removal import Removal
 Output = Literal["logprob", "logit"]
 """What is scored of a target token; logits still have a slope where the model is certain."""
 
+Scored = Literal["logprob", "logit", "odds"]
+"""``odds``: the logarithm of p / (1 - p), which is exact where p is all but 1."""
+
 BACKWARD = 2  # forward passes that a backward one costs
 
 
@@ -160,7 +163,7 @@ class Case:
         """``T`` columns of the ``S`` that predict a target's tokens."""
         return range(self.prompt_tokens - 1, self.length(target))
 
-    def scored(self, logits: Tensor, target: int, output: Output = "logprob") -> Tensor:
+    def scored(self, logits: Tensor, target: int, output: Scored = "logprob") -> Tensor:
         """``[B, T]`` of the target's tokens, from logits whose last ``T`` columns predict them.
 
         In float32; of float64 logits in float64.
@@ -168,8 +171,13 @@ class Case:
         own = torch.tensor(self.targets[target], device=logits.device)
         kept = logits[:, -len(own) :]
         kept = kept if kept.dtype == torch.float64 else kept.float()
-        kept = kept.log_softmax(-1) if output == "logprob" else kept
-        return kept.gather(-1, own.expand(len(kept), -1)[..., None]).squeeze(-1)
+        wanted = own.expand(len(kept), -1)[..., None]  # [B, T, 1]
+        if output == "logprob":
+            kept = kept.log_softmax(-1)
+        found = kept.gather(-1, wanted).squeeze(-1)
+        if output == "odds":
+            found = found - kept.scatter(-1, wanted, -torch.inf).logsumexp(-1)
+        return found
 
     def _base(self) -> Tensor:
         found = []
@@ -233,7 +241,7 @@ class Case:
         """Indices of the units that stand in the prompt."""
         return [index for index, unit in enumerate(self.units) if unit.part == "prompt"]
 
-    def without(self, removed: Sequence[Collection[int]]) -> Tensor:
+    def without(self, removed: Sequence[Collection[int]], output: Scored = "logprob") -> Tensor:
         """Log-probabilities with units of the prompt taken out of the model's input.
 
         Text is deleted: what follows moves up. Pieces of a picture are painted in the picture's
@@ -242,13 +250,17 @@ class Case:
 
         Args:
             removed: ``N`` sets of indices of units.
+            output: What to give of each scored token, in place of its log-probability.
         Returns: ``[N, M]`` float32, nats, on the CPU.
-        Raises: ValueError: if a unit is none of the prompt.
+        Raises:
+            torch.OutOfMemoryError: if not even one variant fits in memory.
+            UnsupportedModelError: if the processor reads painted pictures as other tokens.
+            ValueError: if a unit is none of the prompt, or nothing stands for an empty one.
         """
         for units in removed:
             self._check_removable(units)
         with undisturbed(self.model), timed(self.record):
-            return self._removal.logprobs(removed)
+            return self._removal.scores(removed, output)
 
     @cached_property
     def _removal(self) -> Removal:
@@ -291,11 +303,9 @@ class Case:
         return engine
 
     def _check_removable(self, units: Collection[int]) -> None:
-        wrong = set(units).difference(self.removable)
+        wrong = sorted(set(units).difference(self.removable), key=str)
         if wrong:
-            raise ValueError(
-                f"removed must hold indices of units of the prompt, got {sorted(wrong, key=str)[0]!r}."
-            )
+            raise ValueError(f"removed must hold indices of units of the prompt, got {wrong[0]!r}.")
 
     # --- scores -----------------------------------------------------------------------------------
 

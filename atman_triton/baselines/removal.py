@@ -24,7 +24,7 @@ from .painting import images_of, mean_colour, paint, with_images
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from .case import Case
+    from .case import Case, Scored
 
 _COUNT_TOKENS = TOKEN_TYPES | {"input_ids", "attention_mask"}
 
@@ -54,7 +54,7 @@ class Removal:
         self._prepared = set(case.prompt.inputs) != {"input_ids"}
         """Whether a processor made the inputs, which then hold more than ids."""
 
-    def logprobs(self, removed: Sequence[Collection[int]]) -> Tensor:
+    def scores(self, removed: Sequence[Collection[int]], output: Scored) -> Tensor:
         """``[N, M]`` float32."""
         case = self.case
         several = [self._variant(units) for units in dict.fromkeys(map(frozenset, removed))]
@@ -65,7 +65,7 @@ class Removal:
         while pending:
             group = pending.pop(0)
             try:
-                scored = self._run(group, behind)
+                scored = self._run(group, behind, output)
             except (RuntimeError, MemoryError) as error:
                 if len(group) == 1 or not memory.out_of_memory(error):
                     raise
@@ -78,9 +78,12 @@ class Removal:
             # Outside the except block, so that the failed pass's tensors are gone by now.
             half = len(group) // 2
             pending = [group[:half], group[half:], *pending]
-        return torch.stack([found[frozenset(units)] for units in removed])
+        rows = [found[frozenset(units)] for units in removed]
+        return torch.stack(rows) if rows else torch.empty(0, len(case.base_logprobs))
 
-    def _run(self, group: Sequence[Variant], behind: Sequence[Sequence[int]]) -> Tensor:
+    def _run(
+        self, group: Sequence[Variant], behind: Sequence[Sequence[int]], output: Scored
+    ) -> Tensor:
         """``[B, M]`` of one batch, on the CPU; its pictures are encoded once for all targets."""
         case = self.case
         read = self._read(group)
@@ -95,7 +98,7 @@ class Removal:
             ends = torch.tensor(lengths, device=logits.device) - max(lengths) + logits.shape[1]
             columns = ends[:, None] + torch.arange(-wanted, 0, device=logits.device)  # [B, T]
             rows = torch.arange(len(group), device=logits.device)[:, None]
-            scored.append(case.scored(logits[rows, columns], k).float().cpu())
+            scored.append(case.scored(logits[rows, columns], k, output).float().cpu())
         return torch.cat(scored, 1)
 
     # --- which variants there are -----------------------------------------------------------------
