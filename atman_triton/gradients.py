@@ -278,12 +278,7 @@ def _slopes(runner: Runs, points: Sequence[Point]) -> Tensor:
 @contextmanager
 def _differentiable(runner: Runs) -> Iterator[None]:
     """Gradients to factors alone, of every layer only the input kept; undone whatever happens."""
-    model = runner.model
-    with _LOCK, ExitStack() as undo:
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        undo.callback(lambda: [weight.requires_grad_(True) for weight in trained])
-        for weight in trained:
-            weight.requires_grad_(False)
+    with still_weights(runner.model), ExitStack() as undo:
         layers = runner.layers
         for layer in layers:
             undo.callback(_checkpoint(layer))
@@ -292,6 +287,20 @@ def _differentiable(runner: Runs) -> Iterator[None]:
             "run again for every backward pass"
         )
         yield
+
+
+@contextmanager
+def still_weights(model: nn.Module) -> Iterator[None]:
+    """No gradients to weights, whatever happens given back to those that took some."""
+    with _LOCK:
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
