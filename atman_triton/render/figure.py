@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, fontManager
-from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Rectangle
 from rich.cells import cell_len, get_character_cell_size
 from torch import Tensor
 
 from . import gallery, layout, wording
+from .fonts import families, known
 from .palette import LIGHT, WHITE, hexadecimal, mix
 from .shown import chosen, remark
 
@@ -44,29 +42,6 @@ LINE = 1.55  # distance of lines, in font sizes
 LISTED = 12  # targets that have no matrix
 WEAK = 0.02
 NOTABLE = 0.35
-MISSING = "▯"
-
-# matplotlib brings the first two; the others are what systems have for the rest of the world.
-FONTS = (
-    "DejaVu Sans Mono",
-    "DejaVu Sans",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Source Han Sans",
-    "WenQuanYi Zen Hei",
-    "Hiragino Sans",
-    "PingFang SC",
-    "Apple SD Gothic Neo",
-    "Yu Gothic",
-    "Microsoft YaHei",
-    "Malgun Gothic",
-    "Noto Sans Devanagari",
-    "Noto Sans Thai",
-    "Nirmala UI",
-    "Arial Unicode MS",
-    "Noto Emoji",
-    "Segoe UI Symbol",
-)
 
 
 def plot(
@@ -98,7 +73,7 @@ def plot(
     panels, seen = gallery.arranged(explanation, shown, WIDTH - 2 * MARGIN)
     named = {each.branch for each in shown}
     listed = [] if with_matrix else _likeliest(explanation, named)
-    family = _families(explanation)
+    family = families([explanation.text, *(unit.text for unit in explanation.units)])
 
     size = CELL / ADVANCE
     written = any(run.text.strip() for row in rows for run in row)
@@ -165,7 +140,7 @@ def plot(
         figure.text(
             MARGIN / WIDTH,
             bottom / height,
-            _known(line),
+            known(line),
             color=_ink("ink" if points > 8 else "faint"),
             fontsize=points,
             family=family,
@@ -277,7 +252,7 @@ def _draw_text(
                 axes.text(
                     column + at + wide,
                     line + 0.5,
-                    _known(part),
+                    known(part),
                     fontsize=size,
                     ha="center" if wide else "left",
                     va="center_baseline",
@@ -440,7 +415,7 @@ def _ink(name: str) -> str:
 
 def _short(text: str, cells: int) -> str:
     """At most so many cells of text, all of it in fonts that are there."""
-    text = _known(text)
+    text = known(text)
     if cell_len(text) <= cells:
         return text
     kept, used = "", 1
@@ -450,34 +425,3 @@ def _short(text: str, cells: int) -> str:
             break
         kept += character
     return kept + "…"
-
-
-def _families(explanation: Explanation) -> list[str]:
-    """The fonts that the explanation needs, in the order in which to look for a glyph."""
-    texts = [explanation.text, *(unit.text for unit in explanation.units)]
-    needed = {_font(character) for character in set().union(*map(layout.printable, texts))}
-    return [name for name in FONTS if name in needed or name == FONTS[0]]
-
-
-def _known(text: str) -> str:
-    """The text with a box for every character that no font has, of which matplotlib would warn."""
-    return "".join(
-        character if character in " \n" or _font(character) else MISSING
-        for character in layout.printable(text)
-        if get_character_cell_size(character) or _font(character)
-    )
-
-
-@lru_cache(maxsize=65536)
-def _font(character: str) -> str | None:
-    """The first font that has a glyph for the character."""
-    return next((name for name in FONTS if ord(character) in _glyphs(name)), None)
-
-
-@lru_cache(maxsize=len(FONTS))
-def _glyphs(name: str) -> frozenset[int]:
-    """The characters that an installed font has, none where it is not installed."""
-    if not any(font.name == name for font in fontManager.ttflist):
-        return frozenset()
-    path = fontManager.findfont(FontProperties(family=[name]))
-    return frozenset(FT2Font(path).get_charmap())

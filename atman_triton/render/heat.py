@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..pieces import Box
 from .palette import Colour
 
 if TYPE_CHECKING:
@@ -54,13 +55,34 @@ def heat(
         if unit.image == image and not math.isnan(value):
             boxes += unit.boxes
             level += [value] * len(unit.boxes)
+    picture = explanation.pictures[image]
+    return spread(boxes, level, (picture.width, picture.height), size, smooth=smooth)
+
+
+def spread(
+    boxes: Sequence[Box],
+    level: Sequence[float],
+    whole: tuple[float, float],
+    size: tuple[int, int],
+    *,
+    smooth: bool = False,
+) -> Array:
+    """The value of every pixel of a picture that boxes cover.
+
+    Args:
+        boxes: N of ``(left, top, width, height)`` in the picture's own pixels.
+        level: The value of each, finite.
+        whole: Width and height of the picture itself.
+        size: Width and height of the picture as it is shown.
+        smooth: See ``heat``.
+    Returns: ``[H, W]``; a pixel that a box covers in part has that part of its value.
+    """
     width, height = size
     if not boxes:
         return np.zeros((height, width))
-    picture = explanation.pictures[image]
     left, top, wide, high = np.array(boxes, dtype=np.float64).T
-    across = _covered(left, wide, picture.width, width, smooth)
-    down = _covered(top, high, picture.height, height, smooth)
+    across = _covered(left, wide, whole[0], width, smooth)
+    down = _covered(top, high, whole[1], height, smooth)
     return (down.T * np.array(level)) @ across
 
 
