@@ -7,19 +7,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..examples import Example
-from .contracts import contracts
+from .contracts import load_contracts
 from .gather import Gathered
-from .shapes import shapes
+from .open_images import load_open_images
+from .shapes import load_shapes
+from .squad import load_squad
 
 __all__ = ["DATASETS", "Loaded", "load"]
 
 DATASETS: dict[str, str] = {
+    "squad": "SQuAD v1.1, from a JSON file or the hub; labels: the passage that answers",
+    "openimages": "photographs of OpenImages, from its site's files; labels: pixels of the class",
     "contracts": "made documents with one question each; labels: the value that is asked for",
     "shapes": "made pictures of two shapes, one of them named; labels: its pixels",
 }
 """Name -> what it is, in a line."""
 
-_MADE: dict[str, Callable[..., Gathered[Example]]] = {"contracts": contracts, "shapes": shapes}
+_MADE: dict[str, Callable[..., Gathered[Example]]] = {
+    "contracts": load_contracts,
+    "shapes": load_shapes,
+}
 
 
 class Loaded(NamedTuple):
@@ -51,12 +58,17 @@ def load(
     Args:
         name: One of ``DATASETS``.
         limit: The most examples; None, where data is not made but read, all of them.
+        path: Of ``squad``, a JSON file or a folder that ``datasets`` saved (None: the hub); of
+            ``openimages``, the folder with its annotations and masks.
+        images: Of ``openimages``, the folder with its images (None: ``images`` in ``path``).
         seed: Of what is made, or of the order of what is read.
         model: What the examples are for: those too long for it are left out, and of made data
             those that it does not answer. None leaves out nothing.
         processor: Its tokenizer or processor.
         progress: Show a progress bar on stderr, if that is a terminal.
     Raises:
+        ConnectionError: if the hub is needed and cannot be reached.
+        FileNotFoundError: if a file is missing.
         TypeError: if an argument is of the wrong type.
         ValueError: if the name is unknown, an argument is not for this data, or no example is left.
     """
@@ -65,10 +77,17 @@ def load(
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int, got {seed!r}.")
     asked = {"seed": seed, "model": model, "processor": processor, "progress": progress}
-    for own, value in (("path", path), ("images", images)):
-        if value is not None:
-            raise ValueError(f"{own} is of data that is read, but {name} are made; leave it out.")
-    if limit is None:
-        raise ValueError(f"limit must be an int, as {name} have no end.")
-    found = _MADE[name](limit, **asked)
+    if name in _MADE:
+        if path is not None:
+            raise ValueError(f"path is for data that is read, but {name} are made; leave it out.")
+        if limit is None:
+            raise ValueError(f"limit must be an int, as {name} have no end.")
+    if images is not None and name != "openimages":
+        raise ValueError(f"images is for openimages, but name is {name!r}; leave it out.")
+    if name == "squad":
+        found = load_squad(limit, path=path, **asked)
+    elif name == "openimages":
+        found = load_open_images(limit, path=path, images=images, **asked)
+    else:
+        found = _MADE[name](limit, **asked)
     return Loaded(found.kept, found.notes)

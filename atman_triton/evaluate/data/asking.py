@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from ...answers import end_tokens
-from ...capabilities import context_window, device_of, keeps_logits
+from ...capabilities import context_window, device_of, keeps_logits, vocabulary_size
 from ...chat import Span
 from ...engine import undisturbed
 from ...inputs import continued, moved
 from ...stacks import UnsupportedModelError
 from ...tasks import task_of
 from ...tasks.decoder import DecoderTask
-from ...tokens import Tokens
+from ...tokens import Tokens, border, encode_target
 
 TOO_LONG = "longer than the model's context window"
 
@@ -56,16 +56,23 @@ class Asking:
         self._family = str(getattr(model.config, "model_type", ""))
         self._ends = end_tokens(task.tokenizer, model.generation_config, {})
 
-    def tokens(self, text: str) -> Tokens:
-        """A prompt of text alone, as the model reads it."""
-        return self.task.read(text).words
+    def tokens(self, prompt: Any) -> Tokens:
+        """A prompt as the model reads it."""
+        return self.task.read(prompt).words
 
-    def fits(self, words: Tokens, target: str) -> bool:
-        """Whether prompt and target fit into the model's context window."""
-        limit = context_window(self.model)
-        # One more than the target has on its own: the space that may stand in front of it.
-        longest = len(self.task.tokenizer(target, add_special_tokens=False)["input_ids"]) + 1
-        return limit is None or len(words) + longest <= limit
+    def fits(self, prompt: Any, target: str, words: Tokens | None = None) -> bool:
+        """Whether prompt and target fit into the model's context window.
+
+        Args:
+            prompt: As ``Explainer.explain`` takes it.
+            target: The answer.
+            words: The prompt's ``tokens``, if they are known.
+        """
+        limit, tokenizer = context_window(self.model), self.task.tokenizer
+        words = self.tokens(prompt) if words is None else words
+        between = border(prompt, words, target)
+        answer = encode_target(target, words, tokenizer, vocabulary_size(self.model), between)
+        return limit is None or len(words) + len(answer) - 1 <= limit
 
     @torch.inference_mode()
     def said(self, prompt: Any, target: str) -> Said:

@@ -23,7 +23,7 @@ WRONG = "the model does not answer it right"
 _PATIENCE = 200  # documents in a row that the model answers wrong
 
 
-def contracts(
+def load_contracts(
     limit: int,
     *,
     seed: int = 0,
@@ -73,7 +73,7 @@ def _example(number: int, seed: int, asking: Asking | None) -> Example | Skipped
     words = None
     if asking is not None:
         words = asking.tokens(text)
-        if not asking.fits(words, question.answer):
+        if not asking.fits(text, question.answer, words):
             return Skipped(TOO_LONG)
         if not asking.said(text, question.answer).right:
             return Skipped(WRONG)
@@ -117,5 +117,5 @@ def _reworded(
     text = prompt(document, other)
     if asking is None:
         return text
-    fits = asking.fits(asking.tokens(text), other.answer)
+    fits = asking.fits(text, other.answer)
     return text if fits and asking.said(text, other.answer).right else None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from rich.console import Console
@@ -81,3 +82,20 @@ def gather(
         why = f"{patience} in a row were left out" if in_a_row == patience else "there are no more"
         notes.append(f"{name}: fewer than the {limit} asked for, as {why}")
     return Gathered(kept, notes)
+
+
+def shuffled(candidates: Iterable[Kept], name: Callable[[Kept], str], seed: int) -> list[Kept]:
+    """Candidates in an order by their names alone, the same on every machine.
+
+    Leaving some out does not change the order of the others.
+
+    Args:
+        candidates: What is to be ordered.
+        name: Of a candidate, unique.
+        seed: Another one gives another order.
+    """
+
+    def place(candidate: Kept) -> bytes:
+        return hashlib.sha256(f"{seed}:{name(candidate)}".encode()).digest()
+
+    return sorted(candidates, key=place)

@@ -22,7 +22,7 @@ UNLIKELY = f"the model gives the name a chance below {LEAST_CHANCE:.0%}"
 _PATIENCE = 200  # pictures in a row whose name the model finds unlikely
 
 
-def shapes(
+def load_shapes(
     limit: int,
     *,
     seed: int = 0,
