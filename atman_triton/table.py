@@ -100,10 +100,10 @@ def import_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ImportError(
-            f"{module} is not installed: pip install 'atman_triton[{extra}]'."
+            f"{error.name} is not installed: pip install 'atman_triton[{extra}]'."
         ) from error
 
 

@@ -6,7 +6,7 @@ a target behind it, B rows of a batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,7 +61,7 @@ class Removal:
         found = {each.units: torch.empty(len(case.base_logprobs)) for each in several}
         behind = [[*case.context, *target[:-1]] for target in case.targets]
         case.expect(sum(len(each.ids) + len(more) for each in several for more in behind))
-        pending = list(self._groups(several, max(map(len, behind))))
+        pending = self._groups(several, max(map(len, behind)))
         while pending:
             group = pending.pop(0)
             try:
@@ -129,37 +129,33 @@ class Removal:
             "or padding token to stand for an empty one."
         )
 
-    def _groups(self, several: Sequence[Variant], more: int) -> Iterator[list[Variant]]:
+    def _groups(self, several: Sequence[Variant], more: int) -> list[list[Variant]]:
         """Variants that go through the model together, the short ones first.
 
         What a processor prepared has one length in a group; text has any, so that few tokens are
         put behind the short ones.
         """
-        order = sorted(several, key=lambda each: len(each.ids))
-        group: list[Variant] = []
-        for each in order:
-            if group:
-                other = self._prepared and len(group[0].ids) != len(each.ids)
-                if other or len(group) >= self._most_rows(len(group[0].ids), len(each.ids), more):
-                    yield group
-                    group = []
-            group.append(each)
-        if group:
-            yield group
+        free = memory.free_memory(self.case.model)
+        groups: list[list[Variant]] = []
+        for each in sorted(several, key=lambda each: len(each.ids)):
+            if groups and self._fits(groups[-1], each, more, free):
+                groups[-1].append(each)
+            else:
+                groups.append([each])
+        return groups
 
-    def _most_rows(self, shortest: int, longest: int, more: int) -> int:
-        """How many prompts of such lengths fit, with so many tokens behind them."""
-        case, length = self.case, longest + more
-        rows = memory.tokens_per_batch(case.device) // length
-        if self._free is not None:
-            logits = longest - shortest + more + 1 if keeps_logits(case.model) else length
-            row = memory.bytes_per_row(case.model, length, logits, length)
-            rows = min(rows, int(self._free * memory.SHARE) // row)
-        return max(1, rows)
-
-    @property
-    def _free(self) -> int | None:
-        return memory.free_memory(self.case.model)
+    def _fits(self, group: list[Variant], longer: Variant, more: int, free: int | None) -> bool:
+        """Whether a variant goes along with shorter ones, so many tokens behind each."""
+        shortest, length = len(group[0].ids), len(longer.ids) + more
+        if self._prepared and shortest != len(longer.ids):
+            return False
+        rows = memory.tokens_per_batch(self.case.device) // length
+        if free is not None:
+            kept = keeps_logits(self.case.model)
+            logits = length - shortest + 1 if kept else length
+            row = memory.bytes_per_row(self.case.model, length, logits, length)
+            rows = min(rows, int(free * memory.SHARE) // row)
+        return len(group) < rows
 
     # --- what the model reads ---------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ Legend: U units, R of them in the prompt, M scored tokens, T of one target, N ab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,21 +33,17 @@ def lime(case: Case, options: Options) -> Tensor:
     Raises: ImportError: naming the extra that brings captum, if it is missing.
     Source: Ribeiro et al. 2016, '"Why Should I Trust You?"'.
     """
-    attr = _captum("captum.attr")
-    models = _captum("captum._utils.models.linear_model")
-
-    def explainer(forward: Callable[[Tensor], Tensor]) -> Any:
-        return attr.Lime(forward, interpretable_model=models.SkLearnLasso(**LASSO))
-
-    return _by_captum(explainer, case, options)
+    linear = import_extra("sklearn.linear_model", "eval")
+    return _by_captum("Lime", lambda: linear.Lasso(**LASSO), case, options)
 
 
 def kernel_shap(case: Case, options: Options) -> Tensor:
     """``[U, M]``: estimated Shapley values of units, of the log-probability, nats.
 
     Captum's: ablations are drawn by the Shapley kernel, none and all of the units among them, and
-    the values add up to what all units together do. With fewer ablations than units the least
-    values that fit are given.
+    the values add up to what all units together do. It takes several times as many ablations as
+    there are units: with about as many the fit is exact and the values are mostly noise, with
+    fewer they are the least that fit.
 
     Raises: ImportError: naming the extra that brings captum, if it is missing.
     Source: Lundberg and Lee 2017, "A Unified Approach to Interpreting Model Predictions", 4.1.
@@ -55,8 +51,8 @@ def kernel_shap(case: Case, options: Options) -> Tensor:
     if len(case.removable) == 1:  # captum draws subsets that are neither empty nor all
         alone = case.base_logprobs.double() - case.without([case.removable])[0].double()
         return _placed(case, alone[None])
-    attr = _captum("captum.attr")
-    return _by_captum(attr.KernelShap, case, options)
+    linear = import_extra("sklearn.linear_model", "eval")
+    return _by_captum("KernelShap", linear.LinearRegression, case, options)
 
 
 def context_cite(case: Case, options: Options) -> Tensor:
@@ -70,7 +66,6 @@ def context_cite(case: Case, options: Options) -> Tensor:
     Raises: ImportError: naming the extra that brings scikit-learn, if it is missing.
     Source: Cohen-Wang et al. 2024, "ContextCite: Attributing Model Generation to Context", 3.
     """
-    fit = _lasso()
     drawn = torch.Generator().manual_seed(options.seed)
     kept = torch.rand(options.budget, len(case.removable), generator=drawn) < KEPT  # [N, R]
     odds = Ablations(case, "odds")(kept).double()  # [N, M]
@@ -78,8 +73,8 @@ def context_cite(case: Case, options: Options) -> Tensor:
     for rows in case.rows:
         own = odds[:, rows.start : rows.stop]
         together = log_odds(own)[:, None] / len(rows)
-        each = fit(kept, own)  # [R, T]
-        lacking = fit(kept, together) - each.mean(1, keepdim=True)
+        each = _standardised(kept, own)  # [R, T]
+        lacking = _standardised(kept, together) - each.mean(1, keepdim=True)
         weights[:, rows.start : rows.stop] = each + lacking
     return _placed(case, weights)
 
@@ -114,39 +109,69 @@ def log_odds(odds: Tensor) -> Tensor:
     return logprob - (-torch.expm1(logprob)).log()
 
 
-def _by_captum(
-    explainer: Callable[[Callable[[Tensor], Tensor]], Any], case: Case, options: Options
-) -> Tensor:
-    """``[U, M]``: captum takes one output at a time, so the same seed draws the same ablations."""
+class _Together:
+    """Stands for captum's linear model of one output, and fits those of all scored tokens.
+
+    Args:
+        model: What makes a linear model of scikit-learn.
+        ablations: What the outputs are.
+    """
+
+    def __init__(self, model: Callable[[], Any], ablations: Ablations) -> None:
+        self._model, self._ablations = model, ablations
+
+    def fit(self, train_data: Iterable[Sequence[Tensor]]) -> None:
+        """Fit to captum's masks ``[N, R]`` and their weights ``[N]``."""
+        ((kept, _, weights),) = train_data
+        self._weights = _fitted(self._model(), kept, self._ablations(kept), weights)
+
+    def representation(self) -> Tensor:
+        """``[M, R]`` float64."""
+        return self._weights
+
+
+def _by_captum(name: str, model: Callable[[], Any], case: Case, options: Options) -> Tensor:
+    """``[U, M]`` by a method of captum, which draws ablations and weighs them."""
     ablations = Ablations(case)
-    whole = torch.ones(1, len(case.removable))
-    weights = []
-    for column in range(len(case.base_logprobs)):
-        method = explainer(lambda kept, column=column: ablations(kept)[:, column].double())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            found = method.attribute(
-                whole, n_samples=options.budget, perturbations_per_eval=options.budget
-            )
-        weights.append(found[0].double())
-    return _placed(case, torch.stack(weights, 1))
+    method = getattr(import_extra("captum.attr", "eval"), name)(lambda kept: ablations(kept)[:, 0])
+    method.interpretable_model = _Together(model, ablations)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        weights = method.attribute(
+            torch.ones(1, len(case.removable)),
+            n_samples=options.budget,
+            perturbations_per_eval=options.budget,
+            return_input_shape=False,
+        )
+    return _placed(case, weights.T)
 
 
-def _lasso() -> Callable[[Tensor, Tensor], Tensor]:
-    """``[R, T]`` weights of ``[N, R]`` masks in ``[N, T]`` outputs, masks scaled to variance 1."""
+def _standardised(kept: Tensor, outputs: Tensor) -> Tensor:
+    """``[R, T]`` weights of ``[N, R]`` masks in ``[N, T]`` outputs; Lasso of variables of scale 1.
+
+    A unit that always stays, or never, gets weight 0.
+    """
     linear = import_extra("sklearn.linear_model", "eval")
+    masks = kept.double()
+    scale = masks.std(0, correction=0)
+    scale = scale.where(scale > 0, 1.0)
+    scaled = (masks - masks.mean(0)) / scale
+    return (_fitted(linear.Lasso(**LASSO), scaled, outputs) / scale).T
 
-    def fit(kept: Tensor, outputs: Tensor) -> Tensor:
-        masks = kept.double()
-        scale = masks.std(0, correction=0)
-        scaled = (masks - masks.mean(0)) / scale.where(scale > 0, 1.0)
-        found = []
-        for column in outputs.T:
-            model = linear.Lasso(**LASSO).fit(scaled.numpy(), column.numpy())
-            found.append(torch.from_numpy(model.coef_) / scale.where(scale > 0, 1.0))
-        return torch.stack(found, 1)
 
-    return fit
+def _fitted(model: Any, masks: Tensor, outputs: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``[T, R]`` float64 weights of ``[N, R]`` masks in ``[N, T]`` outputs, in one thread.
+
+    Several threads wait for one another longer than such small fits take.
+    """
+    limited = import_extra("threadpoolctl", "eval").threadpool_limits
+    with limited(limits=1):
+        model.fit(
+            masks.double().numpy(),
+            outputs.double().numpy(),
+            None if weights is None else weights.double().numpy(),
+        )
+    return torch.from_numpy(model.coef_).reshape(outputs.shape[1], -1)
 
 
 def _placed(case: Case, weights: Tensor) -> Tensor:
@@ -154,8 +179,3 @@ def _placed(case: Case, weights: Tensor) -> Tensor:
     scores = torch.full((len(case.units), len(case.base_logprobs)), torch.nan, dtype=torch.float64)
     scores[case.removable] = weights.double()
     return scores
-
-
-def _captum(module: str) -> Any:
-    import_extra("captum", "eval")
-    return import_extra(module, "eval")
