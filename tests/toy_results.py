@@ -147,10 +147,10 @@ def _result(example: Example, name: str, number: int) -> Result:
 def _heat(example: Example, rng: random.Random, good: float) -> dict[str, list]:
     if example.mask is not None:
         side = example.mask.shape[0] // 12
-        units = [[x * side, y * side, side, side] for y in range(12) for x in range(12)]
+        units = [[[x * side, y * side, side, side]] for y in range(12) for x in range(12)]
         values = [
             rng.gauss(0, 0.4) + 2 * good * bool(example.mask[y + side // 2, x + side // 2])
-            for x, y, *_ in units
+            for ((x, y, *_),) in units
         ]
         return {"units": units, "values": values}
     units, place = [], 0

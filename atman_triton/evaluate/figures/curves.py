@@ -55,7 +55,7 @@ def curves(collected: Collected) -> Figure:
             shown = look(name)
             groups = collected.groups(name, whole[name])
             means, low, high = mean_curve(list(whole[name].values()), order, groups)
-            axes.fill_between(shares, low, high, color=shown.colour, alpha=0.1, linewidth=0)
+            axes.fill_between(shares, low, high, color=shown.colour, alpha=0.08, linewidth=0)
             axes.plot(shares, means, label=shown.label, **_drawn(name))
         axes.set_title(title, fontsize=SIZE, loc="left", color=INK)
         axes.set_xlabel("share removed, %", fontsize=SIZE)

@@ -59,9 +59,16 @@ def _histogram(axes: Any, numbers: Any) -> None:
         if len(places) < 10:
             axes.set_xticks(places, [f"{place:g}" for place in places])
     else:
-        counts, edges = np.histogram(numbers, _BINS)
+        counts, edges = np.histogram(numbers, _edges(numbers) if whole else _BINS)
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colour)
     axes.axvline(numbers.mean(), color=INK, linestyle="--", linewidth=1)
     axes.set_ylabel("count", fontsize=SMALL)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes, "y")
+
+
+def _edges(numbers: Any) -> Any:
+    """Of groups of as many whole numbers each, at most 30."""
+    first, last = numbers.min(), numbers.max()
+    wide = -(-(last - first + 1) // _BINS)
+    return np.arange(first - 0.5, last + wide + 0.5, wide)

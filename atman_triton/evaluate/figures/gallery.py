@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from ..examples import Example
 from ..results import Result
-from .collected import NothingToDraw, left_out, picked, sentences
-from .heats import SCALE, height, in_strips, over_picture, picture
+from .collected import FLOOR, NothingToDraw, left_out, picked, sentences
+from .heats import SCALE, STRIPS, height, in_strips, over_picture, picture
 from .style import INK, SMALL, WIDTH, framed, look
 
 _PICTURES = 4
-_TEXTS = 2
+_TEXTS = 4
 _COLUMNS = 7  # methods beside a picture
 _STRIPS = 8  # methods below a line of text
 _HEADS = 0.45  # inches
@@ -45,12 +45,18 @@ def gallery(results: Sequence[Result], examples: Sequence[Example], title: str) 
     pictures = [known[each] for each in kept if known[each].is_picture]
     texts = [known[each] for each in kept if not known[each].is_picture]
     shown = pictures[:_PICTURES] if pictures else texts[:_TEXTS]
-    names = picked(methods, _COLUMNS if pictures else _STRIPS)
+    # Chance would fill every line with strips.
+    names = picked(methods, _COLUMNS) if pictures else _without_chance(methods)
     what = "outlined: the labelled part" if pictures else "underlined: the labelled answer"
     first = f"{title}; the first {len(shown)} examples"
-    caption = sentences(first, f"{SCALE}; {what}", left_out(methods, names))
+    rest = "" if pictures else STRIPS
+    caption = sentences(first, f"{SCALE}; {what}", rest, left_out(methods, names))
     heading = "What methods find, example by example (after appendix A.4 of the paper)"
     return compared(heading, caption, shown, kept, names)
+
+
+def _without_chance(methods: Sequence[str]) -> list[str]:
+    return picked([name for name in methods if name != FLOOR] or methods, _STRIPS)
 
 
 def heated(results: Sequence[Result], examples: Sequence[Example]) -> Heated:
@@ -75,8 +81,8 @@ def compared(
         figure, top = framed(tall, heading, caption, free=True)
         draw_pictures(figure, top, examples, kept, methods)
         return figure
-    heights = [height(example, len(methods)) for example in examples]
-    figure, top = framed(sum(heights), heading, caption, free=True)
+    tall = sum(text_height(example, kept, methods) for example in examples)
+    figure, top = framed(tall, heading, caption, free=True)
     draw_texts(figure, top, examples, kept, methods)
     return figure
 
@@ -132,9 +138,22 @@ def draw_texts(
 ) -> None:
     """Every example's text over strips, from ``top`` downwards, inches from the lower edge."""
     for example in examples:
-        own = {name: kept[example.id][name] for name in methods if name in kept[example.id]}
-        in_strips(figure, top, example, own)
-        top -= height(example, len(own))
+        in_strips(figure, top, example, _own(example, kept, methods))
+        top -= text_height(example, kept, methods)
+
+
+def text_height(
+    example: Example, kept: Mapping[str, Mapping[str, Result]], methods: Sequence[str]
+) -> float:
+    """Inches of an example's text."""
+    return height(example, _own(example, kept, methods))
+
+
+def _own(
+    example: Example, kept: Mapping[str, Mapping[str, Result]], methods: Sequence[str]
+) -> dict[str, Result]:
+    """Of those methods that have a result."""
+    return {name: kept[example.id][name] for name in methods if name in kept[example.id]}
 
 
 def _row(methods: int) -> float:

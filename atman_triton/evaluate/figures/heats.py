@@ -17,14 +17,16 @@ from rich.cells import cell_len
 
 from ...render.fonts import families, known
 from ...render.heat import overlay, resized, spread
-from ...render.palette import LIGHT, WHITE, hexadecimal
+from ...render.palette import LIGHT, hexadecimal
 from ..examples import Example
 from ..results import Result
 from .style import FAINT, INK, SMALL, WIDTH, short
 
 SCALE = (
-    "Orange supports the answer, blue opposes it, grey was not measured; a scale for each method"
+    "Orange supports the answer, blue opposes it, dark grey was not measured; "
+    "a scale for each method"
 )
+STRIPS = "Lines on which no method has 5% of its strongest relevance stand alone"
 
 CELL = 5.0  # points of a character; a whole number of pixels at the resolution that is written
 COLUMNS = 102  # characters in a line of text
@@ -36,7 +38,9 @@ _HEAD = 0.3
 _NAMES = 1.83  # inches of the methods' names
 _LINES = 9  # of text; a longer one is cut around its label
 _SIDE = 220  # pixels of a picture's longer side
-_GREY = (0.82, 0.82, 0.82)
+_GREY = (0.68, 0.68, 0.68)
+_NONE = (243, 243, 241)
+_LEAST = 0.05
 
 
 def strongest(values: Sequence[float]) -> float:
@@ -63,11 +67,11 @@ def picture(axes: Any, example: Example) -> None:
 
 
 def over_picture(axes: Any, example: Example, result: Result) -> None:
-    """The picture under a method's relevance."""
+    """The picture under a method's relevance; a unit is a list of its boxes, in pixels."""
     image = _image(example)
     size, whole = _size(image), (image.width, image.height)
-    boxes, values = result.heat["units"], result.heat["values"]
-    pairs = [(box, value) for box, value in zip(boxes, map(_number, values), strict=True)]
+    units, values = result.heat["units"], map(_number, result.heat["values"])
+    pairs = [(tuple(box), value) for unit, value in zip(units, values, strict=True) for box in unit]
     known = [(box, value) for box, value in pairs if math.isfinite(value)]
     pixels = spread([box for box, _ in known], [value for _, value in known], whole, size)
     shown = overlay(
@@ -113,9 +117,30 @@ def lines(example: Example) -> list[tuple[int, str]]:
     return found
 
 
-def height(example: Example, methods: int) -> float:
-    """Inches of an example's text with strips for so many methods."""
-    return _HEAD + len(lines(example)) * (_TEXT + methods * _STRIP + _GAP)
+def height(example: Example, results: Mapping[str, Result]) -> float:
+    """Inches of an example's text with strips for methods."""
+    strips = {name: _characters(example, result) for name, result in results.items()}
+    return _HEAD + sum(_tall(example, line, strips) for line in lines(example))
+
+
+def _tall(example: Example, line: tuple[int, str], strips: Mapping[str, list[float]]) -> float:
+    room = len(strips) * _STRIP + _GAP if _telling(example, line, strips) else 0.0
+    return _TEXT + room
+
+
+def _telling(example: Example, line: tuple[int, str], strips: Mapping[str, list[float]]) -> bool:
+    """Whether a method has something to show on a line; NaN is something."""
+    return any(
+        not abs(value) < _LEAST
+        for values in strips.values()
+        for value in _of(example, line, values)
+    )
+
+
+def _of(example: Example, line: tuple[int, str], values: list[float]) -> list[float]:
+    """The values of a line's characters."""
+    first = line[0] - _region(example)[0]
+    return values[first : first + len(line[1])]
 
 
 def in_strips(
@@ -128,16 +153,16 @@ def in_strips(
         top: Where it begins, inches from the figure's lower edge.
         example: Whose text.
         results: By method.
-    Returns: the image of each strip, line after line.
+    Returns: the image of each strip, line after line; lines that tell nothing have none.
     """
     whole = figure.get_figheight()
     shown = lines(example)
-    tall = height(example, len(results))
+    tall = height(example, results)
     axes = figure.add_axes((0, (top - tall) / whole, 1, tall / whole))
     axes.set_xlim(0, WIDTH)
     axes.set_ylim(tall, 0)
     axes.axis("off")
-    first, stop = _region(example)
+    _, stop = _region(example)
     question = example.prompt[stop:].strip().replace("\n", " ")
     said = known(textwrap.shorten(f"{question} {example.target.strip()}", 110))
     axes.text(
@@ -153,11 +178,13 @@ def in_strips(
     strips = {name: _characters(example, result) for name, result in results.items()}
     at, images = _HEAD, []
     colours = LinearSegmentedColormap.from_list(
-        "relevance", [hexadecimal(each) for each in (LIGHT.oppose, WHITE, LIGHT.support)]
+        "relevance", [hexadecimal(each) for each in (LIGHT.oppose, _NONE, LIGHT.support)]
     ).with_extremes(bad=_GREY)
     for start, line in shown:
         _write(axes, at, start, line, example)
         at += _TEXT
+        if not _telling(example, (start, line), strips):
+            continue
         for name, values in strips.items():
             axes.text(
                 _NAMES - 0.08,
@@ -168,7 +195,7 @@ def in_strips(
                 va="center",
                 color=FAINT,
             )
-            row = np.array(values[start - first :][: len(line)])[None]
+            row = np.array(_of(example, (start, line), values))[None]
             right = _NAMES + len(line) * CELL / 72
             images.append(
                 axes.imshow(

@@ -36,7 +36,7 @@ def pareto(collected: Collected) -> Figure:
     Raises: NothingToDraw: if fewer than two methods with a cost have either measure.
     """
     panels = {measure: points(collected, measure) for measure in _PANELS}
-    panels = {m: own for m, own in panels.items() if sum(p.forwards > 0 for p in own) > 1}
+    panels = {m: own for m, own in panels.items() if len(_costly(own)) > 1}
     if not panels:
         raise NothingToDraw("fewer than two methods with a cost have a mAP or a removal gap")
     height = _HIGH * len(panels)
@@ -94,12 +94,17 @@ def front(points: Sequence[Point]) -> list[Point]:
     return best
 
 
+def _costly(points: Sequence[Point]) -> list[Point]:
+    """Those that have a place on the axis; chance is what the others are held against."""
+    return [point for point in points if point.forwards > 0 and point.method != FLOOR]
+
+
 def _panel(axes: Any, measure: str, own: Sequence[Point]) -> None:
-    costly = [point for point in own if point.forwards > 0]
+    costly = _costly(own)
     axes.set_xscale("log")
     least, most = min(p.forwards for p in costly), max(p.forwards for p in costly)
     axes.set_xlim(least / 1.6, most * 1.9)
-    ends = [end for p in own for end in p.quality[:3] if math.isfinite(end)]
+    ends = [end for p in costly for end in p.quality[:3] if math.isfinite(end)]
     room = 0.09 * (max(ends) - min(ends) or 1.0)
     axes.set_ylim(min(ends) - room, max(ends) + room)
     stairs = front(costly)
@@ -113,7 +118,7 @@ def _panel(axes: Any, measure: str, own: Sequence[Point]) -> None:
         zorder=1,
     )
     for point in own:
-        if point.forwards > 0:
+        if point in costly:
             _mark(axes, point)
         else:
             _floor(axes, point)
@@ -135,12 +140,12 @@ def _panel(axes: Any, measure: str, own: Sequence[Point]) -> None:
             for p in sorted(costly, key=lambda p: (p.method not in on, -p.quality.value))
         ],
         SMALL,
-        lines=[*_whiskers(own), *_levels(stairs, axes.get_xlim()[1])],
+        lines=[*_whiskers(costly), *_levels(stairs, axes.get_xlim()[1])],
     )
 
 
 def _whiskers(points: Sequence[Point]) -> list[Line]:
-    ends = [(p.forwards, p.quality.low, p.forwards, p.quality.high) for p in points if p.forwards]
+    ends = [(p.forwards, p.quality.low, p.forwards, p.quality.high) for p in points]
     return [line for line in ends if all(map(math.isfinite, line))]
 
 
@@ -170,12 +175,18 @@ def _mark(axes: Any, point: Point) -> None:
 
 
 def _floor(axes: Any, point: Point) -> None:
-    axes.axhline(point.quality.value, color=look(point.method).colour, linestyle=":", zorder=1)
+    """A line, or where it would lie far below the others, how far."""
+    value = point.quality.value
+    name = look(point.method).label
+    low, high = axes.get_ylim()
+    inside = low <= value <= high
+    if inside:
+        axes.axhline(value, color=look(point.method).colour, linestyle=":", zorder=1)
     axes.annotate(
-        f"{look(point.method).label} (no forwards)",
-        (0.995, point.quality.value),
-        xytext=(0, 2),
-        xycoords=("axes fraction", "data"),
+        name if inside else f"{name}: {value:.2g}, {'below' if value < low else 'above'}",
+        (0.995, value if inside else float(value > high)),
+        xytext=(0, -10 if value > high else 3),
+        xycoords=("axes fraction", "data" if inside else "axes fraction"),
         textcoords="offset points",
         ha="right",
         fontsize=SMALL,

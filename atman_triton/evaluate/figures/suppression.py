@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from ..examples import Example
 from .collected import ALIGNED, Collected, NothingToDraw, sentences
-from .gallery import draw_pictures, draw_texts, heated, pictures_height
-from .heats import SCALE, height
+from .gallery import draw_pictures, draw_texts, heated, pictures_height, text_height
+from .heats import SCALE, STRIPS
 from .style import INK, SIZE, SMALL, WIDTH, framed, look, plain
 
 _PICTURES = 4
-_TEXTS = 2
+_TEXTS = 4
 _PAIRS = 3
 _LEFT, _RIGHT = 2.7, 0.4
 _MEASURES = ("mAP", "mAR")
@@ -57,10 +57,11 @@ def suppression(collected: Collected, examples: Sequence[Example]) -> Figure:
     if is_picture and shown:
         heats = pictures_height(len(shown), len(methods))
     else:
-        heats = sum(height(example, len(methods)) for example in shown)
+        heats = sum(text_height(example, kept, methods) for example in shown)
     counts = [len(collected.values(name, "mAP")) for name in labelled]
     about = "hollow: units as similar as κ or more are suppressed together with each unit"
     more = [f"{SCALE}; the first {len(shown)} examples"] if shown else []
+    more += [STRIPS] if shown and not is_picture else []
     figure, top = framed(
         bars + heats,
         "With and without correlated suppression (after Fig. 17 and 18 of the paper)",
