@@ -2,6 +2,7 @@
 
 import pytest
 from toy_models import llama
+from toy_tokenizers import byte_level
 
 from atman_triton.baselines import BASELINES, Baseline
 from atman_triton.evaluate import Example
@@ -55,8 +56,8 @@ def test_groups():
         ("direkt", "methods: 'direkt' is none of exact, direct,"),
         ("direct,,exact", "a name is missing between commas"),
         ("factor=0.2", "'factor=0.2' is an option without a method in front of it"),
-        ("direct:factr=0.2", r"direct takes mode=, .*, got 'factr=0.2'"),
-        ("direct:factor=", r"direct takes mode=, .*, got 'factor='"),
+        ("direct:factr=0.2", r"direct takes mode=, .*, got 'factr'"),
+        ("direct:factor=", r"factor of direct must be a number in \[0, 1\), got ''"),
         ("direct:factor=much", r"factor of direct must be a number in \[0, 1\), got 'much'"),
         ("direct:factor=1", r"methods: direct: factor must lie in \[0, 1\), got 1"),
         ("direct:factor=0.1:factor=0.2", "direct is given factor twice"),
@@ -67,8 +68,8 @@ def test_groups():
         ("path:similarity=0.6", "methods: path: .*cannot take similarity"),
         ("path:steps=0", "methods: path: steps must be at least 1, got 0"),
         ("hybrid:budget=0", "methods: hybrid: budget as a count must be at least 1"),
-        ("chefer:budget=3", "chefer takes output=, got 'budget=3'"),
-        ("rollout:budget=3", "rollout takes no options, got 'budget=3'"),
+        ("chefer:budget=3", "chefer takes output=, got 'budget'"),
+        ("rollout:budget=3", "rollout takes no options, got 'budget'"),
         ("lime:budget=few", "budget of lime must be a number, got 'few'"),
         ("chefer:output=loss", "output of chefer must be one of logprob, logit, got 'loss'"),
         ("paper:similarity=0.7", "paper stands for several methods .*exact:mode=multiplicative"),
@@ -97,9 +98,11 @@ def test_explainers():
     assert made.settings.similarity is None
 
 
-def test_explain_takes_another_prompt():
+def test_only_what_is_rated_is_explained():
     model = llama()
-    example = Example("a", [3, 4, 5], [6, 7])
-    one = setting("direct", {})
-    assert len(explain(one, model, None, example).units) == 4
-    assert len(explain(one, model, None, example, prompt=[3, 4, 5, 8]).units) == 5
+    own = explainer(setting("direct", {}), model, byte_level())
+    example = Example("a", "The pay is 5. Q: How much? A:", "5", region=(0, 13))
+    found = explain(own, example)
+    assert {unit.stop <= 13 for unit in found.units} == {True}
+    again = explain(own, example, "The pay is 5. Q: What is it? A:")
+    assert [unit.tokens for unit in again.units] == [unit.tokens for unit in found.units]

@@ -1,4 +1,4 @@
-"""The command ``atman``: explain an answer, steer one, view a saved explanation.
+"""The command ``atman``: explain an answer, steer one, measure methods, view what was saved.
 
 Exit codes: 0 done, 1 the run failed, 2 bad usage. Every failure is one line on standard error.
 Libraries are imported where they are needed, so that ``atman --help`` is quick.
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from ..loading import BadUsage, Failed
+from .evaluating import EVALUATE, evaluate
 from .explaining import EXPLAIN, explain
 from .steering import STEER, steer
 from .viewing import VIEW, view
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command(help=EXPLAIN)(explain)
 app.command(help=STEER)(steer)
+app.command(help=EVALUATE)(evaluate)
 app.command(help=VIEW)(view)
 
 

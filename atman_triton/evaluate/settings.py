@@ -20,6 +20,7 @@ from ..baselines import BASELINES, Baseline, Options
 from ..baselines.case import Output
 from ..explain import Explainer
 from ..explanation import Explanation
+from ..granularity import Images
 from ..methods import DEFAULT_BUDGET, DEFAULT_STEPS
 from ..presets import PRESETS
 from ..suppression import RULES
@@ -134,12 +135,17 @@ def explainer(one: Setting, model: Any, processor: Any) -> Explainer:
     return Explainer(model, processor, progress=False, **chosen, **options)
 
 
-def explain(
-    one: Setting, model: Any, processor: Any, example: Example, prompt: Any = None
-) -> Explanation:
-    """An example, or its target behind another prompt, explained by a setting, token by token."""
+def explain(own: Explainer, example: Example, prompt: Any = None) -> Explanation:
+    """What in the rated part of an example's prompt its target rests on, token by token.
+
+    Args:
+        own: See ``explainer``.
+        example: Of which the region is explained, or the pictures.
+        prompt: In place of the example's.
+    """
     asked = example.prompt if prompt is None else prompt
-    return explainer(one, model, processor).explain(asked, example.target)
+    rated = Images() if example.is_picture else example.region
+    return own.explain(asked, example.target, "token", explain_only=rated)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -162,26 +168,26 @@ def _methods(text: str) -> Iterable[list[str]]:
 
 
 def _setting(name: str, words: Iterable[str]) -> Setting:
-    takes = _takes(name)
     options: dict[str, Any] = {}
     for word in words:
         option, equals, value = word.partition("=")
         if not equals and word in MODES:
             option, value = "mode", word
-        if option not in takes or not value:
-            known = ", ".join(f"{one}=" for one in takes) or "no options"
-            raise ValueError(f"methods: {name} takes {known}, got {word!r}.")
         if option in options:
             raise ValueError(f"methods: {name} is given {option} twice.")
-        options[option] = _value(name, option, value)
+        options[option] = read_option(name, option, value)
+    takes(name)
     try:
         return setting(name, options)
     except ValueError as error:
         raise ValueError(f"methods: {name}: {error}") from error
 
 
-def _takes(name: str) -> tuple[str, ...]:
-    """Names of the options of a method."""
+def takes(name: str) -> tuple[str, ...]:
+    """Names of the options of a method.
+
+    Raises: ValueError: if there is no such method.
+    """
     if name in BASELINES:
         return BASELINES[name].options
     if name == RELEASED:
@@ -216,7 +222,14 @@ _READ: dict[str, tuple[Callable[[str], Any], str]] = {
 _ONE_OF: dict[str, tuple[str, ...]] = {"mode": MODES, "rule": RULES, "output": get_args(Output)}
 
 
-def _value(method: str, option: str, text: str) -> Any:
+def read_option(method: str, option: str, text: str) -> Any:
+    """The value of an option, as it is written.
+
+    Raises: ValueError: if the method has no such option, or it cannot have this value.
+    """
+    if option not in takes(method):
+        known = ", ".join(f"{one}=" for one in takes(method)) or "no options"
+        raise ValueError(f"methods: {method} takes {known}, got {option!r}.")
     if option in _ONE_OF:
         if text in _ONE_OF[option]:
             return text
