@@ -70,6 +70,8 @@ def test_too_many_in_a_row_that_are_left_out_end_the_stream():
     found = gather("numbers", stream, 3, patience=3)
     assert found.kept == [1, 2]
     assert found.notes[-1] == "numbers: fewer than the 3 asked for, as 3 in a row were left out"
+    apart = [Skipped("odd"), Skipped("odd"), 1, Skipped("odd"), Skipped("odd"), 2]
+    assert gather("numbers", apart, 2, patience=3).kept == [1, 2]
     with pytest.raises(ValueError, match="numbers gave no example: 3 looked at, left out 3: odd"):
         gather("numbers", [Skipped("odd")] * 9, 1, patience=3)
     with pytest.raises(ValueError, match="numbers gave no example: 0 looked at, left out none"):
@@ -159,7 +161,7 @@ def test_fresh_documents_do_not_depend_on_the_limit_but_on_the_seed():
     assert not set(others) & set(ids)
 
 
-def test_only_documents_that_the_model_answers_are_kept():
+def test_only_documents_that_the_model_answers_are_kept(monkeypatch):
     model, tokenizer = reader()
     loaded = load("contracts", limit=4, model=model, processor=tokenizer)
     plain = {example.id: example for example in some_contracts().examples}
@@ -170,12 +172,11 @@ def test_only_documents_that_the_model_answers_are_kept():
         found = explainer.explain(example.prompt, example.target, explain_only=example.region)
         assert len(rated(found, example)) == example.facts["context_tokens"] == len(found.units)
         assert label(found, example).sum() == example.facts["label_tokens"]
+    monkeypatch.setattr("atman_triton.evaluate.data.contracts._PATIENCE", 3)
     untrained = toy_models.llama(vocab_size=4000, max_position_embeddings=512)
-    with pytest.raises(
-        ValueError, match=f"contracts gave no example: 200 .* left out 200: {WRONG}"
-    ):
+    with pytest.raises(ValueError, match=f"contracts gave no example: 3 .* left out 3: {WRONG}"):
         load("contracts", limit=1, model=untrained, processor=tokenizer)
-    with pytest.raises(ValueError, match="left out 200: longer than the model's context window"):
+    with pytest.raises(ValueError, match="left out 3: longer than the model's context window"):
         load("contracts", limit=1, model=toy_models.llama(vocab_size=4000), processor=tokenizer)
 
 
@@ -213,7 +214,8 @@ def test_an_answer_is_right_if_the_model_writes_it_and_stops():
 def test_what_follows_an_answer_may_not_be_the_rest_of_it(answer, behind, right, monkeypatch):
     """A model that writes one text, a character a token."""
     asking = Asking(*reader())
-    written = [*(ord(character) for character in answer + behind), 0]
+    end = ord("Z")  # a letter, were it not the end
+    written = [*(ord(character) for character in answer + behind), end]
 
     def logprobs(inputs, before, count):
         found = torch.zeros(count, 256)
@@ -227,7 +229,7 @@ def test_what_follows_an_answer_may_not_be_the_rest_of_it(answer, behind, right,
             return "".join(map(chr, ids))
 
     monkeypatch.setattr(asking, "_logprobs", logprobs)
-    monkeypatch.setattr(asking, "_ends", {0})
+    monkeypatch.setattr(asking, "_ends", {end})
     monkeypatch.setattr(asking.task, "tokenizer", Characters())
     ids = [ord(character) for character in answer]
     assert asking._ends_there({}, ids, written[len(ids)]) == right

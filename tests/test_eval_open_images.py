@@ -124,6 +124,15 @@ def test_a_class_has_so_many_images_at_most(site, monkeypatch):
         assert [example.id for example in site.load(limit).examples] == whole[:limit]
 
 
+def test_what_is_left_out_does_not_count_towards_a_class(site, monkeypatch):
+    monkeypatch.setattr(open_images, "PER_CLASS", 3)
+    for number in range(12):
+        site.image(f"{number:02}", (200, 200) if number < 3 else (100, 100))
+        site.mask(f"{number:02}", "/m/dog", LEFT)
+    loaded = site.load()
+    assert sorted(example.id[:2] for example in loaded.examples) == ["00", "01", "02"]
+
+
 def test_mask_archives_may_be_unpacked_in_folders_and_images_stand_elsewhere(site, tmp_path):
     site.image("abc")
     site.mask("abc", "/m/dog", LEFT, folder="masks/validation-masks-a")

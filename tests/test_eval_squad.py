@@ -80,7 +80,7 @@ def test_what_cannot_be_rated_is_counted_with_its_reason(tmp_path):
         asked("empty", "What?", (" ", 4)),
         asked("moved", "Who?", ("Ben", 23)),
         asked("behind", "Who?", ("old.", len(CONTEXT) - 3)),
-        asked("negative", "Who?", ("old.", -4)),
+        asked("negative", "Who?", ("old", -4)),
         asked("a", "Again?", ("Ben", 24)),
     ]
     loaded = load("squad", limit=None, path=saved(tmp_path, document((CONTEXT, questions))))

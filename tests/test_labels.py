@@ -155,6 +155,9 @@ def test_what_forms_no_grid_is_averaged_by_area():
     found = grid(picture, example, torch.tensor([1.0, 3.0, 5.0]))
     assert found.shape == (RASTER, RASTER)
     assert (found[:, :6] == 2).all() and (found[:, 6:] == 3).all()
+    both = patches([boxes[0], boxes[2]], (24, 24))  # begin where cells of a grid would
+    found = grid(both, example, torch.tensor([1.0, 5.0]))
+    assert (found[:, :6] == 1).all() and (found[:, 6:] == 3).all()
     absent = grid(picture, example, torch.tensor([math.nan, 3.0, math.nan]))
     assert (absent[:, :6] == 3).all() and absent[:, 6:].isnan().all()
     # A gap and a smaller unit: a third of the second column of cells is covered by neither.

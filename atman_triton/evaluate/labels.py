@@ -58,7 +58,7 @@ def rated(explanation: Explanation, example: Example) -> list[int]:
         found = [
             i
             for i, unit in enumerate(explanation.units)
-            if unit.part == "prompt" and _overlaps(explanation.text, unit, region)
+            if _overlaps(explanation.text, unit, region)
         ]
         what = f"no unit stands in the region {region[0]}:{region[1]}"
     if not found:

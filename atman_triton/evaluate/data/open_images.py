@@ -218,14 +218,14 @@ def _first_file(folder: Path, names: Sequence[str]) -> Path:
 
 
 def _classes(path: Path) -> dict[str, str]:
-    """Label -> name in lower case, without brackets."""
+    """Label -> name in lower case, without brackets; a header is the name of no label."""
     found = {}
     with path.open(newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.reader(file), start=1):
             if len(row) != 2:
                 raise ValueError(f"{path}, line {number}: expected a label and a name, got {row}.")
             name = re.sub(r"\s*\(.*?\)", "", row[1]).strip().lower()
-            if row != ["LabelName", "DisplayName"] and name:
+            if name:
                 found[row[0]] = name
     return found
 
