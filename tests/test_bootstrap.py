@@ -60,6 +60,7 @@ def test_few_values():
     assert one.value == 2.5 and one[3:] == (1, "1 NaN left out; one value")
     assert math.isnan(one.low) and math.isnan(one.high)
     assert bootstrap([2.0, 2.0]) == (2, 2, 2, 2, "")
+    assert bootstrap([0.0, -1.0, 2.0, 3.0], boot.share).value == 0.5
     two = bootstrap([0.0, 1.0])  # a quarter of the draws is 0, a quarter 1
     assert two[:4] == (0.5, 0, 1, 2)
 

@@ -228,6 +228,7 @@ def test_nothing_is_run_twice_and_only_the_region_goes():
     region = list(range(5, 35))
     relevances = {f"{n}": [rng.random() for _ in region] for n in range(6)}
     relevances["0 scaled"] = [3 * each for each in relevances["0"]]
+    relevances["0 huge"] = [2.0**1023 * each for each in relevances["0"]]
     faithful = Faithful(case, region, "0")
     together = faithful.measure(relevances)
     assert len(case.asked) == len(case.hid) == 1  # one batch of all
@@ -240,7 +241,7 @@ def test_nothing_is_run_twice_and_only_the_region_goes():
     assert len(single.asked[0]) == 24 + 2 * 9 + 1 + 1 and len(single.hid[0]) == 2
     assert len(asked) <= 24 + 6 * (2 * 9 + 1) + 1
     assert len(case.hid[0]) == 12
-    assert together["0"] == together["0 scaled"]
+    assert together["0"] == together["0 scaled"] == together["0 huge"]
     assert faithful.measure(relevances) == together
     assert len(case.asked) == len(case.hid) == 1
     for name, relevance in relevances.items():

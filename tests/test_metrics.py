@@ -78,6 +78,7 @@ def test_top_overlap_by_hand():
     assert tied.note == "ties share the last places"
     assert metrics.top_overlap([1, 1, 1], [1, 1, 1], 2).value == pytest.approx(1)
     assert metrics.top_overlap([1, 2], [2, 1], 5) == Metric(1, "k is 5 of 2")
+    assert metrics.top_overlap([1, 2], [2, 1], 2) == Metric(1, "k is 2 of 2")
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         metrics.top_overlap([1], [1], 0)
 

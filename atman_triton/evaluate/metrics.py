@@ -189,7 +189,7 @@ def rank_correlation(a: Numbers, b: Numbers) -> Metric:
     if any(ties):
         notes.append("ties share their mean rank")
     one, two = (_ranks(each) - (len(first) + 1) / 2 for each in (first, second))
-    return _metric(np.clip(one @ two / np.sqrt((one @ one) * (two @ two)), -1, 1), notes)
+    return _metric(one @ two / np.sqrt((one @ one) * (two @ two)), notes)
 
 
 def top_overlap(a: Numbers, b: Numbers, k: int) -> Metric:
