@@ -103,7 +103,7 @@ def import_extra(module: str, extra: str) -> Any:
         if not f"{module}.".startswith(f"{error.name}."):
             raise
         raise ImportError(
-            f"{error.name} is not installed: pip install 'atman_triton[{extra}]'."
+            f"{module.partition('.')[0]} is not installed: pip install 'atman_triton[{extra}]'."
         ) from error
 
 
