@@ -407,7 +407,7 @@ def test_batches_of_places_change_nothing(monkeypatch):
 def test_captum_is_named_where_it_is_missing(method, monkeypatch):
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     explainer = Baseline(toy_models.MODELS["llama"](), method=method, progress=False)
-    with pytest.raises(ImportError, match=r"captum.attr is not installed.*atman_triton\[eval\]"):
+    with pytest.raises(ImportError, match=r"captum is not installed.*atman_triton\[eval\]"):
         explainer.explain(PROMPT, [4])
 
 
