@@ -10,6 +10,7 @@ Legend: U units, D of them in the document, S sentences.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import functools
 import math
@@ -234,6 +235,18 @@ def write(rows: Sequence[Row], out: Path) -> Path:
     path = out / f"studies-{rows[0].study}.csv"
     write_rows(rows, path)
     return path
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of an earlier run; none without one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        found: list[dict[str, Any]] = [dict(each) for each in csv.DictReader(file)]
+    for each in found:
+        each |= {name: float(each[name]) for name in ("value", "low", "high")}
+        each["count"] = int(each["count"])
+    return [Row(**each) for each in found]
 
 
 def pick(rows: Sequence[Row], **wanted: str) -> list[Row]:

@@ -17,6 +17,7 @@ length, and are measured on the first texts of each cell. Settings are the defau
 command::
 
     python -m bench.studies.length               # 12 texts per length and depth
+    python -m bench.studies.length --lengths 64  # the other lengths' rows stay as they are
 
 Rows go to ``bench/results/studies-length.csv``, the picture to ``studies-length.png``.
 """
@@ -53,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RIGHT, FIRST, RANK, PRECISION = "right", "first", "rank", "precision"
 FORWARDS, SECONDS = "forwards", "seconds"
 _PARAGRAPH = 10  # sentences
+_LONGEST = 10  # tokens that are generated at most, and must fit into the window
 ALL = "all depths"
 BEYOND = f"beyond the window of {CONTEXT} tokens: not measured"
 
@@ -97,7 +99,8 @@ def text_of(tokenizer: Any, seed: str, tokens: int, depth: float) -> Labelled:
     def fits(count: int) -> bool:
         text, _, _ = planted(evidence, others[:count], depth)
         asked = tokenizer(prompt(text, question))["input_ids"]
-        return len(asked) + len(tokenizer(question.answer)["input_ids"]) <= tokens
+        answer = tokenizer(question.answer)["input_ids"]
+        return len(asked) + len(answer) <= tokens and len(asked) + _LONGEST <= CONTEXT
 
     count = bisect.bisect_left(range(1, len(others) + 1), True, key=lambda n: not fits(n))
     if not count:
@@ -260,9 +263,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     options = common.options_of(__doc__, arguments, 12, extend)
     model, tokenizer = load_demo_model()
-    rows: list[Row] = []
+    path = options.out / f"studies-{NAME}.csv"
+    fresh = {f"{length} tokens" for length in options.lengths}
+    rows = [row for row in common.read(path) if row.part not in fresh]
     for length in options.lengths:
         rows += measure(model, tokenizer, length, options.documents, options.costly)
+        rows.sort(key=lambda row: int(row.part.split()[0]))
         common.write(rows, options.out)
     draw(rows, options.out / "studies-length.png")
     common.show(rows, verdicts(rows))
