@@ -4,7 +4,7 @@ The smaller ones are trained by the shipped one's recipe, for as many steps as f
 hour of one thread, into ``.benchmarks/sizes`` (git does not see them)::
 
     python -m bench.studies.size --train         # the smaller ones, one after the other
-    python -m bench.studies.size                 # 60 documents that each size answers right
+    python -m bench.studies.size                 # 40 documents that each size answers right
 
 - ``readers``: parameters, and ``exact match``, the share of 300 fresh documents answered right;
 - ``own``: explanations on the first documents that *this* size answers right, by the measures of
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         add("--folder", type=Path, default=FOLDER, help="of the trained sizes")
         add("--least", type=float, default=0.5, help="exact match of a size in the shared part")
 
-    options = common.options_of(__doc__, arguments, 60, extend)
+    options = common.options_of(__doc__, arguments, 40, extend)
     if options.train is not None:
         for name in options.train or SIZES:
             train(name, options.folder)
