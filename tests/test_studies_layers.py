@@ -44,6 +44,13 @@ def test_places_are_chosen_on_one_half_and_reported_on_the_other():
     assert layers.verdicts(rows)[0].startswith("layers: only 0, direct: chosen on half")
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the exact method, which takes as long as all else."""
+    monkeypatch.setattr(layers, "METHODS", ("direct",))
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_run(tmp_path, capsys):
     layers.main(["--documents", "2", "--out", str(tmp_path)])
     said = capsys.readouterr().out
@@ -52,6 +59,7 @@ def test_a_run(tmp_path, capsys):
     assert (tmp_path / "studies-layers.png").stat().st_size > 20_000
 
 
+@pytest.mark.usefixtures("quick")
 def test_one_document_by_hand():
     model, tokenizer = load_demo_model()
     (case,) = common.documents(model, tokenizer, 1)

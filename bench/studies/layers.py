@@ -120,7 +120,9 @@ def chosen_rows(found: Sequence[Found]) -> list[Row]:
     """Of each part and method, the best place of one half of the documents, on the other half."""
     choose, report = common.halves(found)
     rows = []
-    for part, method in (("layers", "direct"), ("layers", "exact"), ("heads", "direct")):
+    for part, method in dict.fromkeys((part, method) for part, _, method in found[0]):
+        if method == RANDOM:
+            continue
         whole = ("layers", ALL, method)
         places = [key for key in found[0] if (key[0], key[2]) == (part, method)]
         key = common.best({place: [each[place][GAP] for each in choose] for place in places})
