@@ -108,7 +108,7 @@ def draw_pictures(
         len(examples),
         1 + len(methods),
         left=0.01,
-        right=0.99,
+        right=0.01 + (1 + len(methods)) * (row - _BETWEEN) * 1.03 / WIDTH,
         top=(top - _HEADS) / whole,
         bottom=(top - _HEADS - len(examples) * row + _BETWEEN) / whole,
         wspace=0.05,
@@ -158,7 +158,7 @@ def _own(
 
 def _row(methods: int) -> float:
     """Inches of a row of pictures and what is between two."""
-    return min(0.98 * WIDTH / (1 + methods), _LARGEST) + _BETWEEN
+    return min(0.95 * WIDTH / (1 + methods), _LARGEST) + _BETWEEN
 
 
 def _short(target: str) -> str:

@@ -47,7 +47,7 @@ def pareto(collected: Collected) -> Figure:
         "Quality against cost",
         collected.caption(
             counts,
-            "Cost: mean forwards of the whole input; a backward counts as two more",
+            "Cost: mean forwards of the whole input, a backward counting as two",
             "Whiskers: 95% bootstrap interval; grey line: the best of all that cost no more; "
             "hollow: similar units suppressed together",
         ),
@@ -140,8 +140,18 @@ def _panel(axes: Any, measure: str, own: Sequence[Point]) -> None:
             for p in sorted(costly, key=lambda p: (p.method not in on, -p.quality.value))
         ],
         SMALL,
-        lines=[*_whiskers(costly), *_levels(stairs, axes.get_xlim()[1])],
+        lines=[
+            *_whiskers(costly),
+            *_levels(stairs, axes.get_xlim()[1]),
+            *_levels_of_chance(axes, own),
+        ],
     )
+
+
+def _levels_of_chance(axes: Any, points: Sequence[Point]) -> list[Line]:
+    left, right = axes.get_xlim()
+    values = [point.quality.value for point in points if point.method == FLOOR]
+    return [(left, value, right, value) for value in values]
 
 
 def _whiskers(points: Sequence[Point]) -> list[Line]:
