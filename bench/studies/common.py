@@ -27,11 +27,12 @@ from rich.table import Table
 import atman_triton as atman
 from atman_triton.demo import Document, Question, prompt
 from atman_triton.demo.evaluate import fresh_cases, generate_answers
+from atman_triton.evaluate.bootstrap import bootstrap
+from atman_triton.evaluate.metrics import precision
 from bench.harness import RESULTS
 from bench.rates import provenance
 from bench.rates import write as write_rows
 from bench.removal import Case
-from bench.shapes_rows import average
 
 SALT = "studies"
 
@@ -154,12 +155,11 @@ def label_precision(explanation: atman.Explanation, case: Labelled) -> float:
     """Share of the document's relevance on the evidence; NaN where none of it is positive."""
     relevance = explanation.relevance.tolist()
     kept = [
-        (max(value, 0.0), place in case.evidence)
+        (value, float(place in case.evidence))
         for value, place in zip(relevance, places(explanation, case), strict=True)
         if place is not None
     ]
-    whole = sum(value for value, _ in kept)
-    return sum(value for value, holds in kept if holds) / whole if whole else math.nan
+    return precision(*zip(*kept, strict=True)).value
 
 
 def evidence_rank(explanation: atman.Explanation, case: Labelled) -> int:
@@ -224,10 +224,10 @@ def row(
 def mean_row(
     study: str, part: str, what: str, method: str, measure: str, values: Iterable[float]
 ) -> Row:
-    """A row of the mean of what is defined; NaN without any."""
+    """A row of the mean of what is defined; NaN without any, no interval of a single one."""
     kept = [value for value in values if not math.isnan(value)]
-    numbers = average(kept) if kept else (math.nan, math.nan, math.nan)
-    return row(study, part, what, method, measure, numbers, len(kept))
+    found = bootstrap(kept)
+    return row(study, part, what, method, measure, found[:3], len(kept))
 
 
 def write(rows: Sequence[Row], out: Path) -> Path:

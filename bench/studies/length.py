@@ -98,7 +98,8 @@ def text_of(tokenizer: Any, seed: str, tokens: int, depth: float) -> Labelled:
 
     def fits(count: int) -> bool:
         text, _, _ = planted(evidence, others[:count], depth)
-        asked = tokenizer(prompt(text, question))["input_ids"]
+        # more than the window holds are counted as well, and would be warned of
+        asked = tokenizer(prompt(text, question), verbose=False)["input_ids"]
         answer = tokenizer(question.answer)["input_ids"]
         return len(asked) + len(answer) <= tokens and len(asked) + _LONGEST <= CONTEXT
 
