@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -74,6 +75,12 @@ class Baseline(Explainer):
         self.settings = Settings(factor=0.1, mode="min_shift")  # of controls
         given = {"budget": budget, "steps": steps, "layer": layer, "seed": seed, "output": output}
         self.options = _checked(method, given, len(self.task.layers))
+
+    def with_seed(self, seed: int) -> Baseline:
+        """The same with another seed, which methods that draw nothing do not look at."""
+        other = copy.copy(self)
+        other.options = replace(self.options, seed=seed)
+        return other
 
     def _measured(self, read: Prompt, answers: Answers, layout: Layout, asked: Asked) -> Measured:
         rate = BASELINES[self.method].load()

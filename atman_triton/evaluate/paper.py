@@ -18,7 +18,7 @@ SQUAD = {
     "integrated_gradients": _column(49.5, 49.5, 87.1, 98.6),
     "input_x_gradient": _column(51.7, 61.4, 91.8, 100.0),
     "chefer": _column(72.7, 77.5, 96.6, 100.0),
-    "exact": _column(73.7, 81.8, 93.4, 100.0),
+    "atman": _column(73.7, 81.8, 93.4, 100.0),
 }
 """Method -> metric -> percent."""
 
@@ -27,7 +27,7 @@ OPEN_IMAGES = {
     "input_x_gradient": _column(59.1, 59.0, 10.8, 10.2),
     "integrated_gradients": _column(60.5, 60.6, 10.7, 10.0),
     "chefer": _column(58.3, 57.8, 11.7, 11.1),
-    "exact": _column(65.5, 70.2, 15.7, 19.7),
+    "atman": _column(65.5, 70.2, 15.7, 19.7),
 }
 """The same of pictures."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -139,11 +140,14 @@ def explain(own: Explainer, example: Example, prompt: Any = None) -> Explanation
     """What in the rated part of an example's prompt its target rests on, token by token.
 
     Args:
-        own: See ``explainer``.
+        own: See ``explainer``. What a baseline draws depends on its seed and on the example.
         example: Of which the region is explained, or the pictures.
         prompt: In place of the example's.
     """
     asked = example.prompt if prompt is None else prompt
+    if isinstance(own, Baseline):  # or chance would look the same in every example
+        drawn = f"{own.options.seed}-{example.id}" + "-reworded" * (prompt is not None)
+        own = own.with_seed(zlib.crc32(drawn.encode()))
     rated = Images() if example.is_picture else example.region
     return own.explain(asked, example.target, "token", explain_only=rated)
 

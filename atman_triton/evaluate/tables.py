@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from .bootstrap import Interval, Statistic, bootstrap, interquartile_mean, mean
 from .readings import READINGS
@@ -31,7 +32,10 @@ COLUMNS = (*_ALIGNED, *_FAITHFUL, "forwards", "seconds")
 
 LOWER_IS_BETTER = ("variation", "outside", "deletion", "sufficiency", "forwards", "seconds")
 
-_PAPER_CALLS = {"exact multiplicative": "exact", "released": "exact"}
+_POINTED = ("precision", "recall", "pointing")
+"""What is 0 where a method finds nothing relevant."""
+
+_PAPER_CALLS = {"exact multiplicative": "atman", "released": "atman"}
 """What the paper measured of AtMan stands beside its formula and beside its released code."""
 
 
@@ -112,8 +116,7 @@ def choose_reading(results: Sequence[Result]) -> str:
         raise ValueError("there are no examples to choose a reading by.")
 
     def precision(reading: str) -> float:
-        found = bootstrap([one.alignment[reading]["precision"] for one in results], repeats=1).value
-        return -math.inf if math.isnan(found) else found
+        return fmean(_pointed(one.alignment[reading]["precision"]) for one in results)
 
     return max(READINGS, key=precision)
 
@@ -144,6 +147,8 @@ def _aligned(
     found = {}
     for column, (metric, statistic) in _ALIGNED.items():
         values = [one.alignment[reading].get(metric) for one in results]
+        if metric in _POINTED:
+            values = [None if value is None else _pointed(value) for value in values]
         if (interval := _interval(values, statistic, groups)) is not None:
             found[column] = interval
     return found
@@ -159,6 +164,11 @@ def _shared(results: Sequence[Result], groups: Sequence[str] | None) -> dict[str
     for column in ("forwards", "seconds"):
         found[column] = bootstrap([getattr(one, column) for one in results], groups=groups)
     return found
+
+
+def _pointed(value: float) -> float:
+    """Nothing relevant at all is a miss: leaving such examples out would be a favour."""
+    return 0.0 if math.isnan(value) else value
 
 
 def _interval(
