@@ -28,7 +28,10 @@ The signs, each so that more of it should be worse:
 - ``disagreement``: 1 less the linear correlation of direct and exact scores.
 
 ``AUROC``: how often a bad explanation has more of a sign than a good one, ties counting half; 0.5
-is chance. ``all`` is over all kinds, ``in the text`` without ``absent`` and ``removed``, and
+is chance. Part ``rule``: an explanation is doubted if its answer's probability is below 0.95, its
+spread above 1.5 sentences, or no score in the document above 0.1 nats; ``caught`` is the share of
+bad ones that are doubted, ``false alarms`` of good ones. The three bounds were set on other
+documents (those of the rows measured at commit 60a59b4). ``all`` is over all kinds, ``in the text`` without ``absent`` and ``removed``, and
 ``ordinary and redundant`` over these two. One command::
 
     python -m bench.studies.signs                # 40 ordinary documents, and 80 others
@@ -82,6 +85,11 @@ POPULATIONS = {
     "in the text": ("ordinary", "redundant", "long"),
     "ordinary and redundant": ("ordinary", "redundant"),
 }
+SEED = f"{NAME}-report"
+RULE = {"improbable": 0.05, "spread": 1.5, "faint": -0.1}
+"""Signs, and above what each makes an explanation doubtful."""
+
+CAUGHT, ALARMS = "caught", "false alarms"
 SHARE = "share"
 BAD = {
     PRECISION: "precision below 0.5",
@@ -103,7 +111,7 @@ def _asked(each: Asked, evidence: tuple[int, ...]) -> Labelled:
 
 def case_of(kind: str, number: int, tokenizer: Any) -> Labelled:
     """A document of a kind, with the answer that is right; none where there is none."""
-    seed = f"{NAME}-{kind}-{number}"
+    seed = f"{SEED}-{kind}-{number}"
     if kind == "redundant":
         twin = restate(seed, "same")
         return Labelled(
@@ -126,7 +134,7 @@ def cases_of(model: Any, tokenizer: Any, kind: str, count: int) -> list[Labelled
     nothing to explain, and another document takes the place.
     """
     if kind == "ordinary":
-        return common.documents(model, tokenizer, count, NAME)
+        return common.documents(model, tokenizer, count, SEED)
     found: list[Labelled] = []
     for number in itertools.count():
         case = case_of(kind, number, tokenizer)
@@ -295,6 +303,24 @@ def rows_of(documents: Documents) -> list[Row]:
             numbers = auroc([e.signs[sign] for e in bad], [e.signs[sign] for e in good])
             what = f"{population}: {len(bad)} bad"
             rows.append(common.row(NAME, part, what, method, sign, numbers, len(own)))
+    return rows + rule_rows(documents)
+
+
+def doubtful(found: Found) -> bool:
+    """Whether one of the rule's signs is above its bound."""
+    return any(found.signs[sign] > bound for sign, bound in RULE.items())
+
+
+def rule_rows(documents: Documents) -> list[Row]:
+    """How many bad and good explanations the rule doubts, by reading, population and method."""
+    rows = []
+    several = itertools.product((PRECISION, SHARE), POPULATIONS.items(), METHODS)
+    for reading, (population, kinds), method in several:
+        own = [each[method] for kind in kinds for each in documents[kind]]
+        what = f"{population}; bad: {BAD[reading]}"
+        for measure, group in zip((CAUGHT, ALARMS), split(own, reading), strict=True):
+            doubted = [float(doubtful(each)) for each in group]
+            rows.append(_mean("rule", what, method, measure, doubted))
     return rows
 
 
@@ -305,7 +331,7 @@ def _mean(part: str, what: str, method: str, measure: str, values: Sequence[floa
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """The best sign of each part, population and method."""
     lines = []
-    for part in dict.fromkeys(row.part for row in rows if row.part != "kinds"):
+    for part in dict.fromkeys(row.part for row in rows if row.part.startswith("AUROC")):
         own = common.pick(rows, part=part)
         for key in dict.fromkeys((row.what, row.method) for row in own):
             several = [row for row in own if (row.what, row.method) == key]
@@ -348,7 +374,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"bad: {text}", fontsize=10)
         axes.grid(axis="x", alpha=0.2)
     panels[0].invert_yaxis()
-    panels[0].legend(fontsize=7, loc="lower left")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=6
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
