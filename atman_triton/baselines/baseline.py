@@ -6,13 +6,17 @@ import copy
 from dataclasses import replace
 from typing import Any, get_args
 
+from torch import Tensor
+
 from ..answers import Answers
 from ..arguments import check_one_of
 from ..asked import Asked
+from ..capabilities import dtype_of
 from ..engine import Settings
 from ..explain import Explainer, Measured
 from ..granularity import described
 from ..methods import Outcome
+from ..perturbations import RunFailed
 from ..progress import token_progress
 from ..provenance import measured_with
 from ..tasks import Prompt, task_of
@@ -95,6 +99,7 @@ class Baseline(Explainer):
                 advance=bar.advance,
             )
             scores = rate(case, self.options)
+        _check_scores(self.method, scores, case)
         scores = scores.masked_fill(~case.measured, float("nan"))
         logprobs = (case.base_logprobs.double()[:, None] - scores.T).float()
         units = [replace(unit, effect="baseline") for unit in layout.units]
@@ -108,6 +113,20 @@ class Baseline(Explainer):
         }
         facts |= {name: getattr(self.options, name) for name in own.options}
         return Measured(Outcome(units, logprobs.contiguous()), case.base_logprobs, facts)
+
+
+def _check_scores(method: str, scores: Tensor, case: Case) -> None:
+    """Refuse scores that are no numbers; those of a target's units may be missing.
+
+    Raises: RunFailed: naming the first unit of the prompt that has none.
+    """
+    missing = ~scores[case.removable].isfinite() & case.measured[case.removable]
+    if bool(missing.any()):
+        unit = case.units[case.removable[int(missing.any(1).nonzero()[0])]]
+        raise RunFailed(
+            f"{method} gives {unit.text!r} no finite score: the model's numbers overflow in "
+            f"{str(dtype_of(case.model)).removeprefix('torch.')}; load it in float32 or bfloat16."
+        )
 
 
 def _checked(method: str, given: dict[str, Any], layers: int) -> Options:
