@@ -28,11 +28,13 @@ The signs, each so that more of it should be worse:
 - ``disagreement``: 1 less the linear correlation of direct and exact scores.
 
 ``AUROC``: how often a bad explanation has more of a sign than a good one, ties counting half; 0.5
-is chance. Part ``rule``: an explanation is doubted if its answer's probability is below 0.95, its
-spread above 1.5 sentences, or no score in the document above 0.1 nats; ``caught`` is the share of
-bad ones that are doubted, ``false alarms`` of good ones. The three bounds were set on other
-documents (those of the rows measured at commit 60a59b4). ``all`` is over all kinds, ``in the text`` without ``absent`` and ``removed``, and
-``ordinary and redundant`` over these two. One command::
+is chance. ``all`` is over all kinds, ``in the text`` without ``absent`` and ``removed``, and
+``ordinary and redundant`` over these two.
+
+Part ``rule``: an explanation is doubted if its answer's probability is below 0.95, its spread above
+1.5 sentences, or no score in the document above 0.1 nats; ``caught`` is the share of bad ones that
+are doubted, ``false alarms`` of good ones. The three bounds were set on other documents, those of a
+run before (commit 60a59b4). One command::
 
     python -m bench.studies.signs                # 40 ordinary documents, and 80 others
 
