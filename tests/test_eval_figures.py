@@ -436,6 +436,11 @@ def test_a_sweep_has_its_numbers_in_their_places():
     (frame,) = axes.patches
     assert frame.get_xy() == (0.5, 0.5)
     assert "110.0" in words(figure) and "100.0 to 120.0" in words(figure)
+    assert not panels(sweep([cell(0.5, steps="1"), cell(0.5, steps="2")], "title"))[0].patches
+    low, high = (
+        panels(sweep([cell(0.5, steps="1"), cell(0.51, steps="2")], "t"))[0].images[0].get_clim()
+    )
+    assert (low, high) == (50, pytest.approx(70))  # as wide as an interval
     with pytest.raises(ValueError, match="comes twice"):
         sweep([*cells, cells[0]], "title")
 

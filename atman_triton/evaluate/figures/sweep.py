@@ -61,7 +61,8 @@ def sweep(cells: Sequence[Cell], title: str) -> Figure:
         "(after Fig. 16 of the paper)",
         sentences(
             f"{title}; {max(counts)} examples",
-            "Small: 95% bootstrap interval; framed: the highest; grey: not measured",
+            "Small: 95% bootstrap interval; framed: the highest; grey: not measured; colours span "
+            "no less than the widest interval",
             "Factor 0 suppresses a unit altogether" if "factor" in cells[0].options else "",
             "Without κ (none) units are suppressed one at a time"
             if "similarity" in cells[0].options
@@ -71,7 +72,7 @@ def sweep(cells: Sequence[Cell], title: str) -> Figure:
     axes_of: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (measure, found) in zip(axes_of, panels.items(), strict=True):
         words, scale = _PANELS[measure]
-        image = _heat(axes, found, (len(down[1]), len(across[1])), scale)
+        _heat(axes, found, (len(down[1]), len(across[1])), scale)
         axes.set_xticks(range(len(across[1])), across[1], fontsize=SIZE)
         axes.set_yticks(range(len(down[1])), down[1], fontsize=SIZE)
         axes.set_xlabel(_WORDS.get(across[0], across[0]), fontsize=SIZE)
@@ -79,9 +80,6 @@ def sweep(cells: Sequence[Cell], title: str) -> Figure:
         axes.set_title(words, fontsize=SIZE, loc="left", color=INK)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
-        bar.ax.tick_params(labelsize=SMALL)
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     return figure
 
 
@@ -109,13 +107,14 @@ def _grid(cells: Sequence[Cell], measure: str) -> dict[tuple[int, int], Interval
 
 def _heat(
     axes: Any, found: Mapping[tuple[int, int], Interval], shape: tuple[int, int], scale: float
-) -> Any:
+) -> None:
     values = np.full(shape, math.nan)
     for place, interval in found.items():
         values[place] = scale * interval.value
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    wide = high - low or 1.0
-    image = axes.imshow(
+    spans = [scale * (each.high - each.low) for each in found.values() if each.count]
+    wide = max([high - low, *(each for each in spans if math.isfinite(each))]) or 1.0
+    axes.imshow(
         values,
         cmap=colormaps["Blues"].with_extremes(bad=LINE),
         vmin=low,
@@ -132,10 +131,11 @@ def _heat(
         if math.isfinite(interval.low):
             ends = f"{_number(scale * interval.low)} to {_number(scale * interval.high)}"
             axes.text(column, row + 0.24, ends, fontsize=SMALL - 0.5, **alike)
-    row, column = np.unravel_index(np.nanargmax(values), shape)
-    corner = (float(column) - 0.5, float(row) - 0.5)
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_FRAME, linewidth=2.2))
-    return image
+    known = {place: _number(value) for place, value in np.ndenumerate(values) if value == value}
+    best = [place for place, shown in known.items() if shown == _number(high)]
+    for row, column in best if len(best) < len(known) else []:
+        corner = (column - 0.5, row - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=_FRAME, linewidth=2.2))
 
 
 def _number(value: float) -> str:
