@@ -14,7 +14,6 @@ from atman_triton.evaluate.metrics import Metric
 
 X, Y = [4.0, 1.0, 3.0, 2.0], [1.0, 0.0, 1.0, 0.0]
 LABELLED = (metrics.precision, metrics.recall, metrics.pointing, metrics.outside)
-SHARES = (metrics.precision, metrics.recall, metrics.outside)
 
 
 def _undefined(found):
@@ -136,15 +135,24 @@ def test_align_by_hand():
 @pytest.mark.parametrize("metric", LABELLED)
 def test_no_label_and_no_units(metric):
     assert _undefined(metric([1, 2], [0, 0])) == "no label"
+    assert "no label" in _undefined(metric([-1, math.nan], [0, 0]))
     assert "no units" in _undefined(metric([], []))
 
 
-@pytest.mark.parametrize("metric", SHARES)
-def test_no_positive_relevance(metric):
-    assert "no positive relevance" in _undefined(metric([0, 0, 0], [0, 1, 0]))
-    assert _undefined(metric([-1, -2], [0, 1])) == "2 negative taken as 0; no positive relevance"
-    nothing = _undefined(metric([math.nan, math.nan], [0, 1]))
-    assert nothing == "no relevance was measured; 2 NaN taken as 0; no positive relevance"
+@pytest.mark.parametrize("metric", [metrics.precision, metrics.recall])
+def test_no_positive_relevance_finds_nothing(metric):
+    assert metric([0, 0, 1e-9], [1, 1, 0]).value == 0
+    found = metric([0, 0, 0], [0, 1, 0])
+    assert found == Metric(0, "all relevance is equal; no positive relevance")
+    assert metric([-1, -2], [0, 1]) == Metric(0, "2 negative taken as 0; no positive relevance")
+    note = "no relevance was measured; 2 NaN taken as 0; no positive relevance"
+    assert metric([math.nan, math.nan], [0, 1]) == Metric(0, note)
+
+
+def test_no_positive_relevance_is_nowhere():
+    note = "2 negative taken as 0; no positive relevance"
+    assert _undefined(metrics.outside([-1, -2], [0, 1])) == note
+    assert _undefined(metrics.total_variation([[-1, -2]])) == note
 
 
 def test_nan_is_not_found():
@@ -235,9 +243,11 @@ def test_labelled_metrics_are_bounded_and_know_no_order_or_scale(metric, rated, 
 @settings(deadline=None)
 @given(rated=_rated)
 def test_outside_is_what_precision_leaves(rated):
-    inside, beside = (metric(*zip(*rated, strict=True)) for metric in SHARES[::2])
+    inside, beside = (
+        metric(*zip(*rated, strict=True)) for metric in (metrics.precision, metrics.outside)
+    )
     assert inside.note == beside.note
-    assert math.isnan(inside.value) or inside.value + beside.value == pytest.approx(1)
+    assert math.isnan(beside.value) or inside.value + beside.value == pytest.approx(1)
 
 
 @settings(deadline=None)

@@ -50,13 +50,14 @@ def precision(x: Numbers, y: Numbers) -> Metric:
         x: ``[R]``, relevance. What is below 0 counts as 0, and so does NaN; where some is infinite,
             that is all there is. Scaling it changes nothing.
         y: ``[R]``, which share of each unit is labelled, from 0 to 1.
-    Returns: NaN without a label or without positive relevance.
+    Returns: 0 without positive relevance, so that a method gains nothing from saying nothing; NaN
+        without a label.
     Raises: ValueError: if ``y`` is no such label or the lengths differ.
     Source: AtMan, section 4 and the evaluation released with it; its mean over examples is mAP.
     """
     weights, label, notes = _weighed(x, y)
     if weights is None:
-        return _undefined(notes)
+        return _nothing(label, notes)
     return _metric(weights @ label / weights.sum(), notes)
 
 
@@ -66,13 +67,13 @@ def recall(x: Numbers, y: Numbers) -> Metric:
     Args:
         x: ``[R]``, as in ``precision``. A label that was not measured (NaN) counts as not found.
         y: ``[R]``, as in ``precision``.
-    Returns: from 0 to 1; NaN without a label or without positive relevance.
+    Returns: from 0 to 1; 0 without positive relevance, NaN without a label.
     Raises: ValueError: as ``precision`` does.
     Source: AtMan, section 4 and the evaluation released with it; its mean over examples is mAR.
     """
     weights, label, notes = _weighed(x, y)
     if weights is None:
-        return _undefined(notes)
+        return _nothing(label, notes)
     return _metric(weights @ label / label.sum(), notes)
 
 
@@ -103,7 +104,8 @@ def pointing(x: Numbers, y: Numbers) -> Metric:
 def outside(x: Numbers, y: Numbers) -> Metric:
     """Which share of the positive relevance stands beside the label: Σ x·(1 − y) / Σ x.
 
-    What is noise on a heat map, if the label is all there is to see; with ``precision`` it gives 1.
+    What is noise on a heat map, if the label is all there is to see; with ``precision`` it gives 1,
+    where both are defined.
 
     Args: as of ``precision``.
     Returns: from 0 to 1; NaN without a label or without positive relevance.
@@ -342,6 +344,11 @@ def _labelled(x: Numbers, y: Numbers) -> tuple[np.ndarray, np.ndarray, list[str]
     elif len(known) > 1 and np.all(known == known[0]):
         notes.append("all relevance is equal")
     return values, label, notes
+
+
+def _nothing(label: np.ndarray, notes: Sequence[str]) -> Metric:
+    """What finds a label without any relevance: 0; or NaN, if there is no label."""
+    return _metric(0.0, notes) if label.any() else _undefined(notes)
 
 
 def _weighed(x: Numbers, y: Numbers) -> tuple[np.ndarray | None, np.ndarray, list[str]]:
