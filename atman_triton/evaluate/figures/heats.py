@@ -26,7 +26,10 @@ SCALE = (
     "Orange supports the answer, blue opposes it, dark grey was not measured; "
     "a scale for each method"
 )
-STRIPS = "Lines on which no method has 5% of its strongest relevance stand alone"
+STRIPS = (
+    "Lines on which no method has 5% of its strongest relevance stand alone; longer texts are cut "
+    "around their label"
+)
 
 CELL = 5.0  # points of a character; a whole number of pixels at the resolution that is written
 COLUMNS = 102  # characters in a line of text
