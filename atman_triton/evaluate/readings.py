@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from ..explanation import Explanation
-from ..reduction import Postprocessing, Reduction
+from ..reduction import Postprocessing, Reduction, postprocessed, reduced
 
 READINGS: dict[str, tuple[Postprocessing, Reduction]] = {
     "signed mean": ("none", "mean"),
@@ -24,11 +22,19 @@ READINGS: dict[str, tuple[Postprocessing, Reduction]] = {
 
 
 def read(explanation: Explanation, reading: str) -> Tensor:
-    """``[U]`` float32: the relevance of every unit; NaN where none was measured.
+    """``[U]`` float32: the relevance of every unit, which one target is explained by.
 
-    Raises: KeyError: if there is no such reading.
+    NaN where none was measured.
+
+    Raises:
+        KeyError: if there is no such reading.
+        ValueError: if several targets were explained.
     """
-    postprocessing, reduction = READINGS[reading]
-    return replace(
-        explanation, postprocessing=postprocessing, reduction=reduction, coarse=None
-    ).relevance
+    if len(explanation.target_stops) > 1:
+        raise ValueError(
+            f"explanation must be of one target, got {len(explanation.target_stops)}; take "
+            "explanation.branch(k)."
+        )
+    how, reduction = READINGS[reading]
+    scores = postprocessed(explanation.scores.double(), how)
+    return reduced(scores, [0] * len(scores), 1, reduction)[0].float()

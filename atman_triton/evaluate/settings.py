@@ -65,7 +65,8 @@ GROUPS: dict[str, str] = {
     "all": (
         "direct, direct multiplicative, direct log_additive, direct similarity=0.6, exact, "
         "exact multiplicative, exact log_additive, exact min_shift_full, "
-        "exact multiplicative similarity=0.7 rule=paper, released, hybrid, path, baselines"
+        "exact multiplicative similarity=0.7 rule=paper, released, hybrid, path, baselines, "
+        "kernel_shap budget=256"  # so few as 128 samples are about as many as there are units
     ),
     "paper": (
         "integrated_gradients, input_x_gradient, grad_cam, chefer, exact multiplicative, released"
