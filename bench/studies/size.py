@@ -175,13 +175,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     panels = figure.subplots(1, 4)
     matches = common.pick(rows, part="readers", measure=MATCH)
     _line(panels[0], sizes, matches, "exact match", "black")
-    panels[0].set_title("answers", fontsize=10)
+    panels[0].set_title("exact match on fresh documents", fontsize=10)
     colours = {"direct": "#2166ac", "exact": "#b2182b"}
     for axes, measure in zip(panels[1:], (PRECISION, PAIRS, CORRELATION), strict=True):
         for method, colour in colours.items():
             own = common.pick(rows, part="own", method=method, measure=measure)
             _line(axes, sizes, own, method, colour)
-        axes.set_title(f"{measure}, right answers of each size", fontsize=10)
+        axes.set_title(measure, fontsize=10)
         axes.legend(fontsize=8)
     for axes in panels:
         axes.set_xscale("log")
@@ -191,6 +191,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.2)
+    figure.suptitle("the last three: on what each size answers right; bars: 95%", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
