@@ -29,6 +29,7 @@ from atman_triton.demo import load_demo_model
 from bench.removal import Removal
 from bench.studies import common
 from bench.studies.common import Labelled, Row
+from bench.studies.slowly import extend, measured, methods
 from bench.studies.truth import GAP, PRECISION
 
 NAME = "layers"
@@ -67,15 +68,19 @@ def chance(explanation: Any, case: Labelled) -> float:
 
 
 def examine(
-    model: Any, tokenizer: Any, case: Labelled, number: int
+    model: Any,
+    tokenizer: Any,
+    case: Labelled,
+    number: int,
+    tried: Sequence[str] = METHODS,
 ) -> dict[tuple[str, str, str], dict[str, float]]:
     """One document: measures by part, place and method."""
     config = model.config
     parts: dict[str, tuple[dict[str, Places], Sequence[str]]] = {
-        "layers": (layer_settings(config.num_hidden_layers), METHODS),
+        "layers": (layer_settings(config.num_hidden_layers), tried),
         "heads": (
             head_settings(config.num_hidden_layers, config.num_attention_heads),
-            METHODS[:1],
+            ("direct",),
         ),
     }
     explained: dict[tuple[str, str, str], Any] = {
@@ -109,7 +114,7 @@ Found = Mapping[tuple[str, str, str], Mapping[str, float]]
 def rows_of(found: Sequence[Found]) -> list[Row]:
     """A row for every place, method and measure."""
     return [
-        common.mean_row(NAME, part, what, method, measure, [each[key][measure] for each in found])
+        common.mean_row(NAME, part, what, method, measure, measured(found, key, measure))
         for key in found[0]
         for part, what, method in [key]
         for measure in found[0][key]
@@ -125,9 +130,10 @@ def chosen_rows(found: Sequence[Found]) -> list[Row]:
             continue
         whole = ("layers", ALL, method)
         places = [key for key in found[0] if (key[0], key[2]) == (part, method)]
-        key = common.best({place: [each[place][GAP] for each in choose] for place in places})
-        numbers = {measure: [each[key][measure] for each in report] for measure in found[0][key]}
-        numbers[DIFFERENCE] = [each[key][GAP] - each[whole][GAP] for each in report]
+        key = common.best({place: measured(choose, place, GAP) for place in places})
+        numbers = {measure: measured(report, key, measure) for measure in found[0][key]}
+        both = zip(numbers[GAP], measured(report, whole, GAP), strict=True)
+        numbers[DIFFERENCE] = [own - theirs for own, theirs in both]
         rows += [
             common.mean_row(NAME, "chosen", f"{part}: {key[1]}", method, measure, values)
             for measure, values in numbers.items()
@@ -217,11 +223,11 @@ def _by_head(figure: Any, axes: Any, rows: Sequence[Row], measure: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    options = common.options_of(__doc__, arguments, 60)
+    options = common.options_of(__doc__, arguments, 60, extend)
     model, tokenizer = load_demo_model()
     several = common.documents(model, tokenizer, options.documents)
     found = [
-        examine(model, tokenizer, case, number)
+        examine(model, tokenizer, case, number, methods(METHODS, number, options.exact_documents))
         for number, case in common.progress(list(enumerate(several)), "Layers and heads")
     ]
     rows = rows_of(found) + chosen_rows(found)

@@ -36,6 +36,7 @@ from bench.removal import rank_correlation
 from bench.studies import common
 from bench.studies.agreement import overlap
 from bench.studies.common import Labelled, Row
+from bench.studies.slowly import extend, measured, methods
 from bench.studies.truth import CORRELATION, PRECISION, TOP
 
 NAME = "sanity"
@@ -106,11 +107,16 @@ def compare(
 
 
 def examine(
-    model: Any, changed: Mapping[str, Any], tokenizer: Any, case: Labelled, number: int
+    model: Any,
+    changed: Mapping[str, Any],
+    tokenizer: Any,
+    case: Labelled,
+    number: int,
+    tried: Sequence[str] = METHODS,
 ) -> dict[tuple[str, str], dict[str, float]]:
     """One document: measures by what was replaced and method."""
     found = {}
-    for method in METHODS:
+    for method in tried:
         before = explain(model, tokenizer, case, method, 2 * number)
         found[TRAINED, method] = {PRECISION: common.label_precision(before, case)}
         for what, other in changed.items():
@@ -122,7 +128,7 @@ def examine(
 def rows_of(found: Sequence[Mapping[tuple[str, str], Mapping[str, float]]]) -> list[Row]:
     """A row for every replacement, method and measure."""
     return [
-        common.mean_row(NAME, "weights", *key, measure, [each[key][measure] for each in found])
+        common.mean_row(NAME, "weights", *key, measure, measured(found, key, measure))
         for key in found[0]
         for measure in found[0][key]
     ]
@@ -173,12 +179,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    options = common.options_of(__doc__, arguments, 60)
+    options = common.options_of(__doc__, arguments, 60, extend)
     model, tokenizer = load_demo_model()
     changed = randomised(model, tokenizer)
     several = common.documents(model, tokenizer, options.documents)
     found = [
-        examine(model, changed, tokenizer, case, number)
+        examine(
+            model,
+            changed,
+            tokenizer,
+            case,
+            number,
+            methods(METHODS, number, options.exact_documents),
+        )
         for number, case in common.progress(list(enumerate(several)), "Randomised weights")
     ]
     rows = rows_of(found)

@@ -35,6 +35,7 @@ from atman_triton.tokens import encode_prompt
 from bench.removal import Removal
 from bench.studies import common
 from bench.studies.common import Labelled, Row
+from bench.studies.slowly import extend, measured, methods
 from bench.studies.truth import GAP, PRECISION
 
 NAME = "values"
@@ -132,15 +133,21 @@ def _key(kind: str, factor: float, effect: str) -> Key:
     return f"{kind}, factor {factor:g}", effect
 
 
-def examine(model: Any, tokenizer: Any, case: Labelled, number: int) -> dict[Key, dict[str, float]]:
+def examine(
+    model: Any,
+    tokenizer: Any,
+    case: Labelled,
+    number: int,
+    effects: Sequence[str] = EFFECTS,
+) -> dict[Key, dict[str, float]]:
     """One document: measures of every setting."""
     explained: dict[Key, atman.Explanation] = {}
-    for factor, effect, mode in itertools.product(FACTORS, EFFECTS, MODES):
+    for factor, effect, mode in itertools.product(FACTORS, effects, MODES):
         explained[_key(mode, factor, effect)] = common.explain(
             model, tokenizer, case, method=effect, mode=mode, factor=factor
         )
     first = next(iter(explained.values()))
-    for factor, effect in itertools.product(FACTORS, EFFECTS):
+    for factor, effect in itertools.product(FACTORS, effects):
         explained[_key(VALUES, factor, effect)] = by_values(
             model, tokenizer, case, first, factor, effect
         )
@@ -159,13 +166,14 @@ def examine(model: Any, tokenizer: Any, case: Labelled, number: int) -> dict[Key
 def rows_of(found: Sequence[Mapping[Key, Mapping[str, float]]]) -> list[Row]:
     """A row for every setting and measure, and for the difference between values and scores."""
     rows = [
-        common.mean_row(NAME, "methods", *key, measure, [each[key][measure] for each in found])
+        common.mean_row(NAME, "methods", *key, measure, measured(found, key, measure))
         for key in found[0]
         for measure in found[0][key]
     ]
     for factor, effect, measure in itertools.product(FACTORS, EFFECTS, (GAP, PRECISION)):
         values, scores = (_key(kind, factor, effect) for kind in (VALUES, MODES[0]))
-        less = [each[values][measure] - each[scores][measure] for each in found]
+        both = zip(measured(found, values, measure), measured(found, scores, measure), strict=True)
+        less = [own - theirs for own, theirs in both]
         what = f"values less {MODES[0]}, factor {factor:g}"
         rows.append(common.mean_row(NAME, "difference", what, effect, measure, less))
     return rows
@@ -209,11 +217,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    options = common.options_of(__doc__, arguments, 60)
+    options = common.options_of(__doc__, arguments, 60, extend)
     model, tokenizer = load_demo_model()
     several = common.documents(model, tokenizer, options.documents)
     found = [
-        examine(model, tokenizer, case, number)
+        examine(model, tokenizer, case, number, methods(EFFECTS, number, options.exact_documents))
         for number, case in common.progress(list(enumerate(several)), "Values and scores")
     ]
     rows = rows_of(found)
