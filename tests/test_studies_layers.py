@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from atman_triton.demo import load_demo_model
-from bench.studies import common, layers
+from bench.studies import common, layers, slowly
 from bench.studies.layers import DIFFERENCE, GAP, LARGEST, PRECISION
 
 
@@ -24,6 +24,18 @@ def test_every_place_is_tried_once():
     assert len(heads) == 2 * 3 + 3
     assert heads["layer 1, head 2"] == {"layers": [1], "heads": [2]}
     assert heads["head 2"] == {"heads": [2]}
+
+
+def test_exact_explanations_may_be_of_the_first_documents_alone():
+    assert slowly.methods(("direct", "exact"), 2, 3) == ("direct", "exact")
+    assert list(slowly.methods(("direct", "exact", "rollout"), 3, 3)) == ["direct", "rollout"]
+    assert slowly.methods(("direct", "exact"), 99, None) == ("direct", "exact")
+    with pytest.raises(ValueError, match="exact_documents must be at least 1, got 0"):
+        slowly.methods(("exact",), 0, 0)
+    found = [{"a": {"gap": 1.0}, "b": {"gap": 2.0}}, {"a": {"gap": 3.0}}]
+    assert slowly.measured(found, "a", "gap") == [1.0, 3.0]
+    first, second = slowly.measured(found, "b", "gap")
+    assert first == 2.0 and math.isnan(second)
 
 
 def document(gap, others):
