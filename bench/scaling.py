@@ -10,9 +10,11 @@ explains a short prompt first, so that what is made once does not count; methods
     python -m bench.scaling --models llama-1M llama-6M --lengths 64 512 --rounds 5
 
 Memory is what a run takes at most above the weights: on a CPU what the operating system gives the
-process (``bench.allocations``), on a GPU what torch allocates. A method for which it is too little
-has a row without numbers that says so. Rows go to ``bench/results/scaling.csv``, those of other
-devices stay there; the picture of this device's goes to ``bench/results/scaling.png``.
+process (``bench.allocations``), on a GPU what torch allocates. Time is the processor's where one
+thread of a CPU runs (the default), so that other work does not lengthen it, else the wall's. A
+method for which memory is too little has a row without numbers that says so. Rows go to
+``bench/results/scaling.csv``, those of other devices stay there; the picture of this device's goes
+to ``bench/results/scaling.png``.
 """
 
 from __future__ import annotations
@@ -296,6 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--device cuda needs a GPU that torch can use")
     shapes = [SHAPES[name] for name in options.models or names]
     settings = {"device": options.device, "steps": options.steps, "threads": options.threads}
+    commit()  # what runs now, whatever is edited until the rows are written
     torch.set_num_threads(options.threads)
     checked(SHAPES["llama-1M"], torch.device("cpu"), 1)  # what is wrong is not timed
     jobs = jobs_of(shapes, lengths, options.batches, **settings)

@@ -21,7 +21,12 @@ from toy_models import llama
 from atman_triton import Explainer
 from atman_triton.baselines import Baseline
 from atman_triton.baselines.case import Case
-from atman_triton.baselines.gradient import grad_cam, input_x_gradient, integrated_gradients
+from atman_triton.baselines.gradient import (
+    _copies,
+    grad_cam,
+    input_x_gradient,
+    integrated_gradients,
+)
 from atman_triton.baselines.methods import Options
 from atman_triton.demo import load_demo_model
 from atman_triton.stacks import UnsupportedModelError
@@ -418,6 +423,32 @@ def test_a_model_without_gradients_is_refused(method):
     model.model.norm.forward = torch.no_grad()(whole)
     with pytest.raises(UnsupportedModelError, match=r"runs without gradients.*leave_one_out"):
         Baseline(model, method=method, progress=False).explain(PROMPT, [4])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_cannot_be_differentiated_is_refused(method):
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, states):
+            return states.clone()
+
+    model = llama()
+    model.model.norm.register_forward_hook(lambda module, args, output: OneWay.apply(output))
+    with pytest.raises(UnsupportedModelError, match=r"cannot be differentiated.*leave_one_out"):
+        Baseline(model, method=method, progress=False).explain(PROMPT, [4])
+
+
+def test_copies_share_one_run_but_not_their_gradients():
+    """y = x² for two inputs of one number, each read in two rows that weigh it differently."""
+    rows = torch.tensor([[2.0], [2.0], [3.0], [3.0]], dtype=torch.float64, requires_grad=True)
+    inputs = rows.detach()[::2].clone().requires_grad_()
+    outputs = torch.cat([inputs**2, 5 * inputs], 1)  # [N, T]
+    runs = []
+    found = _copies(rows, inputs, outputs, lambda: runs.append(1))
+    assert found.tolist() == [4, 10, 9, 15]
+    (slopes,) = torch.autograd.grad(found @ torch.tensor([1.0, 10, 100, 1000]).double(), rows)
+    assert slopes.flatten().tolist() == [4, 50, 600, 5000]
+    assert len(runs) == 2
 
 
 def test_every_gradient_is_finite():

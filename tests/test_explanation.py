@@ -464,7 +464,8 @@ SECOND = dataclasses.replace(UNIT, start=1, stop=3, part="target")
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="indirect")]},
             ValueError,
-            "units[1].effect must be one of total, direct, path, gradient, baseline, got 'indirect'.",
+            "units[1].effect must be one of total, direct, path, gradient, baseline, "
+            "got 'indirect'.",
         ),
         (
             {"units": [UNIT, dataclasses.replace(UNIT, effect="direct")]},

@@ -192,7 +192,7 @@ def _copies(rows: Tensor, inputs: Tensor, outputs: Tensor, done: Callable[[], No
         inputs: ``[N, ...]``, the same once.
         outputs: ``[N, T]``, differentiable in ``inputs``.
         done: Called after every backward pass.
-    Raises: UnsupportedModelError: if ``outputs`` has no graph.
+    Raises: UnsupportedModelError: if ``outputs`` has no graph, or one that cannot be run back.
     """
     if not outputs.requires_grad:
         raise UnsupportedModelError(
@@ -205,8 +205,16 @@ def _copies(rows: Tensor, inputs: Tensor, outputs: Tensor, done: Callable[[], No
         found = []
         for token, column in enumerate(columns):
             more = token + 1 < len(columns)
-            # Inputs know nothing of each other, so the sum's gradient is each one's own.
-            found += torch.autograd.grad(column, inputs, wanted[:, token], retain_graph=more)
+            try:
+                # Inputs know nothing of each other, so the sum's gradient is each one's own.
+                found += torch.autograd.grad(column, inputs, wanted[:, token], retain_graph=more)
+            except RuntimeError as error:
+                if memory.out_of_memory(error):
+                    raise
+                raise UnsupportedModelError(
+                    f"the model cannot be differentiated, which this method needs ({error}); "
+                    "use method='leave_one_out', or atman_triton.Explainer."
+                ) from error
             done()
         return torch.stack(found, 1).flatten(0, 1)
 
