@@ -1,5 +1,6 @@
 """Results made by hand, for what is done with them."""
 
+from atman_triton.evaluate.examples import Example
 from atman_triton.evaluate.readings import READINGS
 from atman_triton.evaluate.results import Result
 
@@ -21,3 +22,11 @@ def result(example, method="direct", *, split="report", precision=0.5, best=None
         "alignment": alignment,
     }
     return Result(example, method, split, **(values | changes))
+
+
+def example(name, target="5", **changes):
+    """A sentence with a question."""
+    prompt = f"The pay of {name} is 5 and no more. Q: What is the pay? A:"
+    region = (0, prompt.index(" Q:"))
+    labels = ((prompt.index("5"), prompt.index("5") + 1),)
+    return Example(name, prompt, target, region, labels, **changes)

@@ -58,9 +58,10 @@ def test_readings_are_chosen_on_one_split_and_reported_on_the_other():
 
 def test_the_first_of_equal_readings_is_chosen_and_nan_never_is():
     assert choose_reading([result("a", precision=0.5)]) == "signed mean"
-    some = result("a", precision=math.nan)
-    some.alignment["absolute sum"]["precision"] = 0.0
-    assert choose_reading([some]) == "absolute sum"
+    # A reading that finds nothing in one example, and all in the other, is not the best.
+    some, other = result("a", precision=math.nan), result("b", precision=0.9)
+    some.alignment["absolute sum"]["precision"] = 0.1
+    assert choose_reading([some, other]) == "absolute sum"
     with pytest.raises(ValueError, match="no examples to choose a reading by"):
         choose_reading([])
     with pytest.raises(ValueError, match="no examples of direct to report, only to choose"):
@@ -72,9 +73,10 @@ def test_a_metric_of_some_examples_counts_those():
     second.faithfulness["stability"] = 0.7
     rows = summarise([first, second, third], parse_methods("direct"), {})
     assert rows[0].values["stability"].value == 0.7 and rows[0].values["stability"].count == 1
+    # But who finds nothing missed it.
     second.alignment["signed mean"]["precision"] = math.nan
     rows = summarise([first, second, third], parse_methods("direct"), {})
-    assert rows[0].values["mAP"].value == pytest.approx(0.4) and rows[0].values["mAP"].count == 1
+    assert rows[0].values["mAP"].value == pytest.approx(0.2) and rows[0].values["mAP"].count == 2
 
 
 def test_questions_about_one_paragraph_are_drawn_together():
@@ -141,11 +143,10 @@ def test_files(tmp_path):
 
 def test_examples_that_have_no_value_are_shown(tmp_path):
     first, second, third = several("direct", 0.2, 0.4)
-    for own in second.alignment.values():
-        own["precision"] = math.nan
+    second.faithfulness["removal_gap"] = math.nan
     rows = summarise([first, second, third], parse_methods("direct"), {})
     write_markdown(rows, tmp_path / "table.md", FACTS, "t")
-    assert "**40.0** (of 1)" in (tmp_path / "table.md").read_text()
+    assert "**2.000** (of 1)" in (tmp_path / "table.md").read_text()
 
 
 def test_terminals_show_what_they_have_room_for():

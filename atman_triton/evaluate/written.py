@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .paper import NOTE
+from .statistics import Statistics
 from .tables import COLUMNS, Row, chosen, marks
 
 PERCENT = ("mAP", "mAP_IQ", "mAR", "mAR_IQ", "pointing", "outside")
@@ -66,6 +67,15 @@ def write_csv(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> None
             writer.writerow([*cells, "; ".join(row.notes), *facts.values()])
 
 
+def write_statistics(statistics: Statistics, path: Path) -> None:
+    """What the data is made of, a line for every quantity."""
+    rows = statistics.rows()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else ["quantity"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_markdown(rows: Sequence[Row], path: Path, facts: Mapping[str, str], title: str) -> None:
     """The chosen rows as a table for a README."""
     own = chosen(rows)
@@ -95,13 +105,14 @@ def terminal_table(rows: Sequence[Row], title: str, width: int) -> Table:
     columns = [name for name in shown(own) if width >= WIDE or name in _NARROW]
     placed = {name: marks(own, name) for name in columns if name not in _COSTS}
     with_paper = any(row.paper for row in own)
-    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("method")
+    note = f"paper: mAP, {NOTE}" if with_paper else None
+    table = Table(title=title, caption=note, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("method", overflow="fold")
     table.add_column("read as", no_wrap=True)
     for name in columns:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
     if with_paper:
-        table.add_column(f"{NOTE}: mAP", justify="right")
+        table.add_column("paper", justify="right", no_wrap=True)
     for row in own:
         cells = [row.method, row.reading]
         for name in columns:
