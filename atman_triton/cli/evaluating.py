@@ -130,6 +130,9 @@ def evaluate(
         raise BadUsage(f"the data must be one of {', '.join(DATASETS)}, got {data!r}.")
     if model is None and data not in SHIPPED:
         raise BadUsage(f"no shipped model knows {data}; name one with --model.")
+    for option, value in (("data", data_path), ("images", images)):
+        if data in SHIPPED and value is not None:
+            raise BadUsage(f"--{option} is for data that is read; leave it out, {data} are made.")
     with our_errors():
         grid = None
         if sweep is None:
@@ -201,14 +204,17 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
     from rich.console import Console
 
     from ..evaluate.paper import OPEN_IMAGES, SQUAD
+    from ..evaluate.statistics import statistics
     from ..evaluate.tables import summarise
-    from ..evaluate.written import terminal_table, write_csv, write_markdown
+    from ..evaluate.written import terminal_table, write_csv, write_markdown, write_statistics
 
     paper = OPEN_IMAGES if session.data in ("openimages", "shapes") else SQUAD
     grouped = session.data in GROUPED
     rows = summarise(gathered.results, session.settings, paper, grouped=grouped)
     title = f"{session.data}, {gathered.facts['model']}"
+    found = statistics(gathered.examples)
     write_csv(rows, written.path("table.csv"), gathered.facts)
+    write_statistics(found, written.path("statistics.csv"))
     write_markdown(rows, written.path("table.md"), gathered.facts, title)
     console = Console(highlight=False, emoji=False)
     console.print(terminal_table(rows, title, console.width))
@@ -218,7 +224,7 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
         drawn = draw_all(
             gathered.results,
             rows,
-            None,
+            found,
             session.folder,
             title,
             gathered.examples,
