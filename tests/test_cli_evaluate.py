@@ -110,7 +110,7 @@ def test_sweep(run, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["contract"], "the data must be one of contracts, "),
+        (["contract"], "the data must be one of squad, openimages, contracts, shapes, got"),
         (["squad"], "no shipped model knows squad; name one with --model"),
         (["contracts", "--methods", "direkt"], "methods: 'direkt' is none of exact"),
         (["contracts", "--methods", "direct:factor=2"], "factor must lie in [0, 1)"),
@@ -123,7 +123,7 @@ def test_sweep(run, tmp_path):  # noqa: F811
             ["contracts", "--sweep", "factor=0;similarity=none;mode=min_shift"],
             "sweep takes one or two options, got factor, similarity, mode",
         ),
-        (["contracts", "--limit", "1"], "1 is not in the range"),
+        (["contracts", "--limit", "1"], "'--limit'"),
         (["contracts", "--dtype", "int8"], "--dtype must be one of"),
         (["contracts", "--device", "abacus"], "--device must be auto"),
         (["contracts", "--data", "x.json", "--limit", "2"], "--data is for data that is read"),

@@ -44,7 +44,8 @@ def test_groups():
     found = [one.name for one in everything]
     assert len(set(found)) == len(found)
     assert {"direct", "exact min_shift_full", "released", "path", "hybrid"} < set(found)
-    assert set(BASELINES) - set(found) <= {"attn_lrp"}
+    assert set(BASELINES) - {one.method for one in everything} <= {"attn_lrp"}
+    assert "kernel_shap budget=256" in found and "kernel_shap" not in found
     for group in ("paper", "fast", "baselines"):
         assert set(names(group)) <= {*found, "attn_lrp"}
     assert names("direct,fast")[0] == "direct" and names("fast,direct") == names("fast")

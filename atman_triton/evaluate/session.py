@@ -8,7 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,18 @@ def run(asked: Session, place: Place) -> Gathered | None:
     chip = device_name(torch.device(device), processes)
     facts = run_facts(model, asked.data, chip, commit())
     folder = asked.folder / "journal"
-    alone = asked.processes == 1
-    journal = Journal(folder, plan.digests, facts, place.process if alone else None)
+    own = place.process if asked.processes == 1 else None  # of several, each has its own file
+    with closing(Journal(folder, plan.digests, facts, own)) as journal:
+        _measure(asked, place, plan, journal, model, processor)
+        results = plan.results(journal.read())
+    return Gathered(results, loaded.examples, facts, loaded.notes) if first else None
+
+
+def _measure(
+    asked: Session, place: Place, plan: Plan, journal: Journal, model: Any, processor: Any
+) -> None:
+    """Measure what the journal does not have, and wait for the others where this gathers."""
+    first = place.process == 0
 
     def done() -> int:
         missing = plan.missing(journal.read())
@@ -141,7 +151,7 @@ def run(asked: Session, place: Place) -> Gathered | None:
 
     title = f"{len(plan.digests)} examples × {len(asked.settings)} methods"
     with waiting(title, plan.total, done(), quiet=asked.quiet or not first) as update:
-        if alone:
+        if asked.processes == 1:
             counter = _Counter(done, update)
             evaluate(model, processor, plan.part(place.process, place.processes), journal, counter)
         else:
@@ -150,8 +160,8 @@ def run(asked: Session, place: Place) -> Gathered | None:
                 Job(
                     process=number,
                     plan=plan.part(number, asked.processes),
-                    journal=folder,
-                    facts=facts,
+                    journal=journal.folder,
+                    facts=journal.facts,
                     model=asked.model,
                     device=_own_device(asked.device, number),
                     dtype=asked.dtype,
@@ -164,9 +174,6 @@ def run(asked: Session, place: Place) -> Gathered | None:
         while first and (there := done()) < plan.total:  # of a launcher's other processes
             update(there)
             time.sleep(PAUSE)
-    results = plan.results(journal.read())
-    journal.close()
-    return Gathered(results, loaded.examples, facts, loaded.notes) if first else None
 
 
 class _Counter:

@@ -65,15 +65,18 @@ GROUPS: dict[str, str] = {
     "all": (
         "direct, direct multiplicative, direct log_additive, direct similarity=0.6, exact, "
         "exact multiplicative, exact log_additive, exact min_shift_full, "
-        "exact multiplicative similarity=0.7 rule=paper, released, hybrid, path, baselines, "
-        "kernel_shap budget=256"  # so few as 128 samples are about as many as there are units
+        "exact multiplicative similarity=0.7 rule=paper, released, hybrid, path, baselines"
     ),
     "paper": (
         "integrated_gradients, input_x_gradient, grad_cam, chefer, exact multiplicative, released"
     ),
     "fast": "direct, input_x_gradient, grad_cam, chefer, rollout, last_attention, random",
 }
-"""Names for several settings; ``baselines`` are all of them, attn_lrp only where lxt is there."""
+"""Names for several settings; see ``BASELINE_OPTIONS`` for ``baselines``."""
+
+BASELINE_OPTIONS: dict[str, dict[str, Any]] = {"kernel_shap": {"budget": 256}}
+"""Of the group ``baselines``, which are all, attn_lrp only where lxt is there: what is not their
+default. KernelSHAP of 128 samples, about as many as there are units, would be mostly noise."""
 
 
 def parse_methods(text: str) -> list[Setting]:
@@ -263,4 +266,5 @@ def _name(method: str, options: Mapping[str, Any]) -> str:
 
 def _baselines() -> list[Setting]:
     there = importlib.util.find_spec("lxt") is not None
-    return [setting(name, {}) for name in BASELINES if there or name != "attn_lrp"]
+    own = [name for name in BASELINES if there or name != "attn_lrp"]
+    return [setting(name, BASELINE_OPTIONS.get(name, {})) for name in own]
