@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ def test_killed_and_resumed_gives_the_same_table(run, tmp_path):  # noqa: F811
     before = noted(killed)
     assert 3 <= len(before) < 24
 
-    code, out, err = run("evaluate", *SMALL, "--out", killed)
+    code, out, err = run("evaluate", *SMALL, "--processes", 2, "--out", killed)
     assert code == 0 and "direct" in out and "table.csv" in err
     code, _, err = run("evaluate", *SMALL, "--out", whole, "--quiet")
     assert (code, err) == (0, "")
@@ -93,6 +94,42 @@ def test_killed_and_resumed_gives_the_same_table(run, tmp_path):  # noqa: F811
     # Another model's results are not taken for this one's.
     code, _, err = run("evaluate", *SMALL, "--out", whole, "--dtype", "bfloat16")
     assert code == 2 and "was measured with" in err and "dtype float32 (now bfloat16)" in err
+
+
+def test_launched_processes_share_the_examples(run, tmp_path):  # noqa: F811
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('no figures here')")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    several = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1")
+    launch = (*several, "--mixed_precision", "no", "--dynamo_backend", "no")
+    module = ("-m", "atman_triton", "evaluate", "--device", "cpu")
+    small = ("contracts", "--limit", "3", "--stability", "0", "--gallery", "0")
+    words = (*small, "--methods", "direct,random")
+    launcher = ("-m", "accelerate.commands.launch", *launch, "--main_process_port", port)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, *launcher, *module, *words, "--out", str(tmp_path / "launched")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "direct" in done.stdout and "No figures: " in done.stderr
+    own = {path.name: len(path.read_text().splitlines()) for path in tmp_path.rglob("*.jsonl")}
+    assert own == {"0.jsonl": 5, "1.jsonl": 3}
+    assert run("evaluate", *words, "--out", tmp_path / "alone")[0] == 0
+    assert table(tmp_path / "launched") == table(tmp_path / "alone")
+
+
+def test_one_of_several_processes_that_are_not_there_is_told_of(run, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    words = ("--limit", 2, "--methods", "random", "--stability", 0, "--out", tmp_path)
+    code, _, err = run("evaluate", "contracts", *words)
+    assert code == 0 and "accelerate launch --cpu starts one process" in err
 
 
 def test_sweep(run, tmp_path):  # noqa: F811

@@ -110,7 +110,9 @@ def evaluate(
         typer.Option(
             min=1,
             help="Processes on this machine that share the examples, and the processor's cores "
-            "evenly. Several machines: accelerate launch -m atman_triton evaluate ...",
+            "evenly. Or launch them, on several machines too if all see --out: accelerate launch "
+            "--multi_gpu --num_processes 2 -m atman_triton evaluate ..., without GPUs as well "
+            "(accelerate's --cpu starts one process).",
         ),
     ] = 1,
     device: Device = "auto",
@@ -121,7 +123,7 @@ def evaluate(
     """Measure how good explanations are: of AtMan, and of what people use instead."""
     from ..evaluate.data import DATASETS
     from ..evaluate.run import MethodFailed
-    from ..evaluate.session import Session, launched, run
+    from ..evaluate.session import Session, launched, launched_alone, run
     from ..evaluate.settings import parse_methods
     from ..evaluate.sweep import parse_sweep
 
@@ -141,11 +143,12 @@ def evaluate(
             base = parse_methods("direct" if methods == "all" else methods)[0]
             grid = parse_sweep(sweep, base)
             settings = list(grid.settings.values())
+    on = pick_device(device)
     session = Session(
         data=data,
         model=model,
         demo=SHIPPED.get(data, "contract"),
-        device=pick_device(device),
+        device=on,
         dtype=dtype,
         folder=Path(f"atman-{data}") if out is None else out,
         settings=settings,
@@ -160,8 +163,14 @@ def evaluate(
         processes=processes,
         quiet=quiet,
     )
+    if launched_alone() and not quiet:
+        print(
+            "accelerate launch --cpu starts one process; put --multi_gpu in its place for several, "
+            "which needs no GPU here, or leave accelerate out and say --processes.",
+            file=sys.stderr,
+        )
     # What libraries print belongs to the notes, never to the result.
-    with contextlib.redirect_stdout(sys.stderr), our_errors(), launched() as place:
+    with contextlib.redirect_stdout(sys.stderr), our_errors(), launched(on) as place:
         if place.processes > 1 and processes > 1:
             raise BadUsage(f"--processes: {place.processes} were launched already; leave it out.")
         try:

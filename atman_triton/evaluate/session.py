@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..loading import load_model
+from ..loading import Failed, load_model
 from ..table import import_extra
 from .data import load
 from .examples import Example
@@ -25,6 +25,9 @@ from .run import Plan, evaluate
 from .settings import Setting
 from .waiting import waiting
 from .workers import PAUSE, Job, work
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""What launchers set: torchrun, which accelerate uses, and three kinds of MPI."""
 
 _SOURCE = Path(__file__).resolve().parent.parent
 
@@ -37,11 +40,13 @@ class Place:
         process: Its number.
         processes: How many there are.
         local: Its number on this machine.
+        beside: How many there are on this machine, itself among them.
     """
 
     process: int = 0
     processes: int = 1
     local: int = 0
+    beside: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,27 @@ class Gathered:
 
 
 @contextmanager
-def launched() -> Iterator[Place]:
-    """The place among processes that ``accelerate launch`` started; one of one without it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+def launched(device: str) -> Iterator[Place]:
+    """The place among processes that a launcher started; one of one without it.
+
+    Args:
+        device: What the model runs on.
+    Raises: Failed: if the launcher is one that accelerate does not know.
+    """
+    count = max(int(os.environ.get(name, "1")) for name in _SIZES)
+    if count < 2:
         yield Place()
         return
-    state = import_extra("accelerate", "eval").PartialState()
+    # Without GPUs it takes itself for one of one, unless it is told that there are none.
+    state = import_extra("accelerate", "eval").PartialState(cpu=not device.startswith("cuda"))
+    if state.num_processes != count:
+        raise Failed(
+            f"{count} processes were launched, but accelerate finds {state.num_processes}; launch "
+            "them with accelerate launch --multi_gpu or torchrun."
+        )
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", str(count)))
     try:
-        yield Place(state.process_index, state.num_processes, state.local_process_index)
+        yield Place(state.process_index, state.num_processes, state.local_process_index, beside)
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -126,7 +144,7 @@ def run(asked: Session, place: Place) -> Gathered | None:
     )
     plan = Plan.of(loaded.examples, asked.settings, asked.stability, asked.gallery)
     cores = os.cpu_count() or 1
-    processes = max(asked.processes, place.processes)
+    processes = max(asked.processes, place.beside)
     if processes > 1:
         torch.set_num_threads(max(1, cores // processes))
     chip = device_name(torch.device(device), processes)
@@ -188,6 +206,13 @@ class _Counter:
         self._since = self._since + count if noted == self._noted else count
         self._noted = noted
         self._update(noted + self._since)
+
+
+def launched_alone() -> bool:
+    """Whether ``accelerate launch --cpu`` was asked for several processes, and started one."""
+    names = ("WORLD_SIZE", "ACCELERATE_USE_CPU", "MASTER_ADDR")
+    size, cpu, address = (os.environ.get(name) for name in names)
+    return size is None and cpu == "True" and address is not None
 
 
 def _own_device(device: str, process: int) -> str:
