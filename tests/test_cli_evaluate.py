@@ -134,8 +134,9 @@ def test_one_of_several_processes_that_are_not_there_is_told_of(run, tmp_path, m
 
 def test_sweep(run, tmp_path):  # noqa: F811
     words = ("--limit", 3, "--sweep", "factor=0,0.3; similarity=none,0.6", "--out", tmp_path)
-    code, _, err = run("evaluate", "contracts", "--stability", 0, *words)
+    code, out, err = run("evaluate", "contracts", "--stability", 0, *words)
     assert code == 0 and "sweep.csv" in err
+    assert "removal gap" in out and "0.3" in out
     rows = table(tmp_path, "sweep.csv")
     grid = [(row["factor"], row["similarity"]) for row in rows]
     assert grid == [("0", "none"), ("0", "0.6"), ("0.3", "none"), ("0.3", "0.6")]

@@ -248,17 +248,20 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
 
 
 def _write_sweep(gathered: Gathered, session: Session, grid: Sweep, written: _Written) -> None:
-    """One method: sweep.csv and its heat map."""
-    from ..evaluate.sweep import cells, write_sweep
+    """One method: sweep.csv, its heat map, and the table on standard output."""
+    from rich.console import Console
+
+    from ..evaluate.sweep import cells, terminal_sweep, write_sweep
     from ..evaluate.tables import summarise
 
     rows = summarise(gathered.results, session.settings, {}, grouped=session.data in GROUPED)
     found = cells(grid, rows)
     write_sweep(grid, found, written.path("sweep.csv"), gathered.facts)
+    title = f"{grid.method}; {session.data}, {gathered.facts['model']}"
+    Console(highlight=False, emoji=False).print(terminal_sweep(grid, found, title))
     try:
         from ..evaluate.figures import draw_sweep
 
-        title = f"{grid.method}; {session.data}, {gathered.facts['model']}"
         written.say(draw_sweep(found, session.folder / "sweep.png", title))
     except ImportError as error:
         written.note(f"No figure: {error}")

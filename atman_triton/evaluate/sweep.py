@@ -9,6 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from .bootstrap import Interval
 from .settings import Setting, read_option, setting
 from .tables import Row, chosen
@@ -91,6 +94,18 @@ def cells(sweep: Sweep, rows: Sequence[Row]) -> list[Cell]:
         options = dict(zip(sweep.axes, point, strict=True))
         found.append(Cell(options, row.reading, values))
     return found
+
+
+def terminal_sweep(sweep: Sweep, found: Sequence[Cell], title: str) -> Table:
+    """A line for every point, for a terminal: alignment in percent, gaps in nats per token."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in (*sweep.axes, *MEASURED, "forwards"):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
+    for cell in found:
+        aligned, gap, forwards = (cell.values[name].value for name in (*MEASURED, "forwards"))
+        numbers = f"{100 * aligned:.1f}", f"{gap:.3f}", f"{forwards:.1f}"
+        table.add_row(*cell.options.values(), *numbers)
+    return table
 
 
 def write_sweep(sweep: Sweep, found: Sequence[Cell], path: Path, facts: Mapping[str, str]) -> None:

@@ -34,6 +34,9 @@ HEADINGS = {
 }
 """What people are shown; ``table.csv`` has all columns."""
 
+NARROW = 100
+"""Characters below which how each method is read has no room beside the names of methods."""
+
 WIDE = 190
 """Characters in which a terminal shows all of them, with their intervals."""
 
@@ -108,13 +111,14 @@ def terminal_table(rows: Sequence[Row], title: str, width: int) -> Table:
     note = f"paper: mAP, {NOTE}" if with_paper else None
     table = Table(title=title, caption=note, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("method", overflow="fold")
-    table.add_column("read as", no_wrap=True)
+    if width >= NARROW:
+        table.add_column("read as", no_wrap=True)
     for name in columns:
         table.add_column(HEADINGS[name], justify="right", no_wrap=True)
     if with_paper:
         table.add_column("paper", justify="right", no_wrap=True)
     for row in own:
-        cells = [row.method, row.reading]
+        cells = [row.method, row.reading] if width >= NARROW else [row.method]
         for name in columns:
             style = _STYLES.get(placed.get(name, {}).get(row.method, ""))
             cell = _cell(row, name, bare=width < WIDE)
