@@ -156,6 +156,6 @@ def test_terminals_show_what_they_have_room_for():
         console.print(terminal_table(rows, "contracts, reader", width))
         text = console.export_text()
         assert "contracts, reader" in text and cell in text and "73.7" in text
-        assert "squared sum" in text and "…" not in text
-        assert ("read as" in text) == (width == 200)
+        assert "exact multiplicative" in text and "…" not in text
+        assert ("read as" in text) == ("squared sum" in text) == (width == 200)
         assert ("mAP IQ" in text) == ("70.0 ±" in text) == (width == 200)
