@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from test_cli import run  # noqa: F401 - fixture
+from toy_models import llama
+from toy_tokenizers import byte_level
 
 from atman_triton.cli import evaluating
 
@@ -130,6 +132,30 @@ def test_one_of_several_processes_that_are_not_there_is_told_of(run, tmp_path, m
     words = ("--limit", 2, "--methods", "random", "--stability", 0, "--out", tmp_path)
     code, _, err = run("evaluate", "contracts", *words)
     assert code == 0 and "accelerate launch --cpu starts one process" in err
+
+
+def test_data_and_a_model_of_ones_own(run, tmp_path):  # noqa: F811
+    tokenizer = byte_level()
+    model = llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    context = "The pay is five and the term is two."
+    asked = [
+        {
+            "id": word,
+            "question": f"What is {word}?",
+            "answers": [{"text": word, "answer_start": context.index(word)}],
+        }
+        for word in ("pay", "five", "term")
+    ]
+    paragraphs = [{"context": context, "qas": asked}]
+    (tmp_path / "own.json").write_text(
+        json.dumps({"version": "1.1", "data": [{"title": "Pay", "paragraphs": paragraphs}]})
+    )
+    own = ("--data", tmp_path / "own.json", "--model", tmp_path / "model", "--methods", "random")
+    code, out, err = run("evaluate", "squad", *own, "--out", tmp_path / "out", "--device", "cpu")
+    assert (code, "random" in out) == (0, True), err
+    assert {row["examples"] for row in table(tmp_path / "out")} == {"2"}
 
 
 def test_sweep(run, tmp_path):  # noqa: F811
