@@ -187,7 +187,7 @@ def _notes(results: Sequence[Result]) -> tuple[str, ...]:
     """Each kind of note once, with the number of examples; numbers in notes count as alike."""
     counted: Counter[str] = Counter()
     for result in results:
-        counted.update({re.sub(r"\d+", "N", note) for note in result.notes})
+        counted.update(dict.fromkeys(re.sub(r"\d+", "N", note) for note in result.notes).keys())
     return tuple(
         f"{count} example{'s' if count > 1 else ''}: {note}"
         for note, count in counted.most_common()
