@@ -205,7 +205,7 @@ def test_a_file_that_cannot_be_loaded_says_why(tmp_path, edit, message):
         (
             ["units", 0, "effect"],
             "half",
-            "units[0].effect must be one of total, direct, path, gradient, got 'half'",
+            "units[0].effect must be one of total, direct, path, gradient, baseline, got 'half'",
         ),
         (["units", 0, "level"], 1, "units[0].level must be a str, got 1."),
         (["targets", 0, "branch"], None, "targets[0].branch must be an int, got None."),
