@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+from hypothesis.internal.conjecture import providers
 
 if not torch.cuda.is_available():
     # Read by triton when a kernel is defined, so it must precede every import of our kernels.
@@ -14,3 +15,8 @@ if not torch.cuda.is_available():
         quicken()
 
 torch.set_num_threads(1)
+
+# hypothesis also draws constants of whichever of our modules a worker has imported so far, so that
+# derandomized tests would see other draws in other runs.
+if hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = providers.Constants
