@@ -5,6 +5,7 @@ import os
 
 import torch
 from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 if not torch.cuda.is_available():
     # Read by triton when a kernel is defined, so it must precede every import of our kernels.
@@ -19,4 +20,4 @@ torch.set_num_threads(1)
 # hypothesis also draws constants of whichever of our modules a worker has imported so far, so that
 # derandomized tests would see other draws in other runs.
 if hasattr(providers, "_get_local_constants"):
-    providers._get_local_constants = providers.Constants
+    providers._get_local_constants = Constants
