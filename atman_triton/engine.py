@@ -22,6 +22,7 @@ from . import gradients
 from .branches import Branches
 from .capabilities import dtype_of, why_not_branches, why_not_prefix
 from .perturbations import SAVINGS, Effect, Near, Record, RunFailed, Settings, Unit
+from .products import fast_products
 from .runner import NotSideBySide, Runner, check_nan
 from .scored import check_base, rows_of, stands_before, timed
 from .stacks import find_stack
@@ -216,7 +217,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), fast_products():
             yield
     finally:
         for module in training:

@@ -21,6 +21,7 @@ import torch
 import atman_triton as atman
 from atman_triton import memory
 from atman_triton.baselines import Baseline
+from atman_triton.products import fast_products
 from bench.allocations import resident_peak
 from bench.explaining import LlamaShape
 from bench.harness import device_name
@@ -87,7 +88,7 @@ def runner(job: Job, model: Any) -> Callable[[Sequence[int]], float]:
 
 
 def _forward(model: Any, ids: Sequence[int]) -> float:
-    with torch.no_grad():
+    with torch.no_grad(), fast_products():  # as the methods' own passes
         read = torch.tensor([ids[:-1]], device=model.device)
         logits = model(read, use_cache=False, logits_to_keep=1).logits
         float(logits[0, -1].float().log_softmax(-1)[ids[-1]])  # waits for a GPU

@@ -19,6 +19,7 @@ from bench import (
     harness,
     many_targets,
     memory,
+    products,
     savings,
     test_bench_attention,
     test_bench_explain,
@@ -227,6 +228,22 @@ def test_savings_are_left_out_one_by_one(
         ("llama-tiny-prompt12-target2x3", "without one_pass"),
     ]
     assert "1.00x" in capsys.readouterr().out
+
+
+def test_products_are_compared_where_they_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = ["--prompt", "24", "--target", "2", "--seconds", "0.1", "--out", str(tmp_path)]
+    monkeypatch.setattr(products, "helps", lambda: False)
+    products.main(sizes, TINY)
+    assert "nothing to compare" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    monkeypatch.setattr(products, "helps", lambda: True)
+    products.main(sizes, TINY)
+    assert [(row["shape"], row["provider"]) for row in read(tmp_path)] == [
+        (f"llama-tiny-prompt24-target2-{effect}", provider)
+        for effect in ("exact", "direct")
+        for provider in ("oneDNN", "MKL")
+    ]
 
 
 def test_many_targets_are_one_call(
