@@ -21,7 +21,14 @@ from toy_models import in_float64
 from atman_triton import Explainer
 from atman_triton.baselines import Baseline, Case, Options
 from atman_triton.baselines.ablation import leave_one_out, occlusion, random
-from atman_triton.baselines.sampling import LASSO, context_cite, kernel_shap, lime, log_odds
+from atman_triton.baselines.sampling import (
+    LASSO,
+    context_cite,
+    kernel_shap,
+    lime,
+    log_odds,
+    pieces_of,
+)
 from atman_triton.table import import_extra
 
 TARGETS = [[12, 55, 3], [8]]
@@ -269,6 +276,61 @@ def test_pictures_have_scores_too(function):
     found = function(case, Options(budget=20))
     assert bool(found[case.removable].isfinite().all())
     assert torch.count_nonzero(found[case.removable]) > 5
+
+
+def quarters(case):
+    """The patches of each quarter of the picture, and every unit of text, worked out by hand."""
+    found = {}
+    for index in case.removable:
+        unit = case.units[index]
+        if unit.image is None:
+            found[index] = [index]
+            continue
+        ((left, top, width, height),) = unit.boxes
+        right, low = left + width / 2 >= SMALL.width / 2, top + height / 2 >= SMALL.height / 2
+        found.setdefault((right, low), []).append(index)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("function", SAMPLING)
+def test_a_superpixel_is_removed_whole_and_its_weight_shared(function):
+    """Of a sum over units, a linear fit finds what each piece adds to it."""
+    model, processor = seeing("llava")
+    case = explained(model, [SMALL, "a picture of"], [[12]], processor)
+    weights = torch.arange(1.0, len(case.removable) + 1, dtype=torch.float64)[:, None] / 40
+    asked = additive(case, weights)
+    found = function(case, Options(budget=400, superpixels=2))[:, 0]
+    pieces = quarters(case)
+    assert sorted(map(len, pieces))[-4:] == [9, 9, 9, 9] and len(pieces) == 4 + 7
+    for gone in map(set, asked):
+        assert all(set(piece) <= gone or not set(piece) & gone for piece in pieces)
+    assert len({frozenset(gone) for gone in asked}) > 100
+    # what Lasso's penalty takes, as above, from masks that are not quite independent
+    taken = {lime: LASSO["alpha"] / 0.2, context_cite: LASSO["alpha"] / 0.2**0.5}
+    bound = 1.5 * taken.get(function, 0.0)
+    for piece in pieces:
+        own, whole = found[piece], float(weights[piece].sum())
+        assert torch.equal(own, own[:1].expand(len(piece)))
+        rounding = 64 * ONE_STEP * float(weights.sum())
+        assert abs(float(own.sum()) - whole) < bound + rounding
+
+
+@pytest.mark.parametrize("function", SAMPLING)
+@pytest.mark.parametrize("superpixels", [0, 3])
+def test_without_a_budget_there_are_ablations_for_every_piece(function, superpixels):
+    model, processor = seeing("llava")
+    case = explained(model, [SMALL, "a picture of"], [" red"], processor)
+    asked = additive(case, torch.ones(len(case.removable), len(case.base_logprobs)))
+    function(case, Options(superpixels=superpixels))
+    pieces = len(pieces_of(case, superpixels))
+    each, most = (4, 256) if function is kernel_shap else (2, 128)
+    assert pieces == (len(case.removable) if superpixels == 0 else 9 + 7)
+    assert 0.7 * min(each * pieces, most) < len(asked) <= min(each * pieces, most)
+
+
+def test_text_has_no_superpixels():
+    case = explained(in_float64("llama"))
+    assert pieces_of(case, 6) == [[index] for index in case.removable]
 
 
 @pytest.mark.parametrize("missing", ["captum", "sklearn"])

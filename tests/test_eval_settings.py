@@ -45,7 +45,7 @@ def test_groups():
     assert len(set(found)) == len(found)
     assert {"direct", "exact min_shift_full", "released", "path", "hybrid"} < set(found)
     assert set(BASELINES) - {one.method for one in everything} <= {"attn_lrp"}
-    assert "kernel_shap budget=256" in found and "kernel_shap" not in found
+    assert "kernel_shap" in found
     for group in ("paper", "fast", "baselines"):
         assert set(names(group)) <= {*found, "attn_lrp"}
     assert names("direct,fast")[0] == "direct" and names("fast,direct") == names("fast")

@@ -25,7 +25,7 @@ from ..units import Layout
 from .case import Case, Output, no_decoder
 from .methods import BASELINES, Options
 
-_LEAST = {"budget": 2, "steps": 1, "seed": 0}
+_LEAST = {"budget": 2, "superpixels": 0, "steps": 1, "seed": 0}
 
 
 class Baseline(Explainer):
@@ -40,8 +40,11 @@ class Baseline(Explainer):
         model: A transformers decoder alone, with pictures in its prompts or without.
         tokenizer: Its tokenizer or processor; None if prompts and targets are token ids.
         method: One of ``BASELINES``.
-        budget: Of ``lime``, ``kernel_shap`` and ``context_cite``, the most forward passes
-            (None: 128).
+        budget: Of ``lime``, ``kernel_shap`` and ``context_cite``, the most forward passes. None:
+            twice as many as what is removed has pieces, at most 128; of ``kernel_shap`` four times,
+            at most 256.
+        superpixels: Of the same, into how many pieces each side of a picture is cut, whose patches
+            are removed together and share what comes of it (None: 6; 0: every patch by itself).
         steps: Of ``integrated_gradients`` (None: 32).
         layer: Of ``grad_cam``, which decoder layer, from 0 (None: the last).
         seed: Of ``random``, ``lime``, ``kernel_shap`` and ``context_cite`` (None: 0).
@@ -61,6 +64,7 @@ class Baseline(Explainer):
         *,
         method: str,
         budget: int | None = None,
+        superpixels: int | None = None,
         steps: int | None = None,
         layer: int | None = None,
         seed: int | None = None,
@@ -77,7 +81,14 @@ class Baseline(Explainer):
         self.method = method  # pyright: ignore[reportIncompatibleVariableOverride, reportAttributeAccessIssue]
         self.progress = progress
         self.settings = Settings(factor=0.1, mode="min_shift")  # of controls
-        given = {"budget": budget, "steps": steps, "layer": layer, "seed": seed, "output": output}
+        given = {
+            "budget": budget,
+            "superpixels": superpixels,
+            "steps": steps,
+            "layer": layer,
+            "seed": seed,
+            "output": output,
+        }
         self.options = _checked(method, given, len(self.task.layers))
 
     def with_seed(self, seed: int) -> Baseline:

@@ -16,22 +16,29 @@ class Options:
     """Settings of a baseline; each takes those that its ``Method`` names.
 
     Args:
-        budget: The most forward passes that a sampling method may spend.
+        budget: The most forward passes that a sampling method may spend; None is what
+            ``sampling`` says.
         steps: Steps of a path.
         layer: A decoder layer, counted from 0; -1 is the last.
         seed: Of what is drawn.
         output: What of a target token is differentiated.
+        superpixels: Along each side of a picture, what a sampling method takes away together; 0:
+            every unit by itself.
     """
 
-    budget: int = 128
+    budget: int | None = None
     steps: int = 32
     layer: int = -1
     seed: int = 0
     output: Output = "logit"
+    superpixels: int = 6
 
 
 Rate = Callable[[Case, Options], Tensor]
 """Scores of a case, ``[U, M]`` float64; NaN where ``Case.measured`` is false."""
+
+
+_SAMPLING = ("budget", "superpixels", "seed")
 
 
 @dataclass(frozen=True)
@@ -81,12 +88,12 @@ BASELINES: dict[str, Method] = {
     "occlusion": Method(
         "ablation", "occlusion", "Zeiler and Fergus 2014", (), "embeddings replaced by their mean"
     ),
-    "lime": Method("sampling", "lime", "Ribeiro et al. 2016", ("budget", "seed"), "removed units"),
+    "lime": Method("sampling", "lime", "Ribeiro et al. 2016", _SAMPLING, "removed units"),
     "kernel_shap": Method(
-        "sampling", "kernel_shap", "Lundberg and Lee 2017", ("budget", "seed"), "removed units"
+        "sampling", "kernel_shap", "Lundberg and Lee 2017", _SAMPLING, "removed units"
     ),
     "context_cite": Method(
-        "sampling", "context_cite", "Cohen-Wang et al. 2024", ("budget", "seed"), "removed units"
+        "sampling", "context_cite", "Cohen-Wang et al. 2024", _SAMPLING, "removed units"
     ),
     "random": Method("ablation", "random", "the floor of every comparison", ("seed",), "chance"),
 }

@@ -41,7 +41,10 @@ _DEFAULTS = {
     "budget": DEFAULT_BUDGET["hybrid"],
     "steps": DEFAULT_STEPS,
 }
-_ORDER = ("mode", "factor", "similarity", "rule", "budget", "steps", "layer", "seed", "output")
+_ORDER = (
+    *("mode", "factor", "similarity", "rule", "budget", "superpixels"),
+    *("steps", "layer", "seed", "output"),
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,7 @@ GROUPS: dict[str, str] = {
     ),
     "fast": "direct, input_x_gradient, grad_cam, chefer, rollout, last_attention, random",
 }
-"""Names for several settings; see ``BASELINE_OPTIONS`` for ``baselines``."""
-
-BASELINE_OPTIONS: dict[str, dict[str, Any]] = {"kernel_shap": {"budget": 256}}
-"""Of the group ``baselines``, which are all, attn_lrp only where lxt is there: what is not their
-default. KernelSHAP of 128 samples, about as many as there are units, would be mostly noise."""
+"""Names for several settings; ``baselines`` are all, attn_lrp only where lxt is there."""
 
 
 def parse_methods(text: str) -> list[Setting]:
@@ -223,6 +222,7 @@ _READ: dict[str, tuple[Callable[[str], Any], str]] = {
     "factor": (float, "a number in [0, 1)"),
     "similarity": (_similarity, "a number in (0, 1], or none"),
     "budget": (_number, "a number"),
+    "superpixels": (int, "a whole number"),
     "steps": (int, "a whole number"),
     "layer": (int, "a whole number"),
     "seed": (int, "a whole number"),
@@ -266,5 +266,4 @@ def _name(method: str, options: Mapping[str, Any]) -> str:
 
 def _baselines() -> list[Setting]:
     there = importlib.util.find_spec("lxt") is not None
-    own = [name for name in BASELINES if there or name != "attn_lrp"]
-    return [setting(name, BASELINE_OPTIONS.get(name, {})) for name in own]
+    return [setting(name, {}) for name in BASELINES if there or name != "attn_lrp"]
