@@ -22,8 +22,8 @@ from toy_models import in_float64, llama
 from toy_tokenizers import byte_level
 
 from atman_triton import Explainer, memory
-from atman_triton.baselines import Case
-from atman_triton.baselines.painting import images_of, mean_colour, paint, with_images
+from atman_triton.baselines import Case, painting
+from atman_triton.baselines.painting import images_of, mean_colour, with_images
 from atman_triton.pieces import Unit
 from atman_triton.stacks import UnsupportedModelError
 from atman_triton.tasks import task_of
@@ -363,12 +363,15 @@ def test_painted_pictures_go_through_the_model_together_and_are_encoded_once(mon
 
 def test_pixels_whose_centre_lies_in_the_box_are_painted():
     image = Image.new("RGB", (6, 4), "white")
-    paint(image, (1.5, 0.0, 2.0, 1.4), (10, 20, 30))  # centres 1.5 and 2.5; 0.5
-    paint(image, (5.6, 3.9, 0.2, 0.1), (1, 2, 3))  # no centre: the nearest pixel all the same
-    pixels = np.asarray(image)
+    boxes = [
+        (1.5, 0.0, 2.0, 1.4),  # centres 1.5 and 2.5; 0.5
+        (5.6, 3.9, 0.2, 0.1),  # no centre: the nearest pixel all the same
+    ]
+    pixels = np.asarray(painting.painted(image, boxes, (10, 20, 30)))
     changed = {(x, y): tuple(pixels[y, x]) for y in range(4) for x in range(6)}
     changed = {place: colour for place, colour in changed.items() if colour != (255, 255, 255)}
-    assert changed == {(1, 0): (10, 20, 30), (2, 0): (10, 20, 30), (5, 3): (1, 2, 3)}
+    assert changed == dict.fromkeys([(1, 0), (2, 0), (5, 3)], (10, 20, 30))
+    assert image.getcolors() == [(24, (255, 255, 255))]  # itself stays
 
 
 def test_the_mean_colour_is_rounded():

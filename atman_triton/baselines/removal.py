@@ -19,7 +19,7 @@ from ..encoded_once import EncodedOnce
 from ..inputs import TOKEN_TYPES, continued, moved
 from ..pieces import Box
 from ..stacks import UnsupportedModelError
-from .painting import images_of, mean_colour, paint, with_images
+from .painting import images_of, mean_colour, painted, with_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,27 +179,62 @@ class Removal:
 
     def _reread(self, variant: Variant) -> dict[str, Any]:
         """What the model takes for one prompt with its pictures painted and text deleted."""
-        prompt = self.case.prompt
-        inputs = prompt.inputs
-        if variant.painted:
-            images = [image.copy() for image in self._images]
-            for image, box in variant.painted:
-                paint(images[image], box, self._means[image])
-            task = self.case.task
-            inputs = multimodal.prepared(
-                with_images(prompt.raw, iter(images)), task.model, task.processor
-            )
-            if not torch.equal(inputs["input_ids"], prompt.inputs["input_ids"]):
-                raise UnsupportedModelError(
-                    f"{type(task.processor).__name__} reads a painted picture as other tokens than "
-                    "the picture itself, so patches cannot be removed from its prompts."
-                )
-        if len(variant.kept) == len(prompt.words):
+        inputs = self._repainted(variant) if variant.painted else self.case.prompt.inputs
+        if len(variant.kept) == len(self.case.prompt.words):
             return inputs
         kept = torch.tensor(variant.kept or [0])
         cut = {name: _cut(name, value, kept) for name, value in inputs.items()}
         cut["input_ids"] = cut["input_ids"].new_tensor(variant.ids)[None]
         return cut
+
+    def _repainted(self, variant: Variant) -> dict[str, Any]:
+        """What the processor makes of the prompt with its pictures painted."""
+        prompt, task = self.case.prompt, self.case.task
+        boxes: dict[int, list[Box]] = {}
+        for image, box in variant.painted:
+            boxes.setdefault(image, []).append(box)
+        images = [
+            painted(image, boxes[index], self._means[index]) if index in boxes else image
+            for index, image in enumerate(self._images)
+        ]
+        if self._reads_images_alone:
+            alone = self._seen(images)
+            if all(_alike(value, prompt.inputs[name]) for name, value in alone.items()):
+                return {**prompt.inputs, **alone}
+        inputs = multimodal.prepared(
+            with_images(prompt.raw, iter(images)), task.model, task.processor
+        )
+        if not torch.equal(inputs["input_ids"], prompt.inputs["input_ids"]):
+            raise UnsupportedModelError(
+                f"{type(task.processor).__name__} reads a painted picture as other tokens than "
+                "the picture itself, so patches cannot be removed from its prompts."
+            )
+        return inputs
+
+    @cached_property
+    def _reads_images_alone(self) -> bool:
+        """Whether the processor's part for pictures makes of them what the whole processor made.
+
+        It is then asked for every variant: the text need not be read again, the rest is the same.
+        """
+        inputs = self.case.prompt.inputs
+        if getattr(self.case.task.processor, "image_processor", None) is None:
+            return False
+        try:
+            alone = self._seen(self._images)
+        except (TypeError, ValueError):  # it wants them in another form
+            return False
+        known = all(
+            _alike(value, inputs.get(name)) and torch.equal(value, inputs[name])
+            for name, value in alone.items()
+        )
+        return known and set(inputs) - set(alone) <= _COUNT_TOKENS
+
+    def _seen(self, images: Sequence[Image]) -> dict[str, Any]:
+        """What the processor's part for pictures gives."""
+        task = self.case.task
+        encoding = task.processor.image_processor(images=list(images), return_tensors="pt")
+        return multimodal.moved(encoding, task.model)
 
     @cached_property
     def _images(self) -> list[Image]:
@@ -218,6 +253,12 @@ def _cut(name: str, value: Any, kept: Tensor) -> Any:
             "some are deleted is not known."
         )
     return value.index_select(1, kept.to(value.device)) if name in _COUNT_TOKENS else value
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether two inputs are tensors of one shape."""
+    tensors = isinstance(value, Tensor) and isinstance(other, Tensor)
+    return tensors and value.shape == other.shape
 
 
 def _stacked(several: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Legend: U units of an explanation, R of them that are rated, H and W rows and co
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -126,12 +127,12 @@ def grid(explanation: Explanation, example: Example, values: Tensor) -> Tensor:
             f"{list(values.shape)}."
         )
     values = values.detach().float().cpu()
-    cells = _cells([unit.boxes for unit in units])
+    cells = _cells(tuple(unit.boxes for unit in units))
     if cells is None:
         return _raster(units, values, *example.mask.shape)
-    found = torch.full((1 + max(row for row, _ in cells), 1 + max(c for _, c in cells)), torch.nan)
-    for (row, column), value in zip(cells, values, strict=True):
-        found[row, column] = value
+    rows, columns = torch.tensor(cells).T
+    found = torch.full((1 + int(rows.max()), 1 + int(columns.max())), torch.nan)
+    found[rows, columns] = values
     return found
 
 
@@ -148,7 +149,8 @@ def _overlaps(text: str, unit: Unit, span: Span) -> bool:
     return bool(text[max(unit.start, span[0]) : min(unit.stop, span[1])].strip())
 
 
-def _cells(boxes: list[tuple[Box, ...]]) -> list[tuple[int, int]] | None:
+@lru_cache(maxsize=8)  # asked for every reading of every method
+def _cells(boxes: tuple[tuple[Box, ...], ...]) -> list[tuple[int, int]] | None:
     """The row and column of every unit; None if they do not form a grid."""
     if any(len(own) != 1 for own in boxes):
         return None
