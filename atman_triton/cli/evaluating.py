@@ -31,8 +31,9 @@ EVALUATE = (
     "(the paper's mAP and mAR), what happens to the answer when units are removed in their order, "
     "how stable they are when the question is reworded, and what they cost stands in a table, each "
     "number with its 95% interval: on the terminal, in table.csv (all of it) and table.md, with "
-    "figures beside it. Every sixth example only chooses how each method's scores are read; the "
-    "others are reported.\n\n"
+    "figures beside it; how much better each method is than the first one named, example by "
+    "example, in differences.csv. Every sixth example only chooses how each method's scores are "
+    "read; the others are reported.\n\n"
     "What is done is on disk at once (DIR/journal): run the same command again to go on after an "
     "interruption, or with more methods or examples to measure only what is missing."
 )
@@ -212,6 +213,7 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
     """All methods: table.csv, table.md, figures, and the table on standard output."""
     from rich.console import Console
 
+    from ..evaluate.differences import differences, differences_markdown, write_differences
     from ..evaluate.paper import OPEN_IMAGES, SQUAD
     from ..evaluate.statistics import statistics
     from ..evaluate.tables import summarise
@@ -224,7 +226,10 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
     found = statistics(gathered.examples)
     write_csv(rows, written.path("table.csv"), gathered.facts)
     write_statistics(found, written.path("statistics.csv"))
-    write_markdown(rows, written.path("table.md"), gathered.facts, title)
+    between = differences(gathered.results, rows, grouped=grouped)
+    write_differences(between, written.path("differences.csv"), gathered.facts)
+    below = differences_markdown(between)
+    write_markdown(rows, written.path("table.md"), gathered.facts, title, below)
     console = Console(highlight=False, emoji=False)
     console.print(terminal_table(rows, title, console.width))
     try:

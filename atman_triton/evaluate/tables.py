@@ -135,6 +135,19 @@ def marks(rows: Sequence[Row], column: str) -> dict[str, str]:
     return {method: places[value] for method, value in values.items() if value in places}
 
 
+def value_of(result: Result, column: str, reading: str) -> float:
+    """What a row averages, of one example; NaN where it has none.
+
+    Args:
+        column: Of alignment, in the reading, or of faithfulness.
+    """
+    if column not in _ALIGNED:
+        return result.faithfulness.get(column, math.nan)
+    metric = _ALIGNED[column][0]
+    value = result.alignment[reading].get(metric, math.nan)
+    return _pointed(value) if metric in _POINTED else value
+
+
 def _by_precision(row: Row) -> float:
     value = row.values["mAP"].value
     return math.inf if math.isnan(value) else -value

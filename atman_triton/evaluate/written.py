@@ -64,9 +64,9 @@ def write_csv(rows: Sequence[Row], path: Path, facts: Mapping[str, str]) -> None
             cells = [row.method, row.kind, row.reading, str(row.chosen).lower(), str(row.count)]
             for name in COLUMNS:
                 found = row.values.get(name)
-                three = [_exact(number) for number in found[:3]] if found else ["", "", ""]
+                three = [exact(number) for number in found[:3]] if found else ["", "", ""]
                 cells += [*three, str(found.count) if found else ""]
-            cells += [_exact(row.paper[name]) if name in row.paper else "" for name in _PAPER]
+            cells += [exact(row.paper[name]) if name in row.paper else "" for name in _PAPER]
             writer.writerow([*cells, "; ".join(row.notes), *facts.values()])
 
 
@@ -79,8 +79,14 @@ def write_statistics(statistics: Statistics, path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_markdown(rows: Sequence[Row], path: Path, facts: Mapping[str, str], title: str) -> None:
-    """The chosen rows as a table for a README."""
+def write_markdown(
+    rows: Sequence[Row], path: Path, facts: Mapping[str, str], title: str, more: str = ""
+) -> None:
+    """The chosen rows as a table for a README.
+
+    Args:
+        more: What stands below.
+    """
     own = chosen(rows)
     columns = shown(own)
     placed = {name: marks(own, name) for name in columns if name not in _COSTS}
@@ -95,7 +101,8 @@ def write_markdown(rows: Sequence[Row], path: Path, facts: Mapping[str, str], ti
             cells.append(_cell(row, name, before, after))
         cells += [paper_cell(row)] if with_paper else []
         lines.append(f"| {' | '.join(cells)} |")
-    path.write_text("\n".join([f"# {title}", "", legend(own, facts), "", *lines, ""]), "utf-8")
+    parts = [f"# {title}", "", legend(own, facts), "", *lines, ""]
+    path.write_text("\n".join(parts + ([more] if more else [])), "utf-8")
 
 
 def terminal_table(rows: Sequence[Row], title: str, width: int) -> Table:
@@ -165,5 +172,6 @@ def _cell(row: Row, name: str, before: str = "", after: str = "", *, bare: bool 
     return f"{value} (of {found.count})" if fewer else value
 
 
-def _exact(number: float) -> str:
+def exact(number: float) -> str:
+    """A number for a file; nothing for NaN."""
     return "" if math.isnan(number) else repr(number)
