@@ -119,7 +119,7 @@ def attention(
             attention. Values are not checked here (it would wait for the GPU): with NaN, or a
             negative factor in ``log_additive``, the result is undefined.
         mode: ``multiplicative``, ``min_shift``, ``log_additive``; ``min_shift_full`` (c over masked
-            keys too, as the authors' released code has it) on the ``reference`` backend only.
+            keys too, as the authors' released code has it), which ``triton`` does not serve.
         causal: a query at position p sees keys up to p.
         query_offset: key index at which query row 0 stands, an int or an integer tensor of one
             element on ``query``'s device. ``None`` aligns the last query with the last key
@@ -267,7 +267,7 @@ def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
             "use backend='torch'"
         )
     if mode == "min_shift_full":
-        return "cannot serve mode='min_shift_full'; use backend='reference'"
+        return "cannot serve mode='min_shift_full'; use backend='torch'"
     if query.dtype not in _TRITON_DTYPES:
         return f"serves fp16, bf16 and fp32, got {query.dtype}; use backend='torch'"
     largest = max(query.shape[-1], value.shape[-1])
@@ -287,12 +287,6 @@ def _choose_backend(
         return "triton"
     if backend == "reference":
         return "reference"
-    if mode == "min_shift_full":
-        if backend == "auto":
-            return "reference"
-        raise ValueError(
-            "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'."
-        )
     if backend == "torch" or query.device.type != "cuda":
         return "torch"
     return "torch" if _why_not_triton(query, value, mode) is not None else "triton"

@@ -177,15 +177,10 @@ BAD = {
         ValueError,
         "dropout_seed must be on query's device cpu, got meta.",
     ),
-    "full-torch": (
-        {"mode": "min_shift_full", "backend": "torch"},
-        ValueError,
-        "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'.",
-    ),
     "full-triton": (
         {"mode": "min_shift_full", "backend": "triton"},
         ValueError,
-        "backend='triton' cannot serve mode='min_shift_full'; use backend='reference'.",
+        "backend='triton' cannot serve mode='min_shift_full'; use backend='torch'.",
     ),
     "prefix-type": (
         {"prefix": [PREFIX[0], PREFIX[1]]},
@@ -247,11 +242,6 @@ BAD = {
         {"prefix": PREFIX, "position_bias": torch.zeros(1, 4, 6, 9)},
         ValueError,
         "position_bias must broadcast to [2, 4, 6, 14], got [1, 4, 6, 9].",
-    ),
-    "prefix-full-torch": (
-        {"prefix": PREFIX, "mode": "min_shift_full", "backend": "torch"},
-        ValueError,
-        "backend='torch' cannot serve mode='min_shift_full'; use backend='reference'.",
     ),
     "double-triton": (
         {

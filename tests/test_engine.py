@@ -96,7 +96,7 @@ def test_layers_and_heads_are_passed_on(chosen, effect):
     assert (truth[1:] - truth[0]).abs().amax(1).max() > 100 * (eager - truth).abs().max()
 
 
-def test_min_shift_full_runs_in_full_on_the_reference():
+def test_min_shift_full_runs_in_full():
     eager, truth = loops("llama", "min_shift_full", "total")
     run = started(MODELS["llama"](), mode="min_shift_full")
     assert_close_to_oracle(perturbed(run), eager, truth)
@@ -104,8 +104,8 @@ def test_min_shift_full_runs_in_full_on_the_reference():
     assert run.record.reasons == ["mode='min_shift_full' looks at future keys"]
     with pytest.raises(UnsupportedModelError, match=r"min_shift_full.*use method='exact'"):
         perturbed(run, effect="direct")
-    with pytest.raises(ValueError, match="use backend='reference'"):
-        started(MODELS["llama"](), mode="min_shift_full", backend="torch")
+    with pytest.raises(ValueError, match="use backend='torch'"):
+        started(MODELS["llama"](), mode="min_shift_full", backend="triton")
 
 
 ids = st.integers(0, VOCABULARY - 1)

@@ -15,7 +15,7 @@ from atman_triton.kernels.portable_prefix import attention_portable_prefix
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
-MODES = ("multiplicative", "min_shift", "log_additive")
+MODES = ("multiplicative", "min_shift", "log_additive", "min_shift_full")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 B, HQ, HK = 3, 4, 2
 SEEDS = range(200)
