@@ -241,53 +241,48 @@ def check_neighbours(explanation: Explanation) -> None:
     """Raise unless neighbours are other tokens that the unit's own run can suppress."""
     e = explanation
     bounds = [*pairwise([e.prompt_stop, *e.target_stops]), (0, e.prompt_stop)]
+    checked: dict[int, Neighbour] = {}  # there can be very many, but few that are different
     for index, unit in enumerate(e.units):
         seen: set[tuple[int | None, int]] = {(unit.branch, token) for token in unit.tokens}
         for place, near in enumerate(unit.neighbours):
-            _check_neighbour((index, place), near, seen, bounds, e)
+            if id(near) not in checked:
+                _check_neighbour(f"units[{index}].neighbours[{place}]", near, bounds, e)
+                checked[id(near)] = near
+            if None not in (unit.branch, near.branch) and near.branch != unit.branch:
+                raise ValueError(
+                    f"units[{index}].neighbours[{place}].branch must be None or the unit's own "
+                    f"target {unit.branch}, got {near.branch}."
+                )
+            if (near.branch, near.token) in seen:
+                raise ValueError(
+                    f"units[{index}].neighbours[{place}].token must be a token outside of the "
+                    f"unit that was not named before, got {near.token}."
+                )
             seen.add((near.branch, near.token))
 
 
 def _check_neighbour(
-    at: tuple[int, int],
-    near: Any,
-    seen: set[tuple[int | None, int]],
-    bounds: list[tuple[int, int]],
-    explanation: Explanation,
+    name: str, near: Any, bounds: list[tuple[int, int]], explanation: Explanation
 ) -> None:
-    """One neighbour, ``at`` its unit and its place there; the prompt's bounds are the last ones."""
-
-    def name() -> str:  # made up only where something is wrong: there can be very many neighbours
-        return f"units[{at[0]}].neighbours[{at[1]}]"
-
-    unit, count = explanation.units[at[0]], len(explanation.target_stops)
+    """One by itself; the prompt's bounds are the last ones."""
+    count = len(explanation.target_stops)
     if not isinstance(near, Neighbour):
-        raise TypeError(f"{name()} must be a Neighbour, got {type(near).__name__}.")
+        raise TypeError(f"{name} must be a Neighbour, got {type(near).__name__}.")
     for field, value in (("factor", near.factor), ("similarity", near.similarity)):
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name()}.{field} must be a number, got {value!r}.")
+            raise TypeError(f"{name}.{field} must be a number, got {value!r}.")
         if not math.isfinite(value):
-            raise ValueError(f"{name()}.{field} must be finite, got {value}.")
+            raise ValueError(f"{name}.{field} must be finite, got {value}.")
     if near.branch is not None and not _is_index(near.branch, count):
         raise ValueError(
-            f"{name()}.branch must be None in the prompt, else lie in [0, {count - 1}], "
+            f"{name}.branch must be None in the prompt, else lie in [0, {count - 1}], "
             f"got {near.branch!r}."
-        )
-    if None not in (unit.branch, near.branch) and near.branch != unit.branch:
-        raise ValueError(
-            f"{name()}.branch must be None or the unit's own target {unit.branch}, "
-            f"got {near.branch}."
-        )
-    if (near.branch, near.token) in seen:
-        raise ValueError(
-            f"{name()}.token must be a token outside of the unit that was not named "
-            f"before, got {near.token}."
         )
     low, high = bounds[-1 if near.branch is None else near.branch]
     start, stop = near.start, near.stop
     if start is None or stop is None or not low <= start <= stop <= high:
-        _check_span(name(), near, len(explanation.text))
-        _check_place(name(), near, explanation)
+        _check_span(name, near, len(explanation.text))
+        _check_place(name, near, explanation)
 
 
 def check_parts(explanation: Explanation) -> None:

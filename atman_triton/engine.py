@@ -124,6 +124,8 @@ class Engine:
         that a piece of another one cannot reach are left out.
         """
         readers = [each for each in self._runners if each.reads(unit)]
+        if len(readers) == 1:
+            return readers[0].neighbours(unit)
         found = {
             (-1 if near.branch is None else near.branch, near.position): near
             for each in reversed(readers)

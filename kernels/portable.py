@@ -4,8 +4,8 @@ Where the algebra allows, the manipulation is folded into ``scaled_dot_product_a
 
 - ``multiplicative``: m·(q·k) = q·(m k), so the keys are scaled;
 - ``log_additive``: log m is a bias per key;
-- ``min_shift``: c + m (s − c) = q·(m k) + (1 − m) c, one more head dimension that holds the row
-  minimum c in the query and 1 − m in the key.
+- ``min_shift`` and ``min_shift_full``: c + m (s − c) = q·(m k) + (1 − m) c, one more head
+  dimension that holds the row minimum c in the query and 1 − m in the key.
 
 On a CPU without gradients only ``multiplicative`` is folded, in float32 only where no mask is to
 be materialised; blocks of scores that stay in the cache (``portable_blocks``) are faster otherwise.
@@ -167,8 +167,9 @@ def attention_portable(
         bias = factor.to(query.dtype).log()[:, :, None, :]  # [B, 1|Hq, 1, Tk]
     elif factor is not None:
         factor = factor.to(query.dtype)[..., None]  # [B, 1|Hq, Tk, 1]
-        if mode == "min_shift":
-            minimum = _row_minimum(query, key, scale, visibility)  # [B, Hq, Tq, 1]
+        if mode != "multiplicative":
+            counted = visibility if mode == "min_shift" else visibility.all_keys()
+            minimum = _row_minimum(query, key, scale, counted)  # [B, Hq, Tq, 1]
             query = torch.cat([query * scale, minimum], dim=-1)
             rest = (1 - factor).expand(-1, key.shape[1], -1, -1)
             key = torch.cat([key * factor, rest], dim=-1)

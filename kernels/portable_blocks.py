@@ -8,7 +8,8 @@ A block is some batch rows × some query rows × every key that they may see, ``
 3. PyTorch's softmax, in place: one pass, 6 times faster than exp_ after a subtraction;
 4. two products with the values.
 
-The prefix is never copied, and ``min_shift`` costs one more pass over a block (the row minimum),
+In ``min_shift_full`` a block has all keys, as hidden ones count in the minimum. The prefix is never
+copied, and ``min_shift`` costs one more pass over a block (the row minimum),
 not another product q·k. Log-sum-exp comes from the row maxima before and after the softmax.
 
 Measured against PyTorch's flash kernel, which has the plain scores only, on 2 threads of a Xeon
@@ -112,7 +113,9 @@ def attention_blocks(
         for start in range(0, query_tokens, query_rows):
             stop = min(start + query_rows, query_tokens)
             place = (slice(None), chunk, slice(None), slice(start, stop))
-            low, high = seen.key_range(start, stop)
+            # a minimum over all keys needs the scores of hidden ones
+            whole = chunk_factors is not None and mode == "min_shift_full"
+            low, high = (0, key_tokens) if whole else seen.key_range(start, stop)
             if low == high:
                 outputs[place] = 0
                 lses[place] = float("-inf") if sink is None else sink
@@ -157,8 +160,8 @@ def attention_blocks(
             changes = None if chunk_factors is None else chunk_factors.between(low, high)
             if changes is not None:
                 minimum = None
-                if mode == "min_shift":
-                    if limits is not None:
+                if mode in ("min_shift", "min_shift_full"):
+                    if limits is not None and mode == "min_shift":
                         torch.maximum(edged, limits[0], out=edged)
                     minimum = block[..., :width].amin(-1).view(*shape, 1).transpose(0, 1)
                 changes.apply(scores, mode, minimum)
@@ -242,7 +245,7 @@ class _Changes:
     gathered: bool  # ``scores[index]`` is a copy, not a view
 
     def apply(self, scores: Tensor, mode: str, minimum: Tensor | None) -> None:
-        """Manipulate the columns in place; ``minimum [n, Hk, g, r, 1]`` for ``min_shift``."""
+        """Manipulate the columns in place; ``minimum [n, Hk, g, r, 1]`` for the shifts."""
         columns = scores[self.index]
         if mode == "multiplicative":
             columns.mul_(self.factor)

@@ -64,7 +64,9 @@ def attention_eager(
     outputs, log_sum_exps = [], []
     for start in range(0, query_tokens, rows_per_block):
         stop = min(start + rows_per_block, query_tokens)
-        low, high = visibility.key_range(start, stop)
+        # a minimum over all keys needs the scores of hidden ones
+        whole = factor is not None and mode == "min_shift_full"
+        low, high = (0, key_tokens) if whole else visibility.key_range(start, stop)
         own = slice(max(low - prefix_tokens, 0), max(high - prefix_tokens, 0))
         shared_key, shared_value = None, None
         if prefix is not None:
@@ -142,7 +144,8 @@ class _Block:
             elif self.mode == "log_additive":
                 weight = factor  # m·exp(s): finite gradient at m = 0
             elif low < high:
-                seen = scores if visible is None else scores.masked_fill(~visible, float("inf"))
+                full = visible is None or self.mode == "min_shift_full"
+                seen = scores if full else scores.masked_fill(~visible, float("inf"))
                 minimum = seen.min(-1, keepdim=True).values
                 minimum = minimum.masked_fill(minimum == float("inf"), 0.0)
                 scores = torch.lerp(minimum, scores, factor)

@@ -33,6 +33,10 @@ class Visibility:
             return False
         return not self.causal or (isinstance(self.query_offset, int) and self.query_offset >= 0)
 
+    def all_keys(self) -> Visibility:
+        """The same number of keys, none of them hidden."""
+        return Visibility(False, 0, None, None, self.key_tokens)
+
     def key_range(self, start: int, stop: int) -> tuple[int, int]:
         """Keys that rows ``start..stop`` can see at all; all of them if the offset is a tensor."""
         if isinstance(self.query_offset, Tensor):

@@ -16,6 +16,7 @@ from toy_models import llama
 from toy_tokenizers import byte_level
 
 from atman_triton.cli import evaluating
+from atman_triton.evaluate.run import split
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("--methods", "direct,exact,random")
@@ -216,4 +217,5 @@ def test_help(run):  # noqa: F811
     assert code == 0
     for option in ("methods", "limit", "out", "data", "images", "sweep", "processes", "stability"):
         assert f"--{option}" in out
-    assert evaluating.LIMIT == 600
+    # as many are reported as the tables of the README promise
+    assert sum(split(index) == "report" for index in range(evaluating.LIMIT)) == 500

@@ -22,7 +22,7 @@ SHIPPED = {"contracts": "contract", "shapes": "shapes"}
 GROUPED = ("squad",)
 """Data of which several questions are about one paragraph, so that they are drawn together."""
 
-LIMIT = 600
+LIMIT = 546
 """Examples of made data: 100 to choose by, 500 to report."""
 
 EVALUATE = (
@@ -32,7 +32,7 @@ EVALUATE = (
     "how stable they are when the question is reworded, and what they cost stands in a table, each "
     "number with its 95% interval: on the terminal, in table.csv (all of it) and table.md, with "
     "figures beside it; how much better each method is than the first one named, example by "
-    "example, in differences.csv. Every sixth example only chooses how each method's scores are "
+    "example, in differences.csv. Every twelfth example only chooses how each method's scores are "
     "read; the others are reported.\n\n"
     "What is done is on disk at once (DIR/journal): run the same command again to go on after an "
     "interruption, or with more methods or examples to measure only what is missing."
@@ -101,7 +101,7 @@ def evaluate(
     stability: Annotated[
         int,
         typer.Option(min=0, help="Of so many examples the reworded question is explained too."),
-    ] = 50,
+    ] = 30,
     gallery: Annotated[
         int, typer.Option(min=0, help="Of so many examples the relevance is kept for a gallery.")
     ] = 12,

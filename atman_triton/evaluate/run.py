@@ -29,7 +29,7 @@ from .settings import Setting, explain, explainer
 ORDERED_BY = "signed mean"
 """The reading in which units are removed, compared and shown."""
 
-EVERY = 6
+EVERY = 12
 """Of so many examples, one is there to choose readings, the others are reported."""
 
 
