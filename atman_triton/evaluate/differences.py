@@ -115,7 +115,8 @@ def _cell(interval: Interval | None, name: str) -> str:
     value, low, high = (_signed(scale * number, digits) for number in interval[:3])
     if math.isnan(interval.low):
         return value
-    mark = "" if interval.low <= 0 <= interval.high else "**"
+    nothing = float(f"{scale * interval.value:.{digits}f}") == 0  # as it is shown
+    mark = "" if nothing or interval.low <= 0 <= interval.high else "**"
     return f"{mark}{value}{mark} [{low}, {high}]"
 
 

@@ -108,7 +108,7 @@ def summarise(
 
 
 def choose_reading(results: Sequence[Result]) -> str:
-    """The reading with the highest mean precision; the first of several.
+    """The reading with the highest mean precision; the first of several that rounding parts.
 
     Raises: ValueError: if there are no results.
     """
@@ -116,7 +116,7 @@ def choose_reading(results: Sequence[Result]) -> str:
         raise ValueError("there are no examples to choose a reading by.")
 
     def precision(reading: str) -> float:
-        return fmean(_pointed(one.alignment[reading]["precision"]) for one in results)
+        return round(fmean(_pointed(one.alignment[reading]["precision"]) for one in results), 9)
 
     return max(READINGS, key=precision)
 
