@@ -131,7 +131,8 @@ def test_plans():
     plan = Plan.of(examples, parse_methods("direct,random"), 3, 1)
     assert plan.total == 16 and plan.part(1, 3).own == [1, 4, 7]
     assert plan.reworded == frozenset()
-    assert [split(index) for index in range(8)] == ["choose", *5 * ["report"], "choose", "report"]
+    assert [split(index) for index in range(8)] == ["choose", *7 * ["report"]]
+    assert [split(index) for index in (12, 13, 24)] == ["choose", "report", "choose"]
     done = {("b", "direct"): result("b"), ("a", "direct"): result("a")}
     missing = plan.missing(done)
     assert [one.name for one in missing[1]] == ["random"] and len(missing[0]) == 2  # no heat
@@ -139,6 +140,18 @@ def test_plans():
         Plan.of([*examples, examples[0]], [], 0, 0)
     with pytest.raises(ValueError, match="at least one, got none"):
         Plan.of([], [], 0, 0)
+
+
+def test_groups_choose_or_are_reported_together():
+    groups = "aabacdefghijklmna"
+    examples = [example(str(place), group=group) for place, group in enumerate(groups)]
+    plan = Plan.of(examples, [], 0, 0, together=True)
+    chosen = {group for group, part in zip(groups, plan.splits, strict=True) if part == "choose"}
+    reported = {group for group, part in zip(groups, plan.splits, strict=True) if part == "report"}
+    assert chosen == {"a", "m"} and not chosen & reported
+    assert Plan.of(examples, [], 0, 0).splits == [split(place) for place in range(len(groups))]
+    alone = [example(str(place), group="a") for place in range(3)]
+    assert Plan.of(alone, [], 0, 0, together=True).splits == ["choose", "report", "report"]
 
 
 def test_examples_are_not_held():

@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 SHIPPED = {"contracts": "contract", "shapes": "shapes"}
 """Data -> the shipped model that it is for."""
 
-GROUPED = ("squad",)
-"""Data of which several questions are about one paragraph, so that they are drawn together."""
-
 LIMIT = 546
-"""Examples of made data: 100 to choose by, 500 to report."""
+"""Examples of made data: 46 to choose by, 500 to report."""
 
 EVALUATE = (
     "Measure how good explanations are: of AtMan, and of what people use instead.\n\n"
@@ -213,6 +210,7 @@ def _write_tables(gathered: Gathered, session: Session, written: _Written) -> No
     """All methods: table.csv, table.md, figures, and the table on standard output."""
     from rich.console import Console
 
+    from ..evaluate.data import GROUPED
     from ..evaluate.differences import differences, differences_markdown, write_differences
     from ..evaluate.paper import OPEN_IMAGES, SQUAD
     from ..evaluate.statistics import statistics
@@ -256,6 +254,7 @@ def _write_sweep(gathered: Gathered, session: Session, grid: Sweep, written: _Wr
     """One method: sweep.csv, its heat map, and the table on standard output."""
     from rich.console import Console
 
+    from ..evaluate.data import GROUPED
     from ..evaluate.sweep import cells, terminal_sweep, write_sweep
     from ..evaluate.tables import summarise
 

@@ -30,7 +30,8 @@ ORDERED_BY = "signed mean"
 """The reading in which units are removed, compared and shown."""
 
 EVERY = 12
-"""Of so many examples, one is there to choose readings, the others are reported."""
+"""Of so many examples, or groups of them, one is there to choose readings, the others are
+reported."""
 
 
 class MethodFailed(RuntimeError):
@@ -44,6 +45,7 @@ class Plan:
     Args:
         examples: In the order of the data: the place of one says what it is for.
         digests: Of each, by its id, in the same order; see ``journal.digest``.
+        splits: What each is for.
         own: Places of those that this process measures.
         settings: The methods.
         reworded: Places of those whose reworded question is explained too, to compare.
@@ -52,6 +54,7 @@ class Plan:
 
     examples: Sequence[Example]
     digests: Mapping[str, str]
+    splits: Sequence[Split]
     own: Sequence[int]
     settings: Sequence[Setting]
     reworded: frozenset[int]
@@ -59,27 +62,38 @@ class Plan:
 
     @classmethod
     def of(
-        cls, examples: Sequence[Example], settings: Sequence[Setting], stability: int, gallery: int
+        cls,
+        examples: Sequence[Example],
+        settings: Sequence[Setting],
+        stability: int,
+        gallery: int,
+        together: bool = False,
     ) -> Plan:
         """All examples, each looked at once, as it may have to be read from disk.
 
         Args:
             stability: Of so many of the first examples the reworded question is explained, where
                 they have one.
+            together: What is chosen by examples of a group must not be reported of others of it:
+                they are all for the one or all for the other, if there are several groups.
         Raises: ValueError: if there are no examples, or two have one id.
         """
         digests: dict[str, str] = {}
+        numbers: dict[str, int] = {}  # of groups, in the order in which they come
+        groups: list[int] = []
         reworded: set[int] = set()
         for index, example in enumerate(examples):
             if example.id in digests:
                 raise ValueError(f"examples must have different ids, but {example.id!r} is twice.")
             digests[example.id] = digest(example)
+            groups.append(numbers.setdefault(example.group, len(numbers)))
             if index < stability and example.reworded is not None:
                 reworded.add(index)
         if not digests:
             raise ValueError("examples must hold at least one, got none.")
         own = range(len(digests))
-        return cls(examples, digests, own, settings, frozenset(reworded), gallery)
+        splits = [split(place) for place in (groups if together and len(numbers) > 1 else own)]
+        return cls(examples, digests, splits, own, settings, frozenset(reworded), gallery)
 
     @property
     def total(self) -> int:
@@ -107,7 +121,7 @@ class Plan:
         """What is done, by example, then by method."""
         ids = list(self.digests)
         return [
-            replace(done[ids[index], setting.name], split=split(index))
+            replace(done[ids[index], setting.name], split=self.splits[index])
             for index in self.own
             for setting in self.settings
             if (ids[index], setting.name) in done
@@ -121,9 +135,9 @@ class Plan:
         )
 
 
-def split(index: int) -> Split:
-    """What the example at a place is for."""
-    return "report" if index % EVERY else "choose"
+def split(number: int) -> Split:
+    """What the example or group of a number is for."""
+    return "report" if number % EVERY else "choose"
 
 
 def evaluate(
@@ -156,7 +170,7 @@ def evaluate(
             processor,
             example,
             own,
-            split=split(index),
+            split=plan.splits[index],
             again=index in plan.reworded,
             keep=index < plan.gallery,
             advance=advance,

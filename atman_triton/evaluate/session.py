@@ -17,7 +17,7 @@ import torch
 
 from ..loading import Failed, load_model
 from ..table import import_extra
-from .data import load
+from .data import GROUPED, load
 from .examples import Example
 from .journal import Journal, run_facts
 from .results import Result
@@ -142,7 +142,8 @@ def run(asked: Session, place: Place) -> Gathered | None:
         progress=first and not asked.quiet,
         **asked.options,
     )
-    plan = Plan.of(loaded.examples, asked.settings, asked.stability, asked.gallery)
+    together = asked.data in GROUPED
+    plan = Plan.of(loaded.examples, asked.settings, asked.stability, asked.gallery, together)
     cores = os.cpu_count() or 1
     processes = max(asked.processes, place.beside)
     if processes > 1:

@@ -13,7 +13,7 @@ from .open_images import load_open_images
 from .shapes import load_shapes
 from .squad import load_squad
 
-__all__ = ["DATASETS", "Loaded", "load"]
+__all__ = ["DATASETS", "GROUPED", "Loaded", "load"]
 
 DATASETS: dict[str, str] = {
     "squad": "SQuAD v1.1, from a JSON file or the hub; labels: the passage that answers",
@@ -22,6 +22,10 @@ DATASETS: dict[str, str] = {
     "shapes": "made pictures of two shapes, one of them named; labels: its pixels",
 }
 """Name -> what it is, in a line."""
+
+GROUPED = ("squad",)
+"""Of which several questions are about one paragraph: these choose or are reported together, and
+are drawn together where intervals are estimated."""
 
 _MADE: dict[str, Callable[..., Gathered[Example]]] = {
     "contracts": load_contracts,
