@@ -97,11 +97,15 @@ def _forward(model: Any, ids: Sequence[int]) -> float:
 
 def measure(job: Job) -> Found:
     """Peak and time of one run, in a process that has run nothing else."""
-    device = torch.device(job.device)
     torch.set_num_threads(job.threads)
     if job.batch == "1":
         memory.tokens_per_batch = lambda device: 1  # a process of its own, which ends with this
-    model = job.shape.model(job.dtype, device, job.length + 1)
+    return measured(job, job.shape.model(job.dtype, torch.device(job.device), job.length + 1))
+
+
+def measured(job: Job, model: Any) -> Found:
+    """The same with a model that is there, after a run over a short prompt."""
+    device = torch.device(job.device)
     run = runner(job, model)
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(job.shape.vocabulary, (job.length + 1,), generator=drawn).tolist()

@@ -15,7 +15,9 @@ from bench import (
     allocations,
     explain_scaling,
     gpu,
+    gpu_correctness,
     gpu_long,
+    gpu_memory,
     harness,
     many_targets,
     memory,
@@ -26,6 +28,7 @@ from bench import (
 )
 from bench.eager import attention_eager, modifier_matrix
 from bench.explaining import LlamaShape, check, make_task, planned_tokens, spread
+from bench.scaling_run import Found, Job
 
 CPU = torch.device("cpu")
 TINY = LlamaShape("llama-tiny", 32, 2, 4, 2, 48, vocabulary=101)
@@ -339,8 +342,11 @@ def test_gpu_sets_run_in_toy_sizes(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gpu.main([name, "--tiny", "--out", str(tmp_path)])
-    providers = [row["provider"] for row in read(tmp_path)]
+    column = "method" if name == "memory" else "provider"
+    providers = [row[column] for row in read(tmp_path)]
     expected = {
+        "correctness": ["pytest -m gpu"],
+        "memory": ["plain forward", "AtMan exact", "AtMan direct", "Chefer"],
         "kernels": ["torch.mm", "atman (triton)", "k·m + SDPA MATH", "FlexAttention"],
         "explain": ["exact", "direct", "eager loop, full logits (3 of 24 units, scaled)"],
         "long": ["atman (auto)", "direct, 2 chunks in a batch, prefix copied"],
@@ -365,5 +371,33 @@ def test_the_gpu_script_refuses_without_a_gpu(
     assert ended.value.code == 2
     assert "no GPU is here; --tiny runs the same code" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["correctness"])
+        gpu.main(["nothing"])
     assert ended.value.code == 2
+
+
+def test_failed_gpu_tests_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_some.py").write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\ndef test_bad(): assert False\n"
+        "@pytest.mark.skip\ndef test_left(): pass\n"
+    )
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: here\n")
+    monkeypatch.setattr(gpu_correctness, "ROOT", tmp_path)
+    found = gpu_correctness.outcome([], 60.0)
+    assert (found.passed, found.skipped) == (1, 1)
+    assert found.failed == ("tests.test_some::test_bad",)
+    late = gpu_correctness.outcome([], 0.01)
+    assert late.failed == ("was stopped after 0 s",) and late.passed == 0
+    (tmp_path / "tests" / "test_some.py").write_text("# pytest.mark.gpu\nimport nowhere\n")
+    assert gpu_correctness.outcome([], 60.0).failed
+
+
+def test_what_memory_does_not_allow_has_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(job: Job, model: object) -> Found:
+        raise MemoryError
+
+    monkeypatch.setattr(gpu_memory.scaling_run, "measured", full)
+    rows, table = gpu_memory.run(CPU, True)
+    assert {row.note for row in rows} == {"out of memory"} and {row.rounds for row in rows} == {1}
+    assert "out of memory" in table
