@@ -12,6 +12,7 @@ Rows go to ``bench/results/<device>.csv``.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def measure(task: Task, shape: LlamaShape, seconds: float, most: int) -> list[Ro
         found = {who: scores(task, effect, allowed, units) for who, allowed in PROVIDERS.items()}
         check(task, {who: (each, effect) for who, each in found.items()}, units)
         calls = {
-            who: lambda effect=effect, allowed=allowed: scores(task, effect, allowed)
+            who: functools.partial(scores, task, effect, allowed)
             for who, allowed in PROVIDERS.items()
         }
         times = take_turns(calls, device, seconds=seconds, most=most)

@@ -18,13 +18,14 @@ from atman_triton.testing import assert_close_to_oracle
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"
 )
-ROWS, IN, OUT = 48, 40, 24
+ROWS, IN, OUT = 50, 40, 24  # three blocks of 16, and two rows
 
 
 @pytest.fixture
 def served(monkeypatch):
     """The products that oneDNN was asked for, on any processor."""
     monkeypatch.setattr(products, "helps", lambda: True)
+    monkeypatch.setattr(products, "BLOCK", 16)
     found, product = [], products._product
 
     def counted(rows, weight, bias=None):
@@ -66,6 +67,21 @@ def test_the_numbers_are_those_of_a_linear_layer(served, rows, weight, bias):
     truth = F.linear(x.double(), w.double(), None if b is None else b.double())
     assert_close_to_oracle(found, F.linear(x, w, b), truth)
     assert found.stride() == F.linear(x, w, b).stride()
+
+
+def test_onednn_sees_one_size(served, monkeypatch):
+    """It keeps what it makes for every size: more of them would take memory without end."""
+    sizes, block = set(), products._block
+
+    def noted(rows, weight, bias):
+        sizes.add(tuple(rows.shape))
+        return block(rows, weight, bias)
+
+    monkeypatch.setattr(products, "_block", noted)
+    with torch.no_grad(), fast_products():
+        for count in range(16, 80):
+            F.linear(drawn(count, IN), drawn(OUT, IN))
+    assert sizes == {(16, IN)} and len(served) == 64
 
 
 def test_nan_and_infinity_come_through(served):

@@ -145,8 +145,8 @@ class Ablations:
     def __call__(self, kept: Tensor) -> Tensor:
         """``[N, M]`` float32 of ``[N, R]`` masks: what is not 0 stays."""
         removed = [
-            frozenset(unit for piece in (row == 0).nonzero()[:, 0] for unit in self.pieces[piece])
-            for row in kept
+            frozenset(unit for piece in gone for unit in self.pieces[piece])
+            for gone in ((row == 0).nonzero()[:, 0].tolist() for row in kept)
         ]
         new = [gone for gone in dict.fromkeys(removed) if gone not in self._known]
         if new:

@@ -92,7 +92,8 @@ class Plan:
         if not digests:
             raise ValueError("examples must hold at least one, got none.")
         own = range(len(digests))
-        splits = [split(place) for place in (groups if together and len(numbers) > 1 else own)]
+        places: Sequence[int] = groups if together and len(numbers) > 1 else own
+        splits: list[Split] = [split(place) for place in places]
         return cls(examples, digests, splits, own, settings, frozenset(reworded), gallery)
 
     @property
