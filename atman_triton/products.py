@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-BLOCK = 256
+BLOCKS = (1024, 128)
 """Rows that oneDNN is given at a time; calls with fewer stay MKL's."""
 
 _entered = threading.local()
@@ -85,7 +85,7 @@ def _serves(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         all(_is_plain(tensor) for tensor in tensors)
         and weight.dim() == 2
         and rows.dim() >= 2
-        and rows.numel() >= BLOCK * weight.shape[1] > 0
+        and rows.numel() >= BLOCKS[-1] * weight.shape[1] > 0
         and rows.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
         and not torch.is_autocast_enabled("cpu")
@@ -104,18 +104,20 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """In blocks of one size: oneDNN makes a program for every size and keeps it, a MB or two each.
+    """In blocks of two sizes: oneDNN makes a program for every size and keeps it, a MB or two each.
 
     What is left over is MKL's.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     output = rows.new_empty(len(flat), len(weight))
-    whole = len(flat) // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
-        block = slice(start, start + BLOCK)
-        output[block] = _block(flat[block], weight, bias)
-    if whole < len(flat):
-        output[whole:] = F.linear(flat[whole:], weight, bias)
+    start = 0
+    for size in BLOCKS:
+        while len(flat) - start >= size:
+            block = slice(start, start + size)
+            output[block] = _block(flat[block], weight, bias)
+            start += size
+    if start < len(flat):
+        output[start:] = F.linear(flat[start:], weight, bias)
     return output.view(*rows.shape[:-1], len(weight))
 
 
