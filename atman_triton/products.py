@@ -1,8 +1,8 @@
 """Products of ``nn.Linear`` by oneDNN, on processors of which MKL leaves half of the units idle.
 
 PyTorch has MKL compute them in float32, and MKL takes instructions of 256 bits on AMD's processors,
-also on those that have 512. oneDNN, which comes with PyTorch as well, takes all of them: 2.3 times
-the speed on an EPYC of 2024 (``python -m bench.products``).
+also on those that have 512. oneDNN, which comes with PyTorch as well, takes all of them: a large
+product takes half of the time on an EPYC, an explanation three quarters (``bench.products``).
 """
 
 from __future__ import annotations
