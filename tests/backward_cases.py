@@ -7,10 +7,10 @@ B batch, Hq/Hk heads, Tq/Tk tokens, Tp prefix tokens, D head dim.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from kernel_cases import DEVICE, Case, make_inputs
+from kernel_cases import DEVICE, Case, make_inputs, worse
 from torch import Tensor
 
 import atman_triton as atman
@@ -200,6 +200,12 @@ def without_noise(actual: Tensor, exact: Tensor, terms: Tensor) -> Tensor:
     return (actual.double() - error.clamp(-noise, noise)).to(actual.dtype)
 
 
+def turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same attention, or its gradients, with every head's numbers in reverse order."""
+    heads = ("query", "key", "prefix_key")
+    return {name: t.flip(-1) if name in heads else t for name, t in tensors.items()}
+
+
 def check_problem(
     problem: Problem, judge: Problem | None = None, view: Callable[[dict], dict] = dict
 ) -> dict[str, Tensor]:
@@ -215,9 +221,11 @@ def check_problem(
         check_launches(problem, launches)
     judge = problem if judge is None else judge
     eager = view(gradients(judge, "reference"))
+    other = view(turned(gradients(replace(judge, tensors=turned(judge.tensors)), "reference")))
     exact = view(gradients(judge.double(), "reference"))
     for name, gradient in view(actual).items():
         assert gradient.dtype == problem.tensors[name].dtype, name
+        eager[name] = worse(eager[name], other[name], exact[name])
         if name == "sinks":
             # in the dtype of the output, whose rounding is in δ
             gradient = gradient.to(problem.tensors["query"].dtype)

@@ -31,6 +31,16 @@ def poison():
     torch.use_deterministic_algorithms(before)
 
 
+def worse(first: Tensor, second: Tensor, oracle: Tensor) -> Tensor:
+    """Of two results of plain PyTorch the one further from the oracle, number by number.
+
+    How far it is in one order of a sum is luck, and another on every processor: the rule is judged
+    by two orders, in which the numbers of a head are added up from either end.
+    """
+    errors = [(result.double() - oracle).abs() for result in (first, second)]
+    return torch.where(errors[0] >= errors[1], first, second)
+
+
 @dataclass(frozen=True)
 class Case:
     """One call; ``dims`` are (D, Dv), ``tokens`` (Tq, Tk), ``heads`` (Hq, Hk)."""

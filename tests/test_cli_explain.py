@@ -70,6 +70,15 @@ def test_units_and_passages(explained, words, arguments):
     explained(*words, **arguments)
 
 
+def rounded(value):
+    """Numbers that are the same but for the order of a sum."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
+
+
 def test_documents_are_files(run, folder, reader, tmp_path):  # noqa: F811
     texts = {"pay.txt": "The pay is 23 euros.", "notice.txt": "Four weeks."}
     files = []
@@ -94,7 +103,7 @@ def test_documents_are_files(run, folder, reader, tmp_path):  # noqa: F811
             documents=given,
             controls=[TextControl(whole.index("Four"), 4, 3.0, "complete")],
         )
-        assert data["sources"] == expected.sources()
+        assert expected.sources() == rounded(data["sources"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "pay.txt").write_text("The pay is 51 euros.")
     _, out, _ = run(*words, "--document", tmp_path / "other" / "pay.txt")

@@ -125,7 +125,9 @@ def test_what_a_crop_cuts_off_is_in_no_box_and_moves_nothing(size, visible):
     kept = [max(kept[0], 0), max(kept[1], 0), min(kept[2], size[0]), min(kept[3], size[1])]
     outside.paste(picture.crop(kept), kept[:2])
     vectors = embedded(silenced(model), encoded(processor, [[picture], [outside]], "hi"))
-    assert torch.equal(vectors[0], vectors[1])
+    # not bit for bit: some processors add up the rows of a batch in another order
+    step = 64 * torch.finfo(vectors.dtype).eps * float(vectors.abs().max())
+    torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=step)
     assert (outside == picture) == (size == (60, 60))
 
 
