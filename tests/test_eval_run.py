@@ -183,3 +183,31 @@ def test_a_failing_process_says_why(tmp_path):
     with pytest.raises(Failed, match="the folder /nowhere does not exist"):
         work([job], lambda: looks.append(1))
     assert looks
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_not_missed(tmp_path, monkeypatch):
+    """Its exit code is read once in a round: it may be None, and 1 a moment later."""
+    from atman_triton.evaluate import workers
+
+    class Ending:
+        sentinel, reads = None, 0
+
+        def __init__(self, **given):
+            given["args"][1].send("why")
+
+        @property
+        def exitcode(self):
+            self.reads += 1
+            return None if self.reads == 1 else 1
+
+        def start(self):
+            pass
+
+        terminate = join = start
+
+    context = workers.multiprocessing.get_context("spawn")
+    monkeypatch.setattr(context, "Process", Ending)
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda how: context)
+    monkeypatch.setattr(workers, "wait", lambda sentinels, pause: None)
+    with pytest.raises(Failed, match="why"):
+        workers.work([None], lambda: None)  # pyright: ignore[reportArgumentType]

@@ -71,10 +71,11 @@ def work(jobs: Sequence[Job], look: Callable[[], None]) -> None:
         while alive:
             wait([process.sentinel for process, _ in alive], PAUSE)
             look()
-            for process, said in alive:
-                if process.exitcode:  # neither running nor done
-                    raise Failed(_last_words(process.exitcode, said))
-            alive = [(process, said) for process, said in alive if process.exitcode is None]
+            ended = [process.exitcode for process, _ in alive]  # once: they end at any time
+            for code, (_, said) in zip(ended, alive, strict=True):
+                if code:  # neither running nor done
+                    raise Failed(_last_words(code, said))
+            alive = [each for code, each in zip(ended, alive, strict=True) if code is None]
     finally:
         for process, said in running:
             process.terminate()
