@@ -1,5 +1,7 @@
 """Every example by every method: what is noted, what is missing, what stops a run."""
 
+import os
+
 import pytest
 from eval_cases import example, result
 from toy_models import llama
@@ -211,3 +213,20 @@ def test_a_process_that_ends_while_it_is_looked_at_is_not_missed(tmp_path, monke
     monkeypatch.setattr(workers, "wait", lambda sentinels, pause: None)
     with pytest.raises(Failed, match="why"):
         workers.work([None], lambda: None)  # pyright: ignore[reportArgumentType]
+
+
+def test_what_processes_are_told_does_not_stay(monkeypatch):
+    from atman_triton.evaluate.workers import KEPT, _environment
+
+    first, second = KEPT
+    monkeypatch.setenv(first, "7")  # the user's own
+    monkeypatch.delenv(second, raising=False)
+
+    def broken():
+        with _environment(KEPT):
+            assert (os.environ[first], os.environ[second]) == ("7", KEPT[second])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken()
+    assert os.environ[first] == "7" and second not in os.environ
