@@ -1,0 +1,160 @@
+"""Launcher of the Hopper kernel, and what it serves.
+
+Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .hopper_configs import ROWS_AT_ONCE, HopperConfig, hopper_config
+from .hopper_kernel import _hopper_fwd_kernel
+from .hopper_work import ROWS, HopperVariant
+from .launch import LOG2_E
+from .prepass import factor_tiles
+
+ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the schedule is made for: multiprocessors, and bytes of second-level cache."""
+
+    processors: int
+    cache: int
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The GPU's numbers; on a CPU (in tests) some that make programs take several turns."""
+    if device.type != "cuda":
+        return Machine(processors=3, cache=1 << 16)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.multi_processor_count, properties.L2_cache_size)
+
+
+def variant(
+    config: HopperConfig, head_dim: int, value_dim: int, mode: str, causal: bool
+) -> HopperVariant:
+    """The compile-time description; ``mode`` is ``plain`` without factors."""
+    return HopperVariant(
+        mode=mode,
+        causal=causal,
+        scaled=mode == "log_additive",
+        head_dim=head_dim,
+        value_dim=value_dim,
+        block_n=config.block_n,
+        stages=config.stages,
+        own_output=config.own_output,
+    )
+
+
+def block_layout(block: list[int], dtype: torch.dtype) -> Any:
+    """Shared memory layout of a descriptor's block, as matrix products read it."""
+    return gl.NVMMASharedLayout.get_default_for(block, ELEMENTS[dtype])
+
+
+def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor of ``[B, H, T, D]`` that copies ``rows`` tokens of one head at a time.
+
+    What lies outside of the tensor is read as 0 and not written.
+    """
+    block = [1, 1, rows, tensor.shape[-1]]
+    # a dimension of size 1 has no stride to keep, and any but a multiple of 16 bytes is refused
+    strides = [
+        stride if size > 1 else tensor.shape[-1]
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    return TensorDescriptor(
+        tensor, list(tensor.shape), [*strides[:-1], 1], block, block_layout(block, tensor.dtype)
+    )
+
+
+def _section(keys: int, row_bytes: int, heads: int, group: int, cache: int) -> int:
+    """Query heads whose keys and values take half of the second-level cache; at least a group.
+
+    All programs work on one section at a time, so that each tile of keys comes from memory once.
+    """
+    key_heads = max(1, cache // 2 // (keys * row_bytes))
+    return min(key_heads * group, heads)
+
+
+def attention_fwd_hopper(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_factor: Tensor | None = None,
+    *,
+    mode: str = "multiplicative",
+    causal: bool = False,
+    query_offset: int | None = None,
+    scale: float | None = None,
+    config: HopperConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Launch the Hopper kernel on arguments that :func:`why_not_hopper` has no reason against.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``, fp16 or bf16; D and Dv 64, 128 or 256.
+        key, value: ``[B|1, Hk, Tk, D]`` and ``[B|1, Hk, Tk, Dv]``, read in place.
+        key_factor: ``[B, Tk]`` or ``[B, Hq, Tk]`` float32.
+        mode, causal, query_offset, scale: as of ``forward.attention_fwd``.
+        config: tiles; ``None`` takes the table's.
+    Returns: as ``forward.attention_fwd``: output, laid out as ``[B, Tq, Hq, Dv]``, and log-sum-exp.
+    """
+    batch, heads, rows, head_dim = query.shape
+    key_heads, keys, value_dim = value.shape[1:]
+    out = query.new_empty(batch, rows, heads, value_dim).transpose(1, 2)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device)
+    if batch * heads * rows == 0:
+        return out, lse
+    if keys == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    config = config or hopper_config(head_dim, value_dim)
+    spec = variant(config, head_dim, value_dim, "plain" if key_factor is None else mode, causal)
+    shared_keys = key.shape[0] == 1 or key.stride(0) == value.stride(0) == 0
+    if shared_keys:
+        key, value = key[:1], value[:1]
+    before = flagged = None
+    factor_heads = 1
+    if key_factor is not None:
+        if key_factor.dim() == 2:
+            key_factor = key_factor[:, None]  # [B, 1, Tk]
+        key_factor = key_factor.expand(batch, -1, -1).contiguous()
+        factor_heads = key_factor.shape[1]
+        before, flagged = factor_tiles(key_factor, config.block_n)
+    if scale is None:
+        scale = head_dim**-0.5
+    machine = machine_of(query.device)
+    row_blocks = triton.cdiv(rows, ROWS_AT_ONCE)
+    row_bytes = (head_dim + value_dim) * query.element_size()
+    group = heads // key_heads
+    _hopper_fwd_kernel[(min(machine.processors, row_blocks * batch * heads),)](
+        _descriptor(out, ROWS.value),
+        _descriptor(query, ROWS.value),
+        _descriptor(key, config.block_n),
+        _descriptor(value, config.block_n),
+        lse,
+        key_factor,
+        before,
+        flagged,
+        rows,
+        keys,
+        keys - rows if query_offset is None else query_offset,
+        row_blocks,
+        batch * heads,
+        heads,
+        group,
+        _section(keys, row_bytes, batch * heads, group, machine.cache),
+        0 if shared_keys else 1,
+        factor_heads,
+        scale * LOG2_E,
+        SPEC=spec,
+        num_warps=4,
+    )
+    return out, lse

@@ -1,0 +1,87 @@
+"""The Hopper kernel's producer: one warp that starts the copies of all tiles, by TMA.
+
+Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from .hopper_work import (
+    CONSUMERS,
+    ROWS,
+    deferred_tiles,
+    factor_row,
+    piece_of_work,
+    ring,
+    visible_tiles,
+)
+
+
+@gluon.jit
+def _load_tile(descriptor, batch, head, tile, step, buffers, full, empty, SPEC: gl.constexpr):
+    """Wait until a slot is free, then start the copy of one tile of keys or values into it."""
+    slot, parity = ring(step, SPEC.stages)
+    mbarrier.wait(empty.index(slot), parity ^ 1)
+    mbarrier.expect(full.index(slot), descriptor.block_type.nbytes)
+    place = [batch, head, tile * SPEC.block_n, 0]
+    tma.async_copy_global_to_shared(descriptor, place, full.index(slot), buffers.index(slot))
+
+
+@gluon.jit
+def _tile_of(index, high, flagged_ptr, SPEC: gl.constexpr):
+    """The tile of a step: from the last seen down to 0, then those that min_shift deferred."""
+    tile = high - 1 - index
+    if SPEC.mode == "min_shift":
+        if tile < 0:
+            tile = gl.load(flagged_ptr + (index - high))
+    return tile
+
+
+@gluon.jit
+def produce(descriptors, buffers, barriers, lists, numbers, SPEC: gl.constexpr):
+    """Load queries, keys and values in the order in which the consumers use them."""
+    query_tma, key_tma, value_tma, output_tma = descriptors
+    queries, key_ring, value_ring, output = buffers
+    query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
+    before_ptr, flagged_base = lists
+    (
+        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section,
+        key_batches, factor_heads,
+    ) = numbers  # fmt: skip
+    tiles = gl.cdiv(keys, SPEC.block_n)
+    step = 0  # tiles so far
+    turn = 0  # pieces of work so far
+    for work in range(gl.program_id(0), row_blocks * batch_heads, gl.num_programs(0)):
+        batch, head, block = piece_of_work(work, row_blocks, batch_heads, heads, section)
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.wait(query_empty.index(consumer), (turn & 1) ^ 1)
+            mbarrier.expect(query_full.index(consumer), query_tma.block_type.nbytes)
+            place = [batch, head, (block * CONSUMERS + consumer) * ROWS, 0]
+            tma.async_copy_global_to_shared(
+                query_tma, place, query_full.index(consumer), queries.index(consumer)
+            )
+        turn += 1
+        high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
+        row = factor_row(batch, head, factor_heads)
+        count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
+        flagged_ptr = flagged_base
+        if SPEC.mode == "min_shift":
+            flagged_ptr += row * tiles
+        key_batch = batch * key_batches
+        key_head = head // group
+        # a tile's values are needed a step after its keys
+        for index in range(0, count + 1):
+            if index < count:
+                _load_tile(
+                    key_tma, key_batch, key_head, _tile_of(index, high, flagged_ptr, SPEC),
+                    step + index, key_ring, key_full, key_empty, SPEC,
+                )  # fmt: skip
+            if index > 0:
+                _load_tile(
+                    value_tma, key_batch, key_head, _tile_of(index - 1, high, flagged_ptr, SPEC),
+                    step + index - 1, value_ring, value_full, value_empty, SPEC,
+                )  # fmt: skip
+        step += count
