@@ -1,0 +1,432 @@
+"""The functions of ``triton.experimental.gluon.language`` and ``triton.language``, emulated."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from gluon_machine import EmulationError, OperandError, UnsupportedError, machine
+from gluon_shared import allocate_shared_memory
+from gluon_values import (
+    OPERATORS,
+    Pointer,
+    Tensor,
+    add,
+    as_tensor,
+    broadcast_shape,
+    poison,
+    scalar,
+    subtract,
+    together,
+    torch_dtype,
+)
+
+
+def runtime_range(*bounds: Any) -> Iterator[Tensor]:
+    """``range`` of a kernel: its numbers are int32 scalars, whatever its bounds."""
+    for number in builtins.range(*(int(bound) for bound in bounds)):
+        yield scalar(number)
+
+
+def static_range(*bounds: int) -> builtins.range:
+    """A range of constants."""
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        raise OperandError("static_range needs constants, got run-time values.")
+    return builtins.range(*bounds)
+
+
+def program_id(axis: int) -> Tensor:
+    """Index of the program."""
+    return scalar(machine().program[axis])
+
+
+def num_programs(axis: int) -> Tensor:
+    """Number of programs."""
+    return scalar(machine().grid[axis])
+
+
+def num_warps() -> int:
+    """Warps of the partition."""
+    return machine().current.warps
+
+
+def num_ctas() -> int:
+    """Clusters are not emulated."""
+    return 1
+
+
+def barrier(*, cluster: bool = False) -> None:
+    """The threads of a partition run in step here."""
+    machine().pause()
+
+
+def full(shape: Sequence[int], value: Any, dtype: Any, layout: Any = None) -> Tensor:
+    """A tensor of one value."""
+    sizes = tuple(int(size) for size in shape)
+    filler = as_tensor(value).data.to(torch_dtype(dtype))
+    return Tensor(filler.expand(sizes).clone(), dtype)
+
+
+def zeros(shape: Sequence[int], dtype: Any, layout: Any = None) -> Tensor:
+    """A tensor of zeros."""
+    return full(shape, 0, dtype)
+
+
+def full_like(
+    input: Tensor, value: Any, shape: Any = None, dtype: Any = None, layout: Any = None
+) -> Tensor:
+    """A tensor of one value with another's shape and dtype."""
+    return full(shape or as_tensor(input).shape, value, dtype or input.dtype)
+
+
+def zeros_like(input: Tensor, shape: Any = None, dtype: Any = None, layout: Any = None) -> Tensor:
+    """A tensor of zeros with another's shape and dtype."""
+    return full_like(input, 0, shape, dtype)
+
+
+def arange(start: int, end: int, layout: Any = None) -> Tensor:
+    """The int32 numbers from ``start`` up to ``end``."""
+    size = end - start
+    if size < 1 or size & (size - 1):
+        raise OperandError(f"arange needs a power of two of numbers, got {size}.")
+    return Tensor(torch.arange(start, end, dtype=torch.int32))
+
+
+def convert_layout(value: Tensor, layout: Any, assert_trivial: bool = False) -> Tensor:
+    """The tensor: layouts are not emulated."""
+    return as_tensor(value)
+
+
+def to_tensor(value: Any) -> Tensor:
+    """A number as a run-time scalar."""
+    return as_tensor(value)
+
+
+def cast(input: Any, dtype: Any, fp_downcast_rounding: Any = None, bitcast: bool = False) -> Tensor:
+    """Another dtype."""
+    return as_tensor(input).to(dtype, fp_downcast_rounding, bitcast)
+
+
+def expand_dims(input: Any, axis: int) -> Any:
+    """An axis of size 1 more."""
+    if isinstance(input, Pointer):
+        rank = len(input.shape) + 1
+        return input[tuple(None if i == axis % rank else slice(None) for i in range(rank))]
+    return Tensor(as_tensor(input).data.unsqueeze(axis), input.dtype)
+
+
+def broadcast(input: Any, other: Any) -> tuple[Tensor, Tensor]:
+    """Both in their common shape."""
+    a, b = as_tensor(input), as_tensor(other)
+    shape = broadcast_shape(a.shape, b.shape)
+    return Tensor(a.data.expand(shape), a.dtype), Tensor(b.data.expand(shape), b.dtype)
+
+
+def broadcast_to(input: Any, *shape: Any) -> Tensor:
+    """Axes of size 1 stretched."""
+    a, sizes = as_tensor(input), _sizes(shape)
+    if broadcast_shape(a.shape, sizes) != sizes:
+        raise OperandError(f"Shape {list(a.shape)} does not broadcast to {list(sizes)}.")
+    return Tensor(a.data.expand(sizes), a.dtype)
+
+
+def _sizes(shape: Sequence[Any]) -> tuple[int, ...]:
+    listed = shape[0] if len(shape) == 1 and isinstance(shape[0], list | tuple) else shape
+    return tuple(int(size) for size in listed)
+
+
+def reshape(input: Any, *shape: Any, can_reorder: bool = False) -> Tensor:
+    """Another shape."""
+    return Tensor(as_tensor(input).data.reshape(_sizes(shape)), input.dtype)
+
+
+def permute(input: Any, *dims: Any) -> Tensor:
+    """Other order of axes."""
+    return Tensor(as_tensor(input).data.permute(_sizes(dims)), input.dtype)
+
+
+def join(a: Any, b: Any) -> Tensor:
+    """Both along a new last axis."""
+    x, y, dtype = together(a, b)
+    return Tensor(torch.stack(torch.broadcast_tensors(x, y), -1), dtype)
+
+
+def split(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of a last axis of size 2."""
+    if as_tensor(a).shape[-1:] != (2,):
+        raise OperandError(f"split needs a last axis of 2, got {list(a.shape)}.")
+    return Tensor(a.data[..., 0], a.dtype), Tensor(a.data[..., 1], a.dtype)
+
+
+def where(condition: Any, x: Any, y: Any) -> Tensor:
+    """``x`` where the condition holds, else ``y``."""
+    chosen = as_tensor(condition)
+    a, b, dtype = together(x, y)
+    broadcast_shape(chosen.shape, broadcast_shape(tuple(a.shape), tuple(b.shape)))
+    return Tensor(torch.where(chosen.data.to(torch.bool), a, b), dtype)
+
+
+def _extremum(
+    floats: Callable[..., torch.Tensor], integers: Callable[..., torch.Tensor]
+) -> Callable[..., Tensor]:
+    def operation(x: Any, y: Any, propagate_nan: Any = tl.PropagateNan.NONE) -> Tensor:
+        a, b, dtype = together(x, y)
+        quiet = dtype.is_floating() and propagate_nan != tl.PropagateNan.ALL
+        return Tensor((floats if quiet else integers)(a, b), dtype)
+
+    return operation
+
+
+maximum = _extremum(torch.fmax, torch.maximum)
+minimum = _extremum(torch.fmin, torch.minimum)
+
+
+def cdiv(x: Any, div: Any) -> Any:
+    """Division of integers, rounded up."""
+    return (x + (div - 1)) // div
+
+
+def fma(x: Any, y: Any, z: Any) -> Tensor:
+    """``x * y + z``, rounded once."""
+    a, b, _ = together(x, y)
+    wide, c, dtype = together(Tensor(a), z)
+    exact = wide.double() * b.double() + c.double()
+    return Tensor(exact.to(torch_dtype(dtype)), dtype)
+
+
+def _elementwise(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    def operation(x: Any) -> Tensor:
+        value = as_tensor(x)
+        if not value.dtype.is_floating() and name not in ("abs",):
+            raise OperandError(f"{name} needs floats, got {value.dtype}.")
+        return Tensor(function(value.data), value.dtype)
+
+    operation.__name__ = name
+    return operation
+
+
+ELEMENTWISE = {
+    name: _elementwise(name, getattr(torch, name))
+    for name in "exp exp2 log log2 sqrt rsqrt sin cos erf floor ceil abs".split()
+} | {"sqrt_rn": _elementwise("sqrt_rn", torch.sqrt)}
+
+
+def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Tensor:
+    """Quotient of floats."""
+    return OPERATORS["truediv"](x, y)
+
+
+def div_rn(x: Any, y: Any) -> Tensor:
+    """Quotient of floats."""
+    return OPERATORS["truediv"](x, y)
+
+
+def _widened(input: Any) -> Tensor:
+    value = as_tensor(input)
+    if value.dtype.primitive_bitwidth >= 32 or value.dtype == tl.int1:
+        return value
+    return value.to(tl.float32 if value.dtype.is_floating() else tl.int32)
+
+
+def _arranged(input: Tensor, axis: int | None) -> tuple[torch.Tensor, int]:
+    if axis is None:
+        return input.data.reshape(-1), 0
+    if not -input.data.dim() <= axis < input.data.dim():
+        raise OperandError(f"axis must be below {input.data.dim()}, got {axis}.")
+    return input.data, axis
+
+
+def _kept(data: torch.Tensor, axis: int | None, rank: int, keep_dims: bool) -> torch.Tensor:
+    if not keep_dims:
+        return data
+    return data.reshape((1,) * rank) if axis is None else data.unsqueeze(axis)
+
+
+def _extreme_along(largest: bool) -> Callable[..., Any]:
+    def operation(
+        input: Any,
+        axis: int | None = None,
+        return_indices: bool = False,
+        return_indices_tie_break_left: bool = True,
+        keep_dims: bool = False,
+    ) -> Any:
+        value = _widened(input)
+        data, along = _arranged(value, axis)
+        rank = value.data.dim()
+        if data.is_floating_point():  # a NaN loses against numbers
+            missing = data.isnan()
+            data = data.masked_fill(missing, float("-inf") if largest else float("inf"))
+            data = torch.where(missing.all(along, keepdim=True), torch.nan, data)
+        best = data.amax(along) if largest else data.amin(along)
+        result = Tensor(_kept(best, axis, rank, keep_dims), value.dtype)
+        if not return_indices:
+            return result
+        ties = (data == best.unsqueeze(along)).to(torch.int32)
+        first = Tensor(_kept(ties.argmax(along).to(torch.int32), axis, rank, keep_dims))
+        return result, first
+
+    return operation
+
+
+max = _extreme_along(True)
+min = _extreme_along(False)
+
+
+def argmax(input: Any, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Tensor:
+    """Index of the first maximum."""
+    return max(input, axis, return_indices=True, keep_dims=keep_dims)[1]
+
+
+def argmin(input: Any, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Tensor:
+    """Index of the first minimum."""
+    return min(input, axis, return_indices=True, keep_dims=keep_dims)[1]
+
+
+def sum(input: Any, axis: int | None = None, keep_dims: bool = False, dtype: Any = None) -> Tensor:
+    """Sum along an axis, or of everything."""
+    value = as_tensor(input)
+    if dtype is None and value.dtype.is_int() and value.dtype.primitive_bitwidth < 32:
+        dtype = tl.int32
+    value = value if dtype is None else value.to(dtype)
+    data, along = _arranged(value, axis)
+    total = data.sum(along, dtype=data.dtype)
+    return Tensor(_kept(total, axis, value.data.dim(), keep_dims), value.dtype)
+
+
+def reduce(input: Any, axis: int | None, combine_fn: Callable[..., Any], keep_dims: bool = False):
+    """Combine pairs along an axis until one is left; a tuple is reduced together."""
+    several = isinstance(input, tuple | list)
+    values = [as_tensor(value) for value in (input if several else (input,))]
+    rank = values[0].data.dim()
+    parts = [_arranged(value, axis)[0] for value in values]
+    along = 0 if axis is None else axis
+    while parts[0].shape[along] > 1:
+        halves = [part.chunk(2, along) for part in parts]
+        left = [Tensor(half[0]) for half in halves]
+        right = [Tensor(half[1]) for half in halves]
+        combined = combine_fn(*left, *right)
+        parts = [value.data for value in (combined if several else (combined,))]
+    results = [Tensor(_kept(part.squeeze(along), axis, rank, keep_dims)) for part in parts]
+    return tuple(results) if several else results[0]
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Tensor:
+    """Read from memory; lanes that the mask excludes are ``other``, or poison."""
+    _check_hints(hints)
+    if not isinstance(pointer, Pointer):
+        raise OperandError(f"load needs pointers, got {type(pointer).__name__}.")
+    offsets, lanes = pointer.checked(mask, "A load from")
+    if lanes is None:
+        return Tensor(pointer.flat[offsets], pointer.element)
+    dtype = pointer.flat.dtype
+    filler = poison(dtype) if other is None else as_tensor(other).data.to(dtype)
+    result = torch.empty(offsets.shape, dtype=dtype).copy_(torch.as_tensor(filler, dtype=dtype))
+    result[lanes] = pointer.flat[offsets[lanes]]
+    return Tensor(result, pointer.element)
+
+
+def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
+    """Write to memory the lanes that the mask includes."""
+    _check_hints(hints)
+    if not isinstance(pointer, Pointer):
+        raise OperandError(f"store needs pointers, got {type(pointer).__name__}.")
+    offsets, lanes = pointer.checked(mask, "A store to")
+    data = as_tensor(value).data.to(pointer.flat.dtype)
+    if broadcast_shape(offsets.shape, data.shape) != tuple(offsets.shape):
+        raise OperandError(f"A store to {list(offsets.shape)} addresses got {list(data.shape)}.")
+    data = data.expand(offsets.shape)
+    if lanes is None:
+        pointer.flat[offsets] = data
+    else:
+        pointer.flat[offsets[lanes]] = data[lanes]
+
+
+def _check_hints(hints: dict[str, Any]) -> None:
+    unknown = set(hints) - {"cache_modifier", "eviction_policy", "volatile"}
+    if unknown:
+        raise UnsupportedError(f"The emulator has no option {', '.join(sorted(unknown))}.")
+
+
+def static_assert(condition: Any, message: str = "") -> None:
+    """A condition on constants."""
+    if not condition:
+        raise EmulationError(f"static_assert failed: {message}")
+
+
+def device_assert(condition: Any, message: str = "", mask: Any = None) -> None:
+    """A condition on every element."""
+    if not bool(as_tensor(condition).data.all()):
+        raise EmulationError(f"device_assert failed: {message}")
+
+
+def assume(condition: Any) -> None:
+    """What the compiler may rely on, checked."""
+    if not bool(as_tensor(condition).data.all()):
+        raise EmulationError("assume() is told something that does not hold.")
+
+
+def multiple_of(input: Any, values: Any) -> Any:
+    """A hint, checked for scalars."""
+    if isinstance(input, Tensor) and not input.shape and isinstance(values, int):
+        if int(input) % values:
+            raise EmulationError(f"multiple_of({int(input)}, {values}) does not hold.")
+    return input
+
+
+def hint(input: Any, values: Any) -> Any:
+    """A hint that is not checked."""
+    return input
+
+
+def ignore(*arguments: Any, **options: Any) -> None:
+    """Prints nothing."""
+
+
+def warp_specialize(
+    functions_and_args: Sequence[tuple[Callable[..., Any], Any]],
+    worker_num_warps: Sequence[int],
+    worker_num_regs: Sequence[int] | None = None,
+) -> Any:
+    """Run the functions beside one another, the first one in the default partition."""
+    for count in (worker_num_warps, worker_num_regs):
+        if count is not None and len(count) != len(functions_and_args) - 1:
+            raise OperandError(
+                f"warp_specialize needs {len(functions_and_args) - 1} numbers of warps and "
+                f"registers, got {len(count)}."
+            )
+    return machine().specialize(list(functions_and_args), list(worker_num_warps))
+
+
+FUNCTIONS: dict[str, Any] = ELEMENTWISE | {
+    "range": runtime_range,
+    "add": add,
+    "sub": subtract,
+    "mul": OPERATORS["mul"],
+    "max_contiguous": hint,
+    "max_constancy": hint,
+    "static_print": ignore,
+    "device_print": ignore,
+    "debug_barrier": barrier,
+    "thread_barrier": barrier,
+    "allocate_shared_memory": allocate_shared_memory,
+    "tensor": Tensor,
+    "tuple": builtins.tuple,
+    "set_auto_layout": convert_layout,
+}
+for _function in (
+    static_range, program_id, num_programs, num_warps, num_ctas, barrier, full, zeros, full_like,
+    zeros_like, arange, convert_layout, to_tensor, cast, expand_dims, broadcast, broadcast_to,
+    reshape, permute, join, split, where, cdiv, fma, fdiv, div_rn, argmax, argmin, sum, reduce,
+    load, store, static_assert, device_assert, assume, multiple_of, warp_specialize,
+):  # fmt: skip
+    FUNCTIONS[_function.__name__] = _function
+FUNCTIONS |= {"max": max, "min": min, "maximum": maximum, "minimum": minimum}
+
+for _name in (
+    "expand_dims broadcast_to reshape permute sum max min argmax argmin reduce cdiv exp exp2 log "
+    "log2 sqrt rsqrt sin cos abs split"
+).split():
+    setattr(Tensor, _name, FUNCTIONS[_name])
