@@ -76,13 +76,39 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     )
 
 
-def _section(keys: int, row_bytes: int, heads: int, group: int, cache: int) -> int:
-    """Query heads whose keys and values take half of the second-level cache; at least a group.
+def _once(tensor: Tensor) -> Tensor:
+    """One batch row of a tensor that all batch rows share."""
+    return tensor[:1] if tensor.stride(0) == 0 else tensor
 
-    All programs work on one section at a time, so that each tile of keys comes from memory once.
+
+@dataclass(frozen=True)
+class Schedule:
+    """In what order how many programs work, see ``hopper_work.piece_of_work``."""
+
+    programs: int
+    row_blocks: int
+    section: int
+    paired: bool
+
+
+def schedule(rows: int, heads: int, group: int, head_bytes: int, machine: Machine) -> Schedule:
+    """Keep keys and values in the second-level cache, and all programs as busy.
+
+    Where those of all heads fit in half of it, blocks of all heads are mixed, the longest first.
+    Else a section of heads at a time, in pairs of blocks that are all as long: the longest first
+    of each section alone left some programs with a fifth more than others.
+
+    Args:
+        heads: B * Hq.
+        group: query heads per key head.
+        head_bytes: keys and values of one head.
     """
-    key_heads = max(1, cache // 2 // (keys * row_bytes))
-    return min(key_heads * group, heads)
+    row_blocks = triton.cdiv(rows, ROWS_AT_ONCE)
+    section = min(heads, max(1, machine.cache // 2 // head_bytes) * group)
+    paired = section < heads
+    row_blocks += paired and row_blocks % 2
+    programs = min(machine.processors, row_blocks * heads // (2 if paired else 1))
+    return Schedule(programs, row_blocks, section, paired)
 
 
 def attention_fwd_hopper(
@@ -117,9 +143,7 @@ def attention_fwd_hopper(
         return out.zero_(), lse.fill_(float("-inf"))
     config = config or hopper_config(head_dim, value_dim)
     spec = variant(config, head_dim, value_dim, "plain" if key_factor is None else mode, causal)
-    shared_keys = key.shape[0] == 1 or key.stride(0) == value.stride(0) == 0
-    if shared_keys:
-        key, value = key[:1], value[:1]
+    key, value = _once(key), _once(value)
     before = flagged = None
     factor_heads = 1
     if key_factor is not None:
@@ -130,11 +154,10 @@ def attention_fwd_hopper(
         before, flagged = factor_tiles(key_factor, config.block_n)
     if scale is None:
         scale = head_dim**-0.5
-    machine = machine_of(query.device)
-    row_blocks = triton.cdiv(rows, ROWS_AT_ONCE)
-    row_bytes = (head_dim + value_dim) * query.element_size()
     group = heads // key_heads
-    _hopper_fwd_kernel[(min(machine.processors, row_blocks * batch * heads),)](
+    head_bytes = keys * (head_dim + value_dim) * query.element_size()
+    order = schedule(rows, batch * heads, group, head_bytes, machine_of(query.device))
+    _hopper_fwd_kernel[(order.programs,)](
         _descriptor(out, ROWS.value),
         _descriptor(query, ROWS.value),
         _descriptor(key, config.block_n),
@@ -146,12 +169,14 @@ def attention_fwd_hopper(
         rows,
         keys,
         keys - rows if query_offset is None else query_offset,
-        row_blocks,
+        order.row_blocks,
         batch * heads,
         heads,
         group,
-        _section(keys, row_bytes, batch * heads, group, machine.cache),
-        0 if shared_keys else 1,
+        order.section,
+        int(order.paired),
+        int(key.shape[0] > 1),
+        int(value.shape[0] > 1),
         factor_heads,
         scale * LOG2_E,
         SPEC=spec,

@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernel: data with reasons, no autotuning at run time.
+"""Tiles of the Hopper kernel, and which calls it serves. Needs no triton.
 
 Legend: D head dim, Dv value dim.
 """
@@ -6,6 +6,11 @@ Legend: D head dim, Dv value dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .configs import decodes
 
 SHARED_LIMIT = 227 << 10  # bytes that one program can have on sm_90
 ROWS_AT_ONCE = 128  # query rows of a program: two consumers of 64
@@ -44,4 +49,77 @@ def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
         return HopperConfig(block_n=128, stages=4, own_output=True)
     if width <= 128:
         return HopperConfig(block_n=128, stages=2, own_output=True)
-    return HopperConfig(block_n=64, stages=2, own_output=False)
+    return HopperConfig(block_n=64, stages=2, own_output=head_dim != value_dim)
+
+
+def why_not_hopper(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mode: str,
+    query_offset: int | Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    position_bias: Tensor | None,
+    mask: Tensor | None,
+    prefix: tuple[Tensor, Tensor] | None,
+    dropout: float,
+    needs_grad: bool,
+) -> str | None:
+    """Why the Hopper kernel cannot serve a call; ``None`` if it can.
+
+    Shapes and dtypes are known to agree. The device's architecture is not looked at here.
+
+    Args:
+        query: ``[B, Hq, Tq, D]``; key, value: ``[B|1, Hk, Tk, D]`` and ``[B|1, Hk, Tk, Dv]``.
+        needs_grad: a backward pass will follow, for which ``min_shift`` saves more.
+    """
+    features = {
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "position_bias": position_bias,
+        "mask": mask,
+        "prefix": prefix,
+        "dropout": dropout or None,
+    }
+    given = [name for name, feature in features.items() if feature is not None]
+    if given:
+        return f"does not serve {', '.join(given)}"
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        return f"serves fp16 and bf16, got {query.dtype}"
+    if mode == "min_shift_full":
+        return "cannot serve mode='min_shift_full'"
+    for size in (query.shape[-1], value.shape[-1]):
+        if size not in HEAD_DIMS:
+            return f"serves head dims 64, 128 and 256, got {size}"
+    if not isinstance(query_offset, int):
+        return "needs query_offset as a number, got a tensor"
+    if scale <= 0:
+        return f"needs a positive scale, got {scale:g}"
+    if decodes(query.shape[2]):
+        return f"needs more query rows than fit one small tile, got {query.shape[2]}"
+    if needs_grad and mode == "min_shift":
+        return "saves no row minima, which the backward pass of min_shift needs"
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        if not _copied_by_tma(tensor):
+            return (
+                f"needs {name} with its last dimension contiguous and the other strides multiples "
+                f"of 16 bytes, got strides {tuple(tensor.stride())} at {tensor.dtype}"
+            )
+    return None
+
+
+def _copied_by_tma(tensor: Tensor) -> bool:
+    """Whether ``[B, H, T, D]`` can be copied tile by tile; a shared batch row has stride 0."""
+    aligned = 16 // tensor.element_size()
+    batch, *others = zip(tensor.shape, tensor.stride(), strict=True)
+    moving = [stride for size, stride in (*others[:2],) if size > 1]
+    if batch[0] > 1 and batch[1] != 0:
+        moving.append(batch[1])
+    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
+        return False
+    return all(stride > 0 and stride % aligned == 0 for stride in moving)

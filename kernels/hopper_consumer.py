@@ -26,6 +26,7 @@ from .hopper_work import (
     factor_row,
     piece_of_work,
     ring,
+    turns_of,
     visible_tiles,
 )
 from .primitives import in_band, manipulate, softmax_step
@@ -177,8 +178,8 @@ def consume(
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     before_ptr, flagged_base = lists
     (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section,
-        key_batches, factor_heads,
+        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
+        key_batches, value_batches, factor_heads,
     ) = numbers  # fmt: skip
     lse_ptr, factor_ptr, unit = outputs
     queries = query_buffers.index(CONSUMER)
@@ -187,9 +188,11 @@ def consume(
     limits = (keys, unit)
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
-    turn = 0  # pieces of work so far
-    for work in range(gl.program_id(0), row_blocks * batch_heads, gl.num_programs(0)):
-        batch, head, block = piece_of_work(work, row_blocks, batch_heads, heads, section)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for turn in range(turns_of(program, programs, row_blocks, batch_heads, paired)):
+        batch, head, block = piece_of_work(
+            turn, program, programs, row_blocks, batch_heads, heads, section, paired
+        )
         high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
@@ -204,7 +207,6 @@ def consume(
         stats = (row_max, row_sum, row_min)
         acc = gl.full([ROWS, SPEC.value_dim], 0.0, gl.float32, OUTPUT)
         mbarrier.wait(query_full.index(CONSUMER), turn & 1)
-        turn += 1
         if high > 0:
             # the first tile has no product with values beside it
             flagged = _is_flagged(factor, high - 1, SPEC)

@@ -28,7 +28,7 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 @gluon.jit(
     do_not_specialize=[
         "rows", "keys", "query_offset", "row_blocks", "batch_heads", "heads", "group", "section",
-        "key_batches", "factor_heads",
+        "paired", "key_batches", "value_batches", "factor_heads",
     ]
 )  # fmt: skip
 def _hopper_fwd_kernel(
@@ -43,12 +43,14 @@ def _hopper_fwd_kernel(
     rows,
     keys,
     query_offset,
-    row_blocks,  # pieces of ROWS * CONSUMERS rows
+    row_blocks,  # of ROWS * CONSUMERS rows; an even number if paired
     batch_heads,  # B * Hq
     heads,
     group,  # query heads per key head
     section,  # heads whose pieces of work are mixed, see piece_of_work
+    paired,  # 1 if a program takes two blocks of rows of a head, one from either end, else 0
     key_batches,  # 1 if each batch row has its own keys, 0 if all share them
+    value_batches,  # the same of the values
     factor_heads,  # heads with factors of their own, or 1
     unit,  # base-2 logits per raw score
     SPEC: gl.constexpr,
@@ -82,8 +84,8 @@ def _hopper_fwd_kernel(
     buffers = (queries, key_ring, value_ring, output)
     lists = (before_ptr, flagged_ptr)
     numbers = (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section,
-        key_batches, factor_heads,
+        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
+        key_batches, value_batches, factor_heads,
     )  # fmt: skip
     outputs = (lse_ptr, factor_ptr, unit)
     gl.warp_specialize(

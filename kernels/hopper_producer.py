@@ -16,6 +16,7 @@ from .hopper_work import (
     factor_row,
     piece_of_work,
     ring,
+    turns_of,
     visible_tiles,
 )
 
@@ -26,8 +27,8 @@ def _load_tile(descriptor, batch, head, tile, step, buffers, full, empty, SPEC: 
     slot, parity = ring(step, SPEC.stages)
     mbarrier.wait(empty.index(slot), parity ^ 1)
     mbarrier.expect(full.index(slot), descriptor.block_type.nbytes)
-    place = [batch, head, tile * SPEC.block_n, 0]
-    tma.async_copy_global_to_shared(descriptor, place, full.index(slot), buffers.index(slot))
+    corner = [batch, head, tile * SPEC.block_n, 0]
+    tma.async_copy_global_to_shared(descriptor, corner, full.index(slot), buffers.index(slot))
 
 
 @gluon.jit
@@ -48,40 +49,40 @@ def produce(descriptors, buffers, barriers, lists, numbers, SPEC: gl.constexpr):
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     before_ptr, flagged_base = lists
     (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section,
-        key_batches, factor_heads,
+        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
+        key_batches, value_batches, factor_heads,
     ) = numbers  # fmt: skip
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
-    turn = 0  # pieces of work so far
-    for work in range(gl.program_id(0), row_blocks * batch_heads, gl.num_programs(0)):
-        batch, head, block = piece_of_work(work, row_blocks, batch_heads, heads, section)
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    for turn in range(turns_of(program, programs, row_blocks, batch_heads, paired)):
+        batch, head, block = piece_of_work(
+            turn, program, programs, row_blocks, batch_heads, heads, section, paired
+        )
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(query_empty.index(consumer), (turn & 1) ^ 1)
             mbarrier.expect(query_full.index(consumer), query_tma.block_type.nbytes)
-            place = [batch, head, (block * CONSUMERS + consumer) * ROWS, 0]
+            corner = [batch, head, (block * CONSUMERS + consumer) * ROWS, 0]
             tma.async_copy_global_to_shared(
-                query_tma, place, query_full.index(consumer), queries.index(consumer)
+                query_tma, corner, query_full.index(consumer), queries.index(consumer)
             )
-        turn += 1
         high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
         flagged_ptr = flagged_base
         if SPEC.mode == "min_shift":
             flagged_ptr += row * tiles
-        key_batch = batch * key_batches
         key_head = head // group
         # a tile's values are needed a step after its keys
         for index in range(0, count + 1):
             if index < count:
                 _load_tile(
-                    key_tma, key_batch, key_head, _tile_of(index, high, flagged_ptr, SPEC),
+                    key_tma, batch * key_batches, key_head, _tile_of(index, high, flagged_ptr, SPEC),
                     step + index, key_ring, key_full, key_empty, SPEC,
                 )  # fmt: skip
             if index > 0:
                 _load_tile(
-                    value_tma, key_batch, key_head, _tile_of(index - 1, high, flagged_ptr, SPEC),
+                    value_tma, batch * value_batches, key_head, _tile_of(index - 1, high, flagged_ptr, SPEC),
                     step + index - 1, value_ring, value_full, value_empty, SPEC,
                 )  # fmt: skip
         step += count

@@ -31,29 +31,60 @@ class HopperVariant:
 
 
 @gluon.jit
-def piece_of_work(index, row_blocks, batch_heads, heads, section):
-    """Batch row, head and block of rows of a piece of work: the longest first, section by section.
+def place_of(turn, program, programs, paired):
+    """Which unit of work a program takes in a turn: a block of rows, or half of two if paired.
+
+    Single blocks become shorter and shorter: every other turn goes backwards, so that the program
+    with the longest of one turn has the shortest of the next. Pairs are all as long.
+    """
+    turn = turn >> paired
+    back = (turn & 1) * (1 - paired) * (programs - 1 - 2 * program)
+    return turn * programs + program + back
+
+
+@gluon.jit
+def turns_of(program, programs, row_blocks, batch_heads, paired):
+    """How many blocks of rows a program takes."""
+    units = (row_blocks >> paired) * batch_heads
+    full = units // programs
+    last = place_of(full << paired, program, programs, paired) < units
+    return (full + last.to(gl.int32)) << paired
+
+
+@gluon.jit
+def piece_of_work(turn, program, programs, row_blocks, batch_heads, heads, section, paired):
+    """Batch row, head and block of rows of a program's turn: section by section, the longest first.
 
     A section is as many heads as have their keys and values in the second-level cache together.
+    With causality the first block is the shortest and the last the longest; a pair is one from
+    either end, the first of them in even turns.
     """
-    per_section = section * row_blocks
-    first = index // per_section * section
-    rest = index % per_section
+    place = place_of(turn, program, programs, paired)
+    blocks = row_blocks >> paired
+    per_section = section * blocks
+    first = place // per_section * section
+    rest = place % per_section
     width = gl.minimum(section, batch_heads - first)  # the last section may hold fewer heads
     batch_head = first + rest % width
-    return batch_head // heads, batch_head % heads, row_blocks - 1 - rest // width
+    block = rest // width
+    if (turn & paired) == 0:
+        block = row_blocks - 1 - block
+    return batch_head // heads, batch_head % heads, block
 
 
 @gluon.jit
 def visible_tiles(block, rows, keys, query_offset, SPEC: gl.constexpr):
-    """Tiles that some row of both consumers sees, ``[0, high)``; all rows see ``[0, inner)``."""
+    """Tiles that some row of both consumers sees, ``[0, high)``; all rows see ``[0, inner)``.
+
+    Of a block after the last row, which completes a pair, nothing is seen.
+    """
     start = block * ROWS * CONSUMERS
     first_position = query_offset + start
     last_position = query_offset + gl.minimum(start + ROWS * CONSUMERS, rows) - 1
     low, high, inner_low, inner = key_tiles(
         first_position, last_position, 0, keys, 0, SPEC.causal, False, SPEC.block_n
     )
-    return high, inner
+    return gl.where(start < rows, high, 0), inner
 
 
 @gluon.jit
