@@ -2,6 +2,7 @@
 
 A phase completes when every arrival and every promised byte has come. Gluon lowers an arrival to a
 barrier of the partition's threads and one thread that arrives, so that partitions are what counts.
+It lowers expect() to one thread alone, which says nothing of the partition's other warps.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class Barrier:
             f"{self.bytes} bytes pending)"
         )
 
-    def arrive(self, count: int) -> None:
-        """The running partition arrives ``count`` times."""
+    def arrive(self, count: int, meets: bool = True) -> None:
+        """The running partition arrives ``count`` times; all its threads if they meet first."""
         if not 0 < count <= self.pending:
             raise BarrierError(
                 f"{place()} arrives {count} times at {self}: more than its phase awaits."
             )
         partition = machine().current
         self.pending -= count
-        join(self.arriving[0], partition.clock)
+        join(self.arriving[0], partition.clock if meets else partition.met)
         join(self.arriving[1], partition.fenced)
         self._complete()
 
@@ -53,7 +54,7 @@ class Barrier:
         """Promise bytes and arrive."""
         self.bytes += size
         self.promised += size
-        self.arrive(1)
+        self.arrive(1, meets=machine().current.warps == 1)
 
     def promise(self, size: int, what: str) -> None:
         """A copy is issued that will signal this barrier."""
@@ -133,6 +134,7 @@ def arrive(mbarrier: SharedMemory, *, count: int = 1, pred: Any = True) -> None:
     """Arrive once all threads of the partition are here."""
     machine().pause()
     if pred:
+        machine().current.meet()
         barrier_of(mbarrier, "arrive at").arrive(count)
 
 

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import builtins
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import EmulationError, OperandError, UnsupportedError, machine
+from gluon_machine import EmulationError, OperandError, machine
+from gluon_pointers import Pointer, atomic_add, load, store
+from gluon_reductions import argmax, argmin, max, min, reduce, sum
 from gluon_shared import allocate_shared_memory
 from gluon_values import (
     OPERATORS,
-    Pointer,
     Tensor,
-    add,
     as_tensor,
     broadcast_shape,
-    poison,
     scalar,
-    subtract,
     together,
     torch_dtype,
 )
 
 
-def runtime_range(*bounds: Any) -> Iterator[Tensor]:
+def runtime_range(*bounds: Any, **hints: Any) -> Iterator[Tensor]:
     """``range`` of a kernel: its numbers are int32 scalars, whatever its bounds."""
     for number in builtins.range(*(int(bound) for bound in bounds)):
         yield scalar(number)
+
+
+def larger(first: Any, *others: Any) -> Any:
+    """``max`` of a kernel."""
+    runtime = any(isinstance(value, Tensor) for value in (first, *others))
+    return functools.reduce(maximum if runtime else builtins.max, others, first)
+
+
+def smaller(first: Any, *others: Any) -> Any:
+    """``min`` of a kernel."""
+    runtime = any(isinstance(value, Tensor) for value in (first, *others))
+    return functools.reduce(minimum if runtime else builtins.min, others, first)
 
 
 def static_range(*bounds: int) -> builtins.range:
@@ -59,7 +70,8 @@ def num_ctas() -> int:
 
 
 def barrier(*, cluster: bool = False) -> None:
-    """The threads of a partition run in step here."""
+    """The threads of the partition meet."""
+    machine().current.meet()
     machine().pause()
 
 
@@ -200,8 +212,8 @@ def fma(x: Any, y: Any, z: Any) -> Tensor:
 def _elementwise(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     def operation(x: Any) -> Tensor:
         value = as_tensor(x)
-        if not value.dtype.is_floating() and name not in ("abs",):
-            raise OperandError(f"{name} needs floats, got {value.dtype}.")
+        if name != "abs" and value.dtype not in (tl.float32, tl.float64):
+            raise OperandError(f"{name} needs float32 or float64, got {value.dtype}.")
         return Tensor(function(value.data), value.dtype)
 
     operation.__name__ = name
@@ -222,132 +234,6 @@ def fdiv(x: Any, y: Any, ieee_rounding: bool = False) -> Tensor:
 def div_rn(x: Any, y: Any) -> Tensor:
     """Quotient of floats."""
     return OPERATORS["truediv"](x, y)
-
-
-def _widened(input: Any) -> Tensor:
-    value = as_tensor(input)
-    if value.dtype.primitive_bitwidth >= 32 or value.dtype == tl.int1:
-        return value
-    return value.to(tl.float32 if value.dtype.is_floating() else tl.int32)
-
-
-def _arranged(input: Tensor, axis: int | None) -> tuple[torch.Tensor, int]:
-    if axis is None:
-        return input.data.reshape(-1), 0
-    if not -input.data.dim() <= axis < input.data.dim():
-        raise OperandError(f"axis must be below {input.data.dim()}, got {axis}.")
-    return input.data, axis
-
-
-def _kept(data: torch.Tensor, axis: int | None, rank: int, keep_dims: bool) -> torch.Tensor:
-    if not keep_dims:
-        return data
-    return data.reshape((1,) * rank) if axis is None else data.unsqueeze(axis)
-
-
-def _extreme_along(largest: bool) -> Callable[..., Any]:
-    def operation(
-        input: Any,
-        axis: int | None = None,
-        return_indices: bool = False,
-        return_indices_tie_break_left: bool = True,
-        keep_dims: bool = False,
-    ) -> Any:
-        value = _widened(input)
-        data, along = _arranged(value, axis)
-        rank = value.data.dim()
-        if data.is_floating_point():  # a NaN loses against numbers
-            missing = data.isnan()
-            data = data.masked_fill(missing, float("-inf") if largest else float("inf"))
-            data = torch.where(missing.all(along, keepdim=True), torch.nan, data)
-        best = data.amax(along) if largest else data.amin(along)
-        result = Tensor(_kept(best, axis, rank, keep_dims), value.dtype)
-        if not return_indices:
-            return result
-        ties = (data == best.unsqueeze(along)).to(torch.int32)
-        first = Tensor(_kept(ties.argmax(along).to(torch.int32), axis, rank, keep_dims))
-        return result, first
-
-    return operation
-
-
-max = _extreme_along(True)
-min = _extreme_along(False)
-
-
-def argmax(input: Any, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Tensor:
-    """Index of the first maximum."""
-    return max(input, axis, return_indices=True, keep_dims=keep_dims)[1]
-
-
-def argmin(input: Any, axis: int, tie_break_left: bool = True, keep_dims: bool = False) -> Tensor:
-    """Index of the first minimum."""
-    return min(input, axis, return_indices=True, keep_dims=keep_dims)[1]
-
-
-def sum(input: Any, axis: int | None = None, keep_dims: bool = False, dtype: Any = None) -> Tensor:
-    """Sum along an axis, or of everything."""
-    value = as_tensor(input)
-    if dtype is None and value.dtype.is_int() and value.dtype.primitive_bitwidth < 32:
-        dtype = tl.int32
-    value = value if dtype is None else value.to(dtype)
-    data, along = _arranged(value, axis)
-    total = data.sum(along, dtype=data.dtype)
-    return Tensor(_kept(total, axis, value.data.dim(), keep_dims), value.dtype)
-
-
-def reduce(input: Any, axis: int | None, combine_fn: Callable[..., Any], keep_dims: bool = False):
-    """Combine pairs along an axis until one is left; a tuple is reduced together."""
-    several = isinstance(input, tuple | list)
-    values = [as_tensor(value) for value in (input if several else (input,))]
-    rank = values[0].data.dim()
-    parts = [_arranged(value, axis)[0] for value in values]
-    along = 0 if axis is None else axis
-    while parts[0].shape[along] > 1:
-        halves = [part.chunk(2, along) for part in parts]
-        left = [Tensor(half[0]) for half in halves]
-        right = [Tensor(half[1]) for half in halves]
-        combined = combine_fn(*left, *right)
-        parts = [value.data for value in (combined if several else (combined,))]
-    results = [Tensor(_kept(part.squeeze(along), axis, rank, keep_dims)) for part in parts]
-    return tuple(results) if several else results[0]
-
-
-def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Tensor:
-    """Read from memory; lanes that the mask excludes are ``other``, or poison."""
-    _check_hints(hints)
-    if not isinstance(pointer, Pointer):
-        raise OperandError(f"load needs pointers, got {type(pointer).__name__}.")
-    offsets, lanes = pointer.checked(mask, "A load from")
-    if lanes is None:
-        return Tensor(pointer.flat[offsets], pointer.element)
-    dtype = pointer.flat.dtype
-    filler = poison(dtype) if other is None else as_tensor(other).data.to(dtype)
-    result = torch.empty(offsets.shape, dtype=dtype).copy_(torch.as_tensor(filler, dtype=dtype))
-    result[lanes] = pointer.flat[offsets[lanes]]
-    return Tensor(result, pointer.element)
-
-
-def store(pointer: Pointer, value: Any, mask: Any = None, **hints: Any) -> None:
-    """Write to memory the lanes that the mask includes."""
-    _check_hints(hints)
-    if not isinstance(pointer, Pointer):
-        raise OperandError(f"store needs pointers, got {type(pointer).__name__}.")
-    offsets, lanes = pointer.checked(mask, "A store to")
-    data = as_tensor(value).data.to(pointer.flat.dtype)
-    if broadcast_shape(offsets.shape, data.shape) != tuple(offsets.shape):
-        raise OperandError(f"A store to {list(offsets.shape)} addresses got {list(data.shape)}.")
-    data = data.expand(offsets.shape)
-    if lanes is None:
-        pointer.flat[offsets] = data
-    else:
-        pointer.flat[offsets[lanes]] = data[lanes]
-
-
-def _check_hints(hints: dict[str, Any]) -> None:
-    unknown = set(hints) - {"cache_modifier", "eviction_policy", "volatile"}
-    if unknown:
-        raise UnsupportedError(f"The emulator has no option {', '.join(sorted(unknown))}.")
 
 
 def static_assert(condition: Any, message: str = "") -> None:
@@ -402,8 +288,8 @@ def warp_specialize(
 
 FUNCTIONS: dict[str, Any] = ELEMENTWISE | {
     "range": runtime_range,
-    "add": add,
-    "sub": subtract,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
     "mul": OPERATORS["mul"],
     "max_contiguous": hint,
     "max_constancy": hint,
@@ -420,7 +306,7 @@ for _function in (
     static_range, program_id, num_programs, num_warps, num_ctas, barrier, full, zeros, full_like,
     zeros_like, arange, convert_layout, to_tensor, cast, expand_dims, broadcast, broadcast_to,
     reshape, permute, join, split, where, cdiv, fma, fdiv, div_rn, argmax, argmin, sum, reduce,
-    load, store, static_assert, device_assert, assume, multiple_of, warp_specialize,
+    load, store, atomic_add, static_assert, device_assert, assume, multiple_of, warp_specialize,
 ):  # fmt: skip
     FUNCTIONS[_function.__name__] = _function
 FUNCTIONS |= {"max": max, "min": min, "maximum": maximum, "minimum": minimum}

@@ -92,6 +92,7 @@ class Partition:
     warps: int
     clock: Clock = field(default_factory=dict)
     fenced: Clock = field(default_factory=dict)  # what a proxy fence has shown to TMA and wgmma
+    met: Clock = field(default_factory=dict)  # what all its threads had done when they last met
     products: list[Any] = field(default_factory=list)  # unfinished warpgroup_mma, oldest first
     issued_products: int = 0
     stores: list[Any] = field(default_factory=list)  # unfinished TMA stores, oldest first
@@ -111,6 +112,10 @@ class Partition:
         time = self.clock.get(self.agent, 0) + 1
         self.clock[self.agent] = time
         return time
+
+    def meet(self) -> None:
+        """A barrier of its threads."""
+        self.met = dict(self.clock)
 
     def check_finished(self) -> None:
         """Nothing that it started may still use shared memory."""
@@ -220,6 +225,7 @@ class Machine:
         ):
             name = f"partition {index} ({function.__name__})"
             worker = Partition(index, name, count, dict(parent.clock), dict(parent.fenced))
+            worker.meet()
             self.partitions.append(worker)
             threads.append(
                 threading.Thread(target=self._work, args=(worker, function, arguments), daemon=True)

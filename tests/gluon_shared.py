@@ -225,8 +225,9 @@ def use(
             continue
         if clock.get(access.agent, 0) < access.time:
             _race(memory, what, writes, access)
-        if asynchronous and access.writes and not access.asynchronous:
-            if fenced.get(access.agent, 0) < access.time:
+        if asynchronous and not access.asynchronous and fenced.get(access.agent, 0) < access.time:
+            # within one function the compiler puts the fence between a load and a copy
+            if access.writes or access.agent != partition.agent:
                 raise FenceError(
                     f"{what} uses {memory.label} in {place()} after {access}, "
                     "without fence_async_shared() between."

@@ -1,4 +1,4 @@
-"""Tensors, scalars and pointers of emulated Gluon kernels, held in torch tensors.
+"""Tensors and scalars of emulated Gluon kernels, held in torch tensors.
 
 What dtype an operation has is asked of Triton itself. Layouts are ignored: compiling checks them.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import BoundsError, OperandError, UnsupportedError
+from gluon_machine import OperandError, UnsupportedError
 from triton.experimental.gluon.language import AutoLayout
 from triton.language.semantic import TritonSemantic
 
@@ -100,7 +100,7 @@ class Tensor:
     cast = to
 
     def __getitem__(self, index: Any) -> Tensor:
-        return Tensor(self.data[_checked_index(index, self.data.dim())], self.dtype)
+        return Tensor(self.data[checked_index(index, self.data.dim())], self.dtype)
 
     def __bool__(self) -> bool:
         if self.data.dim() > 0:
@@ -114,6 +114,11 @@ class Tensor:
 
     __int__ = __index__
     __hash__ = object.__hash__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise UnsupportedError(f"The emulator has no method {name} of tensors.")
 
     def __repr__(self) -> str:
         value = f", {self.data.item()}" if self.data.dim() == 0 else ""
@@ -129,7 +134,7 @@ class Tensor:
         return Tensor(self.data.abs(), self.dtype)
 
 
-def _checked_index(index: Any, rank: int) -> Any:
+def checked_index(index: Any, rank: int) -> Any:
     """Only None and ``:`` are allowed, one ``:`` for each axis."""
     parts = index if isinstance(index, tuple) else (index,)
     kept = [part for part in parts if part is not None]
@@ -170,8 +175,6 @@ def broadcast_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 def together(a: Any, b: Any, divides: bool = False) -> tuple[torch.Tensor, torch.Tensor, tl.dtype]:
     """Both operands in the dtype that Triton would compute in."""
-    if isinstance(a, Pointer) or isinstance(b, Pointer):
-        raise OperandError("Pointers are only added to integers.")
     number_a, number_b = not hasattr(a, "dtype"), not hasattr(b, "dtype")
     left, right = as_tensor(a), as_tensor(b)
     dtype = _common(left.dtype, number_a, right.dtype, number_b, divides)
@@ -180,8 +183,14 @@ def together(a: Any, b: Any, divides: bool = False) -> tuple[torch.Tensor, torch
     return left.data.to(target), right.data.to(target), dtype
 
 
+class Addresses:
+    """What defines its own arithmetic with tensors: pointers."""
+
+
 def _arithmetic(name: str, function: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def operation(a: Any, b: Any) -> Any:
+        if isinstance(b, Addresses):
+            return NotImplemented
         x, y, dtype = together(a, b)
         if dtype == tl.int1:
             raise UnsupportedError(f"{name} of two int1; compare or convert them.")
@@ -208,22 +217,6 @@ def _comparison(function: Callable[..., torch.Tensor]) -> Callable[..., Tensor]:
     return operation
 
 
-def add(a: Any, b: Any) -> Any:
-    """Sum, or a pointer moved by elements."""
-    if isinstance(b, Pointer):
-        a, b = b, a
-    if isinstance(a, Pointer):
-        return a.moved(as_tensor(b))
-    return _plain_add(a, b)
-
-
-def subtract(a: Any, b: Any) -> Any:
-    """Difference, or a pointer moved back."""
-    if isinstance(a, Pointer):
-        return a.moved(-as_tensor(b).to(tl.int64))
-    return _plain_subtract(a, b)
-
-
 def divide(a: Any, b: Any) -> Tensor:
     """``/``: integers become float32."""
     x, y, dtype = together(a, b, divides=True)
@@ -246,11 +239,9 @@ def remainder(a: Any, b: Any) -> Tensor:
     return Tensor(torch.fmod(x, y), dtype)
 
 
-_plain_add = _arithmetic("+", torch.add)
-_plain_subtract = _arithmetic("-", torch.sub)
 OPERATORS: dict[str, Callable[..., Any]] = {
-    "add": add,
-    "sub": subtract,
+    "add": _arithmetic("+", torch.add),
+    "sub": _arithmetic("-", torch.sub),
     "mul": _arithmetic("*", torch.mul),
     "truediv": divide,
     "floordiv": floor_divide,
@@ -280,81 +271,3 @@ for _name, _operation in OPERATORS.items():
     setattr(Tensor, f"__r{_name}__", _reflected(_operation))
 for _name, _function in COMPARISONS.items():
     setattr(Tensor, f"__{_name}__", _comparison(_function))
-
-
-class Pointer:
-    """Addresses of elements of a tensor that the kernel was given."""
-
-    __slots__ = ("argument", "dtype", "element", "flat", "high", "low", "offsets")
-
-    def __init__(self, argument: str, tensor: torch.Tensor) -> None:
-        self.argument = argument
-        self.element = TRITON[tensor.dtype]
-        self.dtype = tl.pointer_type(self.element)
-        self.low = tensor.storage_offset()
-        self.high = self.low + extent(tensor.shape, tensor.stride())
-        length = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self.flat = tensor.detach().as_strided((length,), (1,), 0)
-        self.offsets = torch.tensor(self.low, dtype=torch.int64)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the addresses."""
-        return tuple(self.offsets.shape)
-
-    def _at(self, offsets: torch.Tensor) -> Pointer:
-        copy = object.__new__(Pointer)
-        for name in ("argument", "dtype", "element", "flat", "high", "low"):
-            setattr(copy, name, getattr(self, name))
-        copy.offsets = offsets
-        return copy
-
-    def moved(self, distance: Tensor) -> Pointer:
-        """The addresses ``distance`` elements further."""
-        if distance.data.is_floating_point():
-            raise OperandError(f"Pointers are moved by integers, got {distance.dtype}.")
-        broadcast_shape(self.shape, distance.shape)
-        return self._at(self.offsets + distance.data.to(torch.int64))
-
-    def __add__(self, other: Any) -> Pointer:
-        return add(self, other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Pointer:
-        return subtract(self, other)
-
-    def __getitem__(self, index: Any) -> Pointer:
-        return self._at(self.offsets[_checked_index(index, self.offsets.dim())])
-
-    def checked(self, mask: Any, action: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Indices into ``flat`` and the mask of a load or store, both of the addresses' shape."""
-        offsets, lanes = self.offsets, None
-        if mask is not None:
-            lanes = as_tensor(mask).data
-            if lanes.dtype != torch.bool:
-                raise OperandError(f"A mask must be int1, got {as_tensor(mask).dtype}.")
-            if broadcast_shape(offsets.shape, lanes.shape) != tuple(offsets.shape):
-                raise OperandError(
-                    f"A mask must fit the pointers' shape {list(self.shape)}, "
-                    f"got {list(lanes.shape)}."
-                )
-            lanes = lanes.expand(offsets.shape)
-            used = offsets[lanes]
-        else:
-            used = offsets.reshape(-1)
-        if used.numel():
-            low, high = int(used.min()) - self.low, int(used.max()) - self.low
-            if low < 0 or high >= self.high - self.low:
-                raise BoundsError(
-                    f"{action} {self.argument} must stay in its {self.high - self.low} elements, "
-                    f"got offsets {low} to {high}."
-                )
-        return offsets, lanes
-
-
-def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last one."""
-    if 0 in shape:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
