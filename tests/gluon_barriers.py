@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import triton.language as tl
-from gluon_machine import Agent, BarrierError, Clock, OperandError, join, machine, place
+from gluon_errors import BarrierError, OperandError
+from gluon_machine import Agent, Clock, join, machine, place
 from gluon_shared import SharedMemory, allocate_shared_memory
 
 
@@ -31,6 +32,7 @@ class Barrier:
         self.passed: tuple[Clock, Clock] = ({}, {})
         self.initialised = (partition.agent, partition.tick())
         self.valid = True
+        self.waiting: dict[str, int] = {}  # partitions, and the phase that each waits for
 
     def __str__(self) -> str:
         return (
@@ -80,6 +82,12 @@ class Barrier:
         self.passed[0][self.agent] = self.phase
         self.pending = self.count
         self.promised = self.issued = 0
+        for partition, awaited in self.waiting.items():
+            if awaited < self.phase - 1:
+                raise BarrierError(
+                    f"{self} completes phase {self.phase - 1} while {partition} may still wait for "
+                    f"phase {awaited}: it would miss that phase and wait for another."
+                )
 
 
 def barrier_of(memory: SharedMemory, what: str) -> Barrier:
@@ -149,9 +157,12 @@ def wait(mbarrier: SharedMemory, phase: Any, pred: Any = True, deps: Any = ()) -
         raise BarrierError(
             f"{here}: the phase of a wait for {barrier} must be 0 or 1, not {parity}."
         )
+    partition = machine().current
+    if barrier.phase & 1 == parity:
+        barrier.waiting[partition.name] = barrier.phase
     machine().pause(
         lambda: barrier.phase & 1 != parity, lambda: f"in {here} for parity {parity} of {barrier}"
     )
-    partition = machine().current
+    barrier.waiting.pop(partition.name, None)
     join(partition.clock, barrier.passed[0])
     join(partition.fenced, barrier.passed[1])

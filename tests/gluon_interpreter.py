@@ -4,10 +4,16 @@
 
     emulate(kernel, grid, *arguments, seed=0, CONSTANT=...)
 
-Every seed is another schedule; a third each has copies complete at once, as late as possible or
-at random. Races, missing fences, misused barriers, deadlocks, results used too early, accesses out
-of bounds and work left unfinished raise the errors of ``gluon_machine``. Not emulated: layouts and
-what the compiler makes of a kernel (compile it too), clusters, and the liveness of allocations.
+Every seed is another schedule: in a third each, copies land at once, as late as possible or at
+random, and partitions go on as long as they can, take turns or are switched now and then. Races,
+missing fences, misused barriers, deadlocks, results used too early, accesses out of bounds and work
+left unfinished raise the errors of ``gluon_errors``. Races, fences and buffers released too early
+are known from vector clocks, so that nearly all are reported in every schedule.
+
+Not emulated: layouts and all else that compiling checks, so compile a kernel too; clusters; the
+compiler's reuse of shared memory that it takes to be dead; order between accesses to global memory;
+the rounding of wgmma. Python numbers stay Python numbers where Triton makes run-time scalars of
+variables that a loop changes: start those with ``gl.to_tensor(0)`` if they need methods.
 """
 
 from __future__ import annotations
@@ -21,7 +27,8 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import Machine, OperandError, running
+from gluon_errors import OperandError
+from gluon_machine import Machine, running
 from gluon_pointers import Pointer
 from gluon_rebuild import constant_parameters, emulated_function, emulated_value
 from gluon_tma import Descriptor

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import BoundsError, OperandError, UnsupportedError
+from gluon_errors import BoundsError, OperandError, UnsupportedError
 from gluon_values import (
     TRITON,
     Addresses,

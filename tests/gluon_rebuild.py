@@ -18,7 +18,7 @@ import gluon_language
 import gluon_tma
 import gluon_wgmma
 import triton.language as tl
-from gluon_machine import OperandError, UnsupportedError
+from gluon_errors import OperandError, UnsupportedError
 from gluon_shared import SharedMemory
 from gluon_values import Tensor
 from triton.experimental.gluon import language as gl
@@ -99,7 +99,8 @@ def emulated_value(value: Any) -> Any:
         return tuple(emulated_value(item) for item in value)
     if type(value) is list:
         return [emulated_value(item) for item in value]
-    if callable(value) and getattr(value, "__triton_builtin__", False):
+    language_class = isinstance(value, type) and issubclass(value, tl.core.base_value)
+    if language_class or (callable(value) and getattr(value, "__triton_builtin__", False)):
         return _Missing(value)
     return value
 

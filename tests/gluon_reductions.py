@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import OperandError
+from gluon_errors import OperandError
 from gluon_values import Tensor, as_tensor
 
 

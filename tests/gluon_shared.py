@@ -13,16 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gluon_machine import (
-    Agent,
-    BoundsError,
-    FenceError,
-    OperandError,
-    RaceError,
-    UnsupportedError,
-    machine,
-    place,
-)
+from gluon_errors import BoundsError, FenceError, OperandError, RaceError, UnsupportedError
+from gluon_machine import Agent, machine, place
 from gluon_values import Tensor, poison, torch_dtype
 
 

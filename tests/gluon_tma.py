@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import triton.language as tl
 from gluon_barriers import Barrier, barrier_of
-from gluon_machine import Agent, BoundsError, OperandError, UnsupportedError, join, machine, place
+from gluon_errors import BoundsError, OperandError, UnsupportedError
+from gluon_machine import Agent, join, machine, place
 from gluon_pointers import extent
 from gluon_shared import SharedMemory, use
 from gluon_values import TRITON, poison, scalar

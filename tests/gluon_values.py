@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import OperandError, UnsupportedError
+from gluon_errors import OperandError, UnsupportedError
 from triton.experimental.gluon.language import AutoLayout
 from triton.language.semantic import TritonSemantic
 

@@ -8,14 +8,8 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_machine import (
-    AccumulatorError,
-    OperandError,
-    Partition,
-    UnsupportedError,
-    machine,
-    place,
-)
+from gluon_errors import AccumulatorError, OperandError, UnsupportedError
+from gluon_machine import Partition, machine, place
 from gluon_shared import SharedMemory, use
 from gluon_values import Tensor, as_tensor
 
@@ -29,6 +23,7 @@ class Accumulator:
         self.shape = shape
         self.value = value
         self.place = origin
+        self.continued = False  # by a further product, whose result stands for both
 
     def refuse(self, *_: Any) -> Any:
         """Say what is missing."""
@@ -36,6 +31,14 @@ class Accumulator:
             f"The result of warpgroup_mma from {self.place} is used in {place()} before "
             "warpgroup_mma_wait completes and returns it."
         )
+
+    def check_current(self) -> None:
+        """Its registers must not belong to a further product."""
+        if self.continued:
+            raise AccumulatorError(
+                f"The result of warpgroup_mma from {self.place} is used in {place()}, though a "
+                "later product has accumulated into it."
+            )
 
     def __getattr__(self, name: str) -> Any:
         return self.refuse()
@@ -122,6 +125,9 @@ def warpgroup_mma(
         if isinstance(operand, SharedMemory):
             what = f"warpgroup_mma (operand {name})"
             use(operand, what, writes=False, agent=agent, time=partition.issued_products)
+    if isinstance(acc, Accumulator):
+        acc.check_current()
+        acc.continued = True
     result = Accumulator((a.shape[0], b.shape[1]), None, place())
     partition.products.append(Product(a, b, acc, bool(use_acc), result, result.place))
     return result if is_async else warpgroup_mma_wait(0, deps=[result])
@@ -138,6 +144,9 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] | None = No
     partition.clock["product", partition.index] = partition.issued_products - len(
         partition.products
     )
+    for dep in deps:
+        if isinstance(dep, Accumulator):
+            dep.check_current()
     results = [
         dep.value if isinstance(dep, Accumulator) and dep.value is not None else dep for dep in deps
     ]

@@ -11,8 +11,8 @@ pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates T
 
 import triton
 import triton.language as tl
+from gluon_errors import BoundsError, EmulationError, OperandError, UnsupportedError
 from gluon_interpreter import emulate, emulated
-from gluon_machine import BoundsError, EmulationError, OperandError, UnsupportedError
 from gluon_values import scalar
 from triton import knobs
 from triton.experimental import gluon

@@ -13,8 +13,7 @@ import torch
 pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates Triton's Gluon")
 
 from gluon_cases import descriptor
-from gluon_interpreter import emulate
-from gluon_machine import (
+from gluon_errors import (
     BarrierError,
     BoundsError,
     DeadlockError,
@@ -23,6 +22,7 @@ from gluon_machine import (
     RaceError,
     UnfinishedError,
 )
+from gluon_interpreter import emulate
 from gluon_shared import Region
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
