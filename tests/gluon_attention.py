@@ -111,9 +111,9 @@ def attention_kernel(
     query_buffer = gl.allocate_shared_memory(query_desc.dtype, [BLOCK_M, BLOCK_D], layout)
     key_buffers = gl.allocate_shared_memory(key_desc.dtype, [STAGES, BLOCK_N, BLOCK_D], layout)
     value_buffers = gl.allocate_shared_memory(key_desc.dtype, [STAGES, BLOCK_N, BLOCK_D], layout)
-    query_full = mbarrier.allocate_mbarrier()
-    full = mbarrier.allocate_mbarrier(batch=STAGES)
-    empty = mbarrier.allocate_mbarrier(batch=STAGES)
+    query_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(query_full, count=1)
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)

@@ -40,6 +40,9 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")  # of a launch
 
 def launched_value(name: str, value: Any) -> Any:
     """What the kernel gets for an argument that is not constexpr."""
+    tensor = getattr(value, "base", value)
+    if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+        raise OperandError(f"{name} must be on the CPU, got {tensor.device}.")
     if isinstance(value, torch.Tensor):
         return Pointer(name, value)
     if isinstance(value, TensorDescriptor):

@@ -127,7 +127,7 @@ def warpgroup_mma(
             use(operand, what, writes=False, agent=agent, time=partition.issued_products)
     if isinstance(acc, Accumulator):
         acc.check_current()
-        acc.continued = True
+        acc.continued = acc.value is None  # else a copy is continued
     result = Accumulator((a.shape[0], b.shape[1]), None, place())
     partition.products.append(Product(a, b, acc, bool(use_acc), result, result.place))
     return result if is_async else warpgroup_mma_wait(0, deps=[result])

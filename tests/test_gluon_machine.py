@@ -14,6 +14,7 @@ pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates T
 
 from gluon_cases import descriptor
 from gluon_errors import (
+    AccumulatorError,
     BarrierError,
     BoundsError,
     DeadlockError,
@@ -26,7 +27,14 @@ from gluon_interpreter import emulate
 from gluon_shared import Region
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 
 @gluon.jit
@@ -71,7 +79,7 @@ def _read(x_ptr, memory, bars, CASE: gl.constexpr):
 def _hand_over_kernel(x_ptr, CASE: gl.constexpr):
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     memory = gl.allocate_shared_memory(gl.float16, [64, 64], layout)
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=1)
     arguments = (x_ptr, memory, bars, CASE)
@@ -129,7 +137,7 @@ def _drain(out_ptr, memory, bars, CASE: gl.constexpr):
 @gluon.jit
 def _refill_kernel(desc, out_ptr, CASE: gl.constexpr):
     memory = gl.allocate_shared_memory(desc.dtype, [64, 64], desc.layout)
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=1)
     drained = (out_ptr, memory, bars, CASE)
@@ -153,7 +161,7 @@ def test_copy_over_loads(padding: str, seed: int) -> None:
 @gluon.jit
 def _misuse_kernel(desc, CASE: gl.constexpr):
     memory = gl.allocate_shared_memory(desc.dtype, [2, 64, 64], desc.layout)
-    bars = mbarrier.allocate_mbarrier(batch=2)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=2 - i)
     counted = bars.index(0)
@@ -236,6 +244,104 @@ def test_descriptor_lies_in_its_tensor() -> None:
     desc.shape = [65, 64]
     with pytest.raises(BoundsError, match=r"desc must lie in its tensor, got shape \[65, 64\]"):
         emulate(_misuse_kernel, 1, desc, "predicated")
+
+
+@gluon.jit
+def _tick(bars, CASE: gl.constexpr):
+    for _ in range(3):
+        mbarrier.arrive(bars.index(0))
+
+
+@gluon.jit
+def _listen(bars, CASE: gl.constexpr):
+    for i in range(3):
+        mbarrier.wait(bars.index(0), i & 1)
+
+
+@gluon.jit
+def _ticking_kernel(CASE: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    gl.warp_specialize([(_listen, (bars, CASE)), (_tick, (bars, CASE))], [1], [40])
+
+
+def test_missed_phase() -> None:
+    found = []
+    for seed in range(18):
+        try:
+            emulate(_ticking_kernel, 1, "", seed=seed)
+        except (BarrierError, DeadlockError) as error:
+            found.append(str(error))
+    assert any("would miss that phase" in message for message in found), found
+
+
+@gluon.jit
+def _products_kernel(desc, out_ptr, CASE: gl.constexpr):
+    memory = gl.allocate_shared_memory(desc.dtype, [64, 64], desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.expect(bars.index(0), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [0, 0], bars.index(0), memory)
+    mbarrier.wait(bars.index(0), 0)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    begun = warpgroup_mma_init(gl.zeros([64, 64], gl.float32, layout=layout))
+    first = warpgroup_mma(memory, memory, begun, is_async=True)
+    second = warpgroup_mma(memory, memory, first, is_async=True)
+    if CASE == "continued":
+        first = warpgroup_mma_wait(0, deps=[first])
+    elif CASE == "arithmetic":
+        second = second + 1.0
+    elif CASE == "layout":
+        second = gl.convert_layout(second, layout)
+    elif CASE == "never":
+        gl.store(out_ptr, 0.0)
+    elif CASE == "overwritten":
+        memory.store(gl.zeros([64, 64], desc.dtype, layout=layout))
+    elif CASE == "registers":
+        warpgroup_mma(memory, second, begun)
+    elif CASE == "shapes":
+        warpgroup_mma(memory, memory, gl.zeros([64, 32], gl.float32, layout=layout))
+    elif CASE == "well":
+        third = warpgroup_mma(memory, memory, begun, use_acc=False, is_async=True)
+        second, third = warpgroup_mma_wait(1, deps=[second, third])
+        offs_m = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))[:, None]
+        offs_n = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))[None, :]
+        gl.store(out_ptr + offs_m * 64 + offs_n, second)
+        third = warpgroup_mma_wait(0, deps=[third])
+        gl.store(out_ptr + 4096 + offs_m * 64 + offs_n, third)
+
+
+PRODUCTS: dict[str, Any] = {
+    "continued": (AccumulatorError, "a later product has accumulated into it"),
+    "arithmetic": (AccumulatorError, "is used in _products_kernel"),
+    "layout": (AccumulatorError, "is used in _products_kernel"),
+    "never": (UnfinishedError, "2 unfinished warpgroup_mma.*warpgroup_mma_wait is missing"),
+    "overwritten": (RaceError, r"a store overwrites memory.*warpgroup_mma \(operand b\)"),
+    "registers": (OperandError, "needs b in shared memory"),
+    "shapes": (OperandError, r"needs \[M, K\], \[K, N\] and \[M, N\]"),
+}
+
+
+@pytest.mark.parametrize("case", PRODUCTS)
+def test_products(case: str) -> None:
+    error, message = PRODUCTS[case]
+    desc = descriptor(torch.zeros(64, 64, dtype=torch.float16), [64, 64])
+    with pytest.raises(error, match=message):
+        emulate(_products_kernel, 1, desc, torch.zeros(2, 64, 64), case)
+
+
+def test_products_are_right() -> None:
+    x = torch.randint(-3, 4, (64, 64), generator=torch.Generator().manual_seed(0)).half()
+    out = torch.zeros(2, 64, 64)
+    emulate(_products_kernel, 1, descriptor(x, [64, 64]), out, "well")
+    square = x.float() @ x.float()
+    assert torch.equal(out[0], 2 * square) and torch.equal(out[1], square)
+
+
+def test_products_need_four_warps() -> None:
+    desc = descriptor(torch.zeros(64, 64, dtype=torch.float16), [64, 64])
+    with pytest.raises(OperandError, match="groups of 4 warps and 64 rows each, got 2 warps"):
+        emulate(_products_kernel, 1, desc, torch.zeros(2, 64, 64), "well", num_warps=2)
 
 
 def test_regions() -> None:
