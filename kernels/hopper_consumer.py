@@ -61,8 +61,7 @@ def _is_flagged(factor, tile, SPEC: gl.constexpr):
     """Whether a tile holds a factor other than 1."""
     flagged = False
     if SPEC.mode != "plain":
-        before_ptr, factor_ptr = factor
-        flagged = gl.load(before_ptr + tile + 1) != gl.load(before_ptr + tile)
+        flagged = gl.load(factor[0] + tile + 1) != gl.load(factor[0] + tile)
     return flagged
 
 
@@ -98,9 +97,8 @@ def _weigh(
             row_min = gl.minimum(row_min, gl.min(scores, 1))
     if SPEC.mode != "plain":
         if flagged:
-            before_ptr, factor_ptr = factor
             columns = gl.arange(0, SPEC.block_n, gl.SliceLayout(0, LAYOUT))
-            places = factor_ptr + start_n + columns
+            places = factor[1] + start_n + columns
             if EDGE:
                 factors = gl.load(places, mask=columns < keys - start_n, other=1.0)
             else:
@@ -126,7 +124,7 @@ def _step(
     flagged = True
     if VISIT != "deferred":
         flagged = _is_flagged(factor, tile, SPEC)
-    slot, parity = ring(step, SPEC.stages)
+    slot, _ = ring(step, SPEC.stages)
     last_slot, last_parity = ring(step - 1, SPEC.stages)
     next_slot, next_parity = ring(step + 1, SPEC.stages)
     pending_scores = _start_scores(queries, key_ring.index(slot), SPEC)
@@ -150,7 +148,7 @@ def _step(
 def _finish(acc, stats, lse_ptr, first_row, rows, output, SPEC: gl.constexpr):
     """Normalise a block of rows, write its log-sum-exp, and put the output in shared memory."""
     ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    row_max, row_sum, row_min = stats
+    row_max, row_sum, _ = stats
     dead = row_sum == 0.0  # a row that sees no key
     row_sum = gl.where(dead, 1.0, row_sum)
     lse = (gl.where(dead, 0.0, row_max) + gl.log2(row_sum)) * 0.6931471805599453  # ln 2
@@ -165,7 +163,7 @@ def _finish(acc, stats, lse_ptr, first_row, rows, output, SPEC: gl.constexpr):
 
 @gluon.jit
 def consume(
-    CONSUMER: gl.constexpr, output_tma, buffers, barriers, lists, numbers, outputs,
+    CONSUMER: gl.constexpr, output_tma, buffers, barriers, lists, order, shape, outputs,
     SPEC: gl.constexpr,
 ):  # fmt: skip
     """Attention of one block of ``ROWS`` rows in each piece of work."""
@@ -177,10 +175,7 @@ def consume(
     query_buffers, key_ring, value_ring, output_buffers = buffers
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     before_ptr, flagged_base = lists
-    (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
-        key_batches, value_batches, factor_heads,
-    ) = numbers  # fmt: skip
+    rows, keys, query_offset, factor_heads = shape
     lse_ptr, factor_ptr, unit = outputs
     queries = query_buffers.index(CONSUMER)
     output = output_buffers.index(CONSUMER)
@@ -189,10 +184,8 @@ def consume(
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
     program, programs = gl.program_id(0), gl.num_programs(0)
-    for turn in range(turns_of(program, programs, row_blocks, batch_heads, paired)):
-        batch, head, block = piece_of_work(
-            turn, program, programs, row_blocks, batch_heads, heads, section, paired
-        )
+    for turn in range(turns_of(program, programs, order)):
+        batch, head, block = piece_of_work(turn, program, programs, order)
         high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
@@ -216,7 +209,7 @@ def consume(
             pending = _start_scores(queries, key_ring.index(slot), SPEC)
             scores = warpgroup_mma_wait(0, deps=[pending])
             mbarrier.arrive(key_empty.index(slot))
-            weights, rescale, stats = _weigh(
+            weights, _, stats = _weigh(
                 scores, stats, high - 1, flagged, factor, first_position, limits,
                 SPEC, FIRST_VISIT, True,
             )  # fmt: skip
@@ -252,7 +245,7 @@ def consume(
             step += count
         if SPEC.own_output:
             mbarrier.arrive(query_empty.index(CONSUMER))
-        lse_row = lse_ptr + (batch * heads + head).to(gl.int64) * rows
+        lse_row = lse_ptr + (batch * order[2] + head).to(gl.int64) * rows
         _finish(acc, stats, lse_row, first_row, rows, output, SPEC)
         tma.async_copy_shared_to_global(output_tma, [batch, head, first_row, 0], output)
         if not SPEC.own_output:

@@ -80,20 +80,24 @@ def _hopper_fwd_kernel(
         _barriers(STAGES, 1),  # values are there
         _barriers(STAGES, CONSUMERS),  # and used
     )
-    descriptors = (query_tma, key_tma, value_tma, output_tma)
-    buffers = (queries, key_ring, value_ring, output)
+    buffers = (queries, key_ring, value_ring)
     lists = (before_ptr, flagged_ptr)
-    numbers = (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
-        key_batches, value_batches, factor_heads,
-    )  # fmt: skip
+    order = (row_blocks, batch_heads, heads, section, paired)
+    shape = (rows, keys, query_offset, factor_heads)
     outputs = (lse_ptr, factor_ptr, unit)
+    own = (queries, key_ring, value_ring, output)
     gl.warp_specialize(
         [
-            (consume, (0, output_tma, buffers, barriers, lists, numbers, outputs, SPEC)),
-            (consume, (1, output_tma, buffers, barriers, lists, numbers, outputs, SPEC)),
-            (produce, (descriptors, buffers, barriers, lists, numbers, SPEC)),
+            (consume, (0, output_tma, own, barriers, lists, order, shape, outputs, SPEC)),
+            (consume, (1, output_tma, own, barriers, lists, order, shape, outputs, SPEC)),
+            (
+                produce,
+                (
+                    (query_tma, key_tma, value_tma), buffers, barriers, lists, order, shape,
+                    (group, key_batches, value_batches), SPEC,
+                ),
+            ),
         ],
         [4, 1],  # warps of the second consumer and of the producer
         [240, 24],  # and their registers per thread; the first consumer gets the second's number
-    )
+    )  # fmt: skip

@@ -42,23 +42,19 @@ def _tile_of(index, high, flagged_ptr, SPEC: gl.constexpr):
 
 
 @gluon.jit
-def produce(descriptors, buffers, barriers, lists, numbers, SPEC: gl.constexpr):
+def produce(descriptors, buffers, barriers, lists, order, shape, sharing, SPEC: gl.constexpr):
     """Load queries, keys and values in the order in which the consumers use them."""
-    query_tma, key_tma, value_tma, output_tma = descriptors
-    queries, key_ring, value_ring, output = buffers
+    query_tma, key_tma, value_tma = descriptors
+    queries, key_ring, value_ring = buffers
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     before_ptr, flagged_base = lists
-    (
-        rows, keys, query_offset, row_blocks, batch_heads, heads, group, section, paired,
-        key_batches, value_batches, factor_heads,
-    ) = numbers  # fmt: skip
+    rows, keys, query_offset, factor_heads = shape
+    group, key_batches, value_batches = sharing
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
     program, programs = gl.program_id(0), gl.num_programs(0)
-    for turn in range(turns_of(program, programs, row_blocks, batch_heads, paired)):
-        batch, head, block = piece_of_work(
-            turn, program, programs, row_blocks, batch_heads, heads, section, paired
-        )
+    for turn in range(turns_of(program, programs, order)):
+        batch, head, block = piece_of_work(turn, program, programs, order)
         for consumer in gl.static_range(CONSUMERS):
             mbarrier.wait(query_empty.index(consumer), (turn & 1) ^ 1)
             mbarrier.expect(query_full.index(consumer), query_tma.block_type.nbytes)
@@ -66,7 +62,7 @@ def produce(descriptors, buffers, barriers, lists, numbers, SPEC: gl.constexpr):
             tma.async_copy_global_to_shared(
                 query_tma, corner, query_full.index(consumer), queries.index(consumer)
             )
-        high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
+        high, _ = visible_tiles(block, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
         flagged_ptr = flagged_base
@@ -76,13 +72,15 @@ def produce(descriptors, buffers, barriers, lists, numbers, SPEC: gl.constexpr):
         # a tile's values are needed a step after its keys
         for index in range(0, count + 1):
             if index < count:
+                tile = _tile_of(index, high, flagged_ptr, SPEC)
                 _load_tile(
-                    key_tma, batch * key_batches, key_head, _tile_of(index, high, flagged_ptr, SPEC),
-                    step + index, key_ring, key_full, key_empty, SPEC,
+                    key_tma, batch * key_batches, key_head, tile, step + index,
+                    key_ring, key_full, key_empty, SPEC,
                 )  # fmt: skip
             if index > 0:
+                tile = _tile_of(index - 1, high, flagged_ptr, SPEC)
                 _load_tile(
-                    value_tma, batch * value_batches, key_head, _tile_of(index - 1, high, flagged_ptr, SPEC),
-                    step + index - 1, value_ring, value_full, value_empty, SPEC,
+                    value_tma, batch * value_batches, key_head, tile, step + index - 1,
+                    value_ring, value_full, value_empty, SPEC,
                 )  # fmt: skip
         step += count

@@ -43,8 +43,9 @@ def place_of(turn, program, programs, paired):
 
 
 @gluon.jit
-def turns_of(program, programs, row_blocks, batch_heads, paired):
-    """How many blocks of rows a program takes."""
+def turns_of(program, programs, order):
+    """How many blocks of rows a program takes; ``order`` is as in :func:`piece_of_work`."""
+    row_blocks, batch_heads, _, _, paired = order
     units = (row_blocks >> paired) * batch_heads
     full = units // programs
     last = place_of(full << paired, program, programs, paired) < units
@@ -52,13 +53,17 @@ def turns_of(program, programs, row_blocks, batch_heads, paired):
 
 
 @gluon.jit
-def piece_of_work(turn, program, programs, row_blocks, batch_heads, heads, section, paired):
+def piece_of_work(turn, program, programs, order):
     """Batch row, head and block of rows of a program's turn: section by section, the longest first.
 
     A section is as many heads as have their keys and values in the second-level cache together.
     With causality the first block is the shortest and the last the longest; a pair is one from
     either end, the first of them in even turns.
+
+    Args:
+        order: ``row_blocks, batch_heads, heads, section, paired`` of the kernel.
     """
+    row_blocks, batch_heads, heads, section, paired = order
     place = place_of(turn, program, programs, paired)
     blocks = row_blocks >> paired
     per_section = section * blocks
@@ -81,7 +86,7 @@ def visible_tiles(block, rows, keys, query_offset, SPEC: gl.constexpr):
     start = block * ROWS * CONSUMERS
     first_position = query_offset + start
     last_position = query_offset + gl.minimum(start + ROWS * CONSUMERS, rows) - 1
-    low, high, inner_low, inner = key_tiles(
+    _, high, _, inner = key_tiles(
         first_position, last_position, 0, keys, 0, SPEC.causal, False, SPEC.block_n
     )
     return gl.where(start < rows, high, 0), inner
