@@ -14,7 +14,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from bench.sass import tool
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
@@ -279,8 +280,8 @@ def family(name: str) -> Family:
     return families[name]
 
 
-def compile_case(case: Case) -> Report:
-    """Compile one variant and read its figures; what breaks a rule goes to ``problems``."""
+def build(case: Case) -> tuple[Any, Any, Any]:
+    """Compile one variant: what triton made of it, its tiles and its kernel."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -333,7 +334,16 @@ def compile_case(case: Case) -> Report:
             "enable_fp_fusion": True,
         },
     )
-    registers, spills = _resource_usage(compiled.asm, kernel.__name__)
+    return compiled, config, kernel
+
+
+def compile_case(case: Case) -> Report:
+    """Compile one variant and read its figures; what breaks a rule goes to ``problems``."""
+    import triton
+
+    compiled, config, kernel = build(case)
+    value_dim = case.value_dim or case.head_dim
+    registers, spills = resource_usage(compiled.asm, kernel.__name__)
     text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
     matrix = re.findall(MATRIX_INSTRUCTION[case.architecture], text)
     report = Report(
@@ -368,7 +378,7 @@ def compile_case(case: Case) -> Report:
     return report
 
 
-def _resource_usage(asm: dict[str, Any], name: str) -> tuple[int, int]:
+def resource_usage(asm: dict[str, Any], name: str) -> tuple[int, int]:
     """Registers per thread and spills, as the assembler counted them."""
     if "amdgcn" in asm:
         found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", asm["amdgcn"]))
@@ -376,23 +386,12 @@ def _resource_usage(asm: dict[str, Any], name: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(asm["cubin"])
-        command = [_cuobjdump(), "--dump-resource-usage", str(cubin)]
+        command = [tool("cuobjdump"), "--dump-resource-usage", str(cubin)]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = re.search(rf"{name}:\s*REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump reported no registers and stack: {text!r}")
     return int(found[1]), int(found[2])
-
-
-def _cuobjdump() -> str:
-    """The CUDA tool on the path, else the one that triton brings."""
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
-    if found is None:
-        raise FileNotFoundError("cuobjdump is neither on the path nor in triton's own folder.")
-    return found
 
 
 def _compile_or_explain(case: Case) -> Report | str:
