@@ -42,7 +42,7 @@ def test_loops_are_those_of_the_control_flow():
     blocks = sass.blocks_of(TEXT)
     heads = {min(loop): len(loop) for loop in sass.loops_of(blocks)}
     starts = {blocks[place].labels[0]: size for place, size in heads.items()}
-    # over blocks of rows: all but the entry and the exit; over tiles: two blocks, and two of waiting
+    # over blocks of rows: all but entry and exit; over tiles: two blocks, and two that wait
     assert starts == {".L_x_0": 6, ".L_x_1": 4, ".L_x_4": 1}
 
 
