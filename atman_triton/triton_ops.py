@@ -56,7 +56,7 @@ def attention_triton(
         backward pass needs them and else ``[0]``, what ``launch.RowNumbers`` holds.
     """
     # triton is optional, so what needs it is imported here
-    from .kernels.configs import decodes, packs_queries
+    from .kernels.configs import DECODE, PACKED, fused_kernel
     from .kernels.decode import decode_fwd
     from .kernels.forward import attention_fwd
     from .kernels.launch import RowNumbers
@@ -83,14 +83,16 @@ def attention_triton(
     }
     batch, heads, queries, _ = query.shape
     trains = differentiable or dropout > 0  # which the packed kernel saves and knows nothing for
+    sharing, has_prefix = batch * heads // key.shape[1], prefix_key is not None
+    kernel = fused_kernel(queries, sharing, has_prefix=has_prefix, trains=trains)
     if prefix_key is None or prefix_value is None:
-        if decodes(queries) and not trains:
+        if kernel == DECODE:
             output, lse = decode_fwd(query, key, value, key_factor, **features)
         else:
             output, lse = attention_fwd(query, key, value, key_factor, **features, **training)
         return output, lse, *numbers
     prefix = (prefix_key, prefix_value)
-    if packs_queries(queries, batch * heads // key.shape[1]) and not trains:
+    if kernel == PACKED:
         output, lse = packed_prefix_fwd(query, key, value, *prefix, key_factor, **features)
     else:
         output, lse = shared_prefix_fwd(

@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import torch
 
+FORWARD, DECODE, SHARED, PACKED = "forward", "decode", "shared prefix", "packed shared prefix"
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -173,6 +175,20 @@ def decodes(queries: int) -> bool:
     split over programs.
     """
     return queries <= 16
+
+
+def fused_kernel(queries: int, sharing: int, *, has_prefix: bool, trains: bool) -> str:
+    """Which kernel family computes a call: ``FORWARD``, ``DECODE``, ``SHARED`` or ``PACKED``.
+
+    Args:
+        queries: query rows per head.
+        sharing: batch rows times query heads that read the same prefix keys.
+        trains: something is saved for a backward pass, or dropped: the packed kernel, which also
+            decodes, knows neither.
+    """
+    if has_prefix:
+        return PACKED if packs_queries(queries, sharing) and not trains else SHARED
+    return DECODE if decodes(queries) and not trains else FORWARD
 
 
 def shared_prefix_config(

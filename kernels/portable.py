@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .portable_blocks import attention_blocks, serves_blocks
+from .portable_blocks import attention_blocks
 from .portable_eager import (
     CAUSAL_BLOCK,
     SCORES_PER_BLOCK,
@@ -55,6 +55,7 @@ from .portable_eager import (
     attention_eager,
     grouped_scores,
 )
+from .portable_paths import QUERY_BLOCKS, SCORE_BLOCKS, portable_path, visibility_of
 from .recompute import recomputed
 from .visibility import Visibility
 
@@ -89,24 +90,22 @@ def attention_portable(
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         empty = query.new_empty(batch, query_heads, 0, value.shape[-1])
         return empty, query.new_empty(batch, query_heads, 0, dtype=lse_dtype)
-    if isinstance(query_offset, int) and query_offset >= key_tokens - 1:
-        causal = False  # the first query sees all keys already, as when decoding
-    visibility = Visibility(causal, query_offset, window, mask, key_tokens)
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    tensors = (query, key, value, key_factor, sinks, position_bias)
-    if (
-        dropout == 0
-        and serves_blocks(*tensors)
-        and not _sdpa_is_faster(
-            key_factor is not None,
-            mode,
-            scale,
-            half,
-            any(given is not None for given in (softcap, sinks, position_bias)) or return_lse,
-            query_tokens,
-            visibility,
-        )
-    ):
+    visibility = visibility_of(causal, query_offset, window, mask, key_tokens)
+    path = portable_path(
+        query,
+        key,
+        value,
+        key_factor,
+        mode=mode,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        position_bias=position_bias,
+        visibility=visibility,
+        dropout=dropout,
+        return_lse=return_lse,
+    )
+    if path.kernel == SCORE_BLOCKS:
         empty_key, empty_value = key[:1, :, :0], value[:1, :, :0]
         shares_all = batch > 1 and key.shape[0] == value.shape[0] == 1
         return attention_blocks(
@@ -134,17 +133,7 @@ def attention_portable(
     if key_factor is not None:
         factor = key_factor[:, None, :] if key_factor.dim() == 2 else key_factor  # [B, 1|Hq, Tk]
 
-    eager = (
-        softcap is not None
-        or sinks is not None
-        or return_lse
-        or dropout > 0
-        or (position_bias is not None and position_bias.requires_grad)
-        or (half and position_bias is not None)
-        or (half and factor is not None and mode != "multiplicative")
-        or (factor is not None and mode == "log_additive" and factor.requires_grad)
-    )
-    if eager:
+    if path.kernel == QUERY_BLOCKS:
         return attention_eager(
             query,
             key,
@@ -176,31 +165,10 @@ def attention_portable(
             scale = 1.0
         else:
             key = key * factor
-    output = _attention_sdpa(query, key, value, bias, position_bias, scale, visibility)
+    output = _attention_sdpa(
+        query, key, value, bias, position_bias, scale, visibility, masked=path.masked
+    )
     return output, None
-
-
-def _sdpa_is_faster(
-    has_factor: bool,
-    mode: str,
-    scale: float,
-    half: bool,
-    needs_scores: bool,
-    query_tokens: int,
-    visibility: Visibility,
-) -> bool:
-    """Whether one call of SDPA beats blocks on a CPU: see the table above."""
-    if needs_scores or (has_factor and mode != "multiplicative"):
-        return False
-    if half:
-        return True
-    if visibility.mask is not None or visibility.window is not None:
-        return False
-    if not visibility.causal:
-        return True
-    offset = visibility.query_offset
-    square = isinstance(offset, int) and offset == 0 and query_tokens == visibility.key_tokens
-    return square and scale > 0
 
 
 def _row_minimum(query: Tensor, key: Tensor, scale: float, visibility: Visibility) -> Tensor:
@@ -242,8 +210,14 @@ def _attention_sdpa(
     position_bias: Tensor | None,
     scale: float,
     visibility: Visibility,
+    *,
+    masked: bool,
 ) -> Tensor:
-    """Attention whose manipulation is already folded into keys or ``bias``."""
+    """Attention whose manipulation is already folded into keys or ``bias``.
+
+    Args:
+        masked: whether SDPA needs a mask, see ``portable_paths``.
+    """
     query_tokens, key_tokens = query.shape[2], key.shape[2]
     value_dim = value.shape[-1]
     # the CPU's flash kernel wants one head dim for all three; other kernels pad for themselves
@@ -257,12 +231,9 @@ def _attention_sdpa(
             rows, keys, values, attn_mask=mask, is_causal=causal, scale=scale, **grouping
         )
 
-    plain = bias is None and position_bias is None and visibility.mask is None
-    square = query_tokens == key_tokens and isinstance(visibility.query_offset, int)
-    # is_causal with scale <= 0 gives NaN in torch 2.13 on CPU; the masked path does not
-    if plain and visibility.causal and square and visibility.query_offset == 0 and scale > 0:
-        if visibility.window is None or visibility.window >= key_tokens:
-            return sdpa(query, key, value, mask=None, causal=True)[..., :value_dim]
+    if not masked and key_tokens > 0:
+        causal = visibility.causal
+        return sdpa(query, key, value, mask=None, causal=causal)[..., :value_dim]
 
     rows_per_block = max(16, SCORES_PER_BLOCK // max(1, query.shape[0] * key_tokens))
     visibility = as_it_is_now(visibility)

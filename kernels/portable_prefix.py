@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .portable import attention_portable
-from .portable_blocks import attention_blocks, serves_blocks
+from .portable_blocks import attention_blocks
 from .portable_eager import attention_eager
+from .portable_paths import SCORE_BLOCKS, prefix_path
 from .visibility import Visibility
 
 
@@ -73,7 +74,7 @@ def attention_portable_prefix(
         )
     visibility = Visibility(causal, query_offset, window, mask, prefix_tokens + key.shape[2])
     tensors = (query, key, value, key_factor, prefix_key, prefix_value, sinks, position_bias)
-    if dropout == 0 and serves_blocks(*tensors):
+    if prefix_path(*tensors, dropout=dropout).kernel == SCORE_BLOCKS:
         return attention_blocks(
             query,
             key,
