@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .attention import attention
+from .backend_choice import BackendChoice, explain_backend
 from .controls import ImageControl, TextControl, TokenControl
 from .explain import Explainer
 from .explanation import Explanation, load
@@ -11,6 +12,7 @@ from .live import LiveToken, generate_explained
 from .steer import steer
 
 __all__ = [
+    "BackendChoice",
     "Delimiter",
     "Explainer",
     "Explanation",
@@ -26,6 +28,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "attention",
+    "explain_backend",
     "generate_explained",
     "load",
     "manipulate",

@@ -1,7 +1,7 @@
 """The op: attention whose scores are manipulated by one factor per key.
 
-The backend is chosen here; arguments are checked in ``validation``, the fused kernels registered in
-``triton_ops``, and the mathematics lives in ``kernels/``.
+Arguments are checked in ``validation``, backends are chosen and called in ``backend_registry``, the
+fused kernels registered in ``triton_ops``, and the mathematics lives in ``kernels/``.
 
 Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, Tp prefix tokens, D head dim, Dv
 value dim.
@@ -9,28 +9,19 @@ value dim.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from .backend_registry import BACKENDS, checked_call, choose
 from .kernels.dropout import draw_seed
-from .kernels.portable import attention_portable
-from .kernels.portable_prefix import attention_portable_prefix
-from .kernels.reference import attention_reference
-from .triton_ops import attention_triton
-from .validation import BACKENDS, MODES, check_arguments
+from .validation import MODES
 
 __all__ = ["BACKENDS", "MODES", "Backend", "Mode", "attention"]
 
 Mode = Literal["multiplicative", "min_shift", "min_shift_full", "log_additive"]
 Backend = Literal["auto", "triton", "torch", "reference"]
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_TRITON_HEAD_DIM = 256
 
 
 @overload
@@ -144,8 +135,9 @@ def attention(
         return_lse: also return the log-sum-exp of each row (natural log, sinks included,
             dropout not).
         backend: ``auto`` is ``torch`` on CPU and where ``triton`` cannot serve (float64, head dims
-            over 256), ``triton`` on a GPU otherwise. Any other name is taken at its word: it serves
-            or raises.
+            over 256), ``triton`` on a GPU otherwise; on a GPU in ``backend_table.csv`` it is what
+            measured fastest for such a call. :func:`atman_triton.explain_backend` says which and
+            why. Any other name is taken at its word: it serves or raises.
     Returns: ``[B, Hq, Tq, Dv]`` in ``query.dtype``; with ``return_lse`` also ``[B, Hq, Tq]``
         float32 (float64 for float64). A row that sees no key gives 0 and -inf (with ``sinks``: the
         sink).
@@ -156,7 +148,7 @@ def attention(
     Source: AtMan (arXiv 2301.08110), Eq. 4, for ``multiplicative``; the authors' released code,
         made causal, for ``min_shift``; their later product for ``log_additive``.
     """
-    check_arguments(
+    call = checked_call(
         query,
         key,
         value,
@@ -173,71 +165,11 @@ def attention(
         prefix=prefix,
         dropout=dropout,
         dropout_seed=dropout_seed,
-        backend=backend,
+        return_lse=return_lse,
     )
-    if prefix is not None and prefix[0].shape[2] == 0:
-        prefix = None
-    head_dim = query.shape[-1]
-    score_scale = head_dim**-0.5 if scale is None else scale
-    if query_offset is None:
-        prefix_tokens = 0 if prefix is None else prefix[0].shape[2]
-        query_offset = prefix_tokens + key.shape[2] - query.shape[2]
-    tensors = (query, key, value, key_factor, sinks, position_bias, *(prefix or ()))
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    chosen = _choose_backend(query, value, mode, backend)
+    chosen = choose(call, backend)
     seed = _seed_tensor(dropout_seed, query.device) if dropout else None
-
-    if chosen == "triton":
-        padding = mask if mask is not None and mask.dim() == 2 else None
-        block_mask = mask if mask is not None and mask.dim() == 4 else None
-        offset_tensor = query_offset if isinstance(query_offset, Tensor) else None
-        output, lse, *_ = attention_triton(
-            query,
-            key,
-            value,
-            *(prefix or (None, None)),
-            key_factor,
-            sinks,
-            position_bias,
-            padding,
-            block_mask,
-            offset_tensor,
-            seed,
-            0 if isinstance(query_offset, Tensor) else query_offset,
-            mode,
-            causal,
-            score_scale,
-            window,
-            softcap,
-            dropout,
-            needs_grad,
-        )
-    else:
-        features: dict[str, Any] = {
-            "mode": mode,
-            "causal": causal,
-            "query_offset": query_offset,
-            "scale": score_scale,
-            "window": window,
-            "softcap": softcap,
-            "sinks": sinks,
-            "position_bias": position_bias,
-            "mask": mask,
-            "dropout": dropout,
-            "dropout_seed": seed,
-        }
-        if chosen == "reference":
-            output, lse = attention_reference(
-                query, key, value, key_factor, **features, prefix=prefix
-            )
-        elif prefix is not None:
-            output, lse = attention_portable_prefix(
-                query, key, value, key_factor, *prefix, **features, return_lse=return_lse
-            )
-        else:
-            output, lse = attention_portable(
-                query, key, value, key_factor, **features, return_lse=return_lse
-            )
+    output, lse = chosen.run(call, seed)
     if not return_lse:
         return output
     assert lse is not None  # every backend computes it when it is asked for
@@ -251,42 +183,3 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
         return seed.reshape(1)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _why_not_triton(query: Tensor, value: Tensor, mode: str) -> str | None:
-    """Why the fused kernel cannot serve this call; ``None`` if it can."""
-    if not _HAS_TRITON:
-        return "needs the triton package, which is not installed (pip install triton)"
-    if query.device.type != "cuda" and not _interpreting():
-        return (
-            f"needs a GPU or the interpreter (TRITON_INTERPRET=1), got tensors on {query.device}; "
-            "use backend='torch'"
-        )
-    if mode == "min_shift_full":
-        return "cannot serve mode='min_shift_full'; use backend='torch'"
-    if query.dtype not in _TRITON_DTYPES:
-        return f"serves fp16, bf16 and fp32, got {query.dtype}; use backend='torch'"
-    largest = max(query.shape[-1], value.shape[-1])
-    if largest > _MAX_TRITON_HEAD_DIM:
-        return f"serves head dims up to {_MAX_TRITON_HEAD_DIM}, got {largest}; use backend='torch'"
-    return None
-
-
-def _choose_backend(
-    query: Tensor, value: Tensor, mode: str, backend: str
-) -> Literal["triton", "torch", "reference"]:
-    """Resolve ``auto``; refuse an explicit backend that cannot serve the call."""
-    if backend == "triton":
-        reason = _why_not_triton(query, value, mode)
-        if reason is not None:
-            raise ValueError(f"backend='triton' {reason}.")
-        return "triton"
-    if backend == "reference":
-        return "reference"
-    if backend == "torch" or query.device.type != "cuda":
-        return "torch"
-    return "torch" if _why_not_triton(query, value, mode) is not None else "triton"

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 MODES = ("multiplicative", "min_shift", "min_shift_full", "log_additive")
-BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def check_arguments(
@@ -30,7 +29,6 @@ def check_arguments(
     prefix: tuple[Tensor, Tensor] | None,
     dropout: float,
     dropout_seed: int | Tensor | None,
-    backend: str,
 ) -> None:
     """Check the arguments of :func:`atman_triton.attention`, which are described there.
 
@@ -38,8 +36,6 @@ def check_arguments(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check_tensor(name, tensor, query)
         if not tensor.is_floating_point():

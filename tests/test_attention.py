@@ -1,13 +1,11 @@
 """The op: backend choice, registration, and what the fused path allocates."""
 
-import sys
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atman_triton import attention
+from atman_triton import attention, backend_registry
 from atman_triton.testing import count_launches
 
 MODES = ("multiplicative", "min_shift", "log_additive")
@@ -292,8 +290,9 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def open_operators(monkeypatch):
     """Call the launcher as a plain function: a dispatch mode does not see into an operator."""
-    module = sys.modules["atman_triton.attention"]  # the package's attribute is the function
-    monkeypatch.setattr(module, "attention_triton", module.attention_triton._init_fn)
+    monkeypatch.setattr(
+        backend_registry, "attention_triton", backend_registry.attention_triton._init_fn
+    )
 
 
 @pytest.mark.usefixtures("open_operators")

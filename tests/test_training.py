@@ -1,7 +1,6 @@
 """Training with "atman" gives the curves of "sdpa", and factors can be trained."""
 
 import csv
-import importlib
 from collections import Counter
 from typing import Any
 
@@ -12,6 +11,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
 import atman_triton as atman
+from atman_triton import backend_registry
 from atman_triton.demo import demo_prompt
 from atman_triton.testing import count_launches
 from bench import training
@@ -79,8 +79,9 @@ def test_the_fused_kernels_train_too(monkeypatch):
         torch.tensor(train(task, implementation, steps=steps), dtype=torch.float64)
         for implementation in ("sdpa", "eager")
     )
-    chosen = importlib.import_module("atman_triton.attention")
-    monkeypatch.setattr(chosen, "_choose_backend", lambda *_: "triton")
+    # "auto" is what transformers' calls ask for
+    triton = backend_registry.find_candidate("triton")
+    monkeypatch.setattr(backend_registry, "by_rule", lambda _: triton)
     with count_launches() as launches:
         fused = torch.tensor(train(task, "atman", steps=steps), dtype=torch.float64)
     assert launches.attention == launches["_attention_bwd_dkv_kernel"] > steps
