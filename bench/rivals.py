@@ -207,7 +207,8 @@ def providers(mode: str, causal: bool, device: torch.device) -> dict[str, Attent
     """All that compute this mode, by name; ours come first."""
     on_cpu = device.type != "cuda"
     offer = {OURS: atman(mode, causal, "triton")}
-    if on_cpu:
+    # on a GPU, in half precision, only scaled keys are more than a way to be right
+    if on_cpu or mode == "multiplicative":
         offer[OURS_PORTABLE] = atman(mode, causal, "torch")
     for name, backend in (SDPA_ON_CPU if on_cpu else SDPA).items():
         if mode == "multiplicative":

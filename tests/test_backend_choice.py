@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +282,13 @@ def test_a_choice_in_words(monkeypatch):
         "  torch: score blocks (they are faster on a CPU without gradients); not measured",
         "  reference: oracle (it is there to test the others); not measured",
     ]
+
+
+def test_the_readme_shows_a_choice(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    said = str(explain_backend(*call_of(64), causal=True)).splitlines()
+    readme = Path(__file__).parent.parent / "README.md"
+    assert "\n".join(f"# {line}" for line in said) in readme.read_text(encoding="utf-8")
 
 
 def test_an_explicit_backend_is_explained_or_refused():
