@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_attention import FACTOR, KEY, PREFIX, QUERY, VALUE, inputs
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import atman_triton as atman
 from atman_triton import attention, backend_registry, backend_table, explain_backend
@@ -507,8 +508,8 @@ def test_kinds_of_calls_have_rows_of_their_own(monkeypatch, table):
         others = [given for other, (given, _) in kinds.items() if other != name]
         assert {chosen(*given) for given in others} == {"torch"}
     table(rows_at(64, FASTER))
-    shared_keys = (query, key[:1], value[:1], factor)
-    assert chosen(*shared_keys) == "torch"
+    for shared_keys in ((query, key[:1], value, factor), (query, key, value[:1], factor)):
+        assert chosen(*shared_keys) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -546,6 +547,39 @@ def test_the_fastest_that_serves_is_taken(monkeypatch, table):
     add(monkeypatch, made("oracle", automatic=False))
     table(rows_at(64, {"oracle": 0.1, "fastest": 0.5, "fast": 1.0, "slow": 1.5, "torch": 2.0}))
     assert explain_backend(*call_of(), causal=True).backend == "fast"
+
+
+def test_on_a_gpu_the_fused_kernels_are_the_rule(table):
+    """With tensors that only say that they are on one."""
+    fused = {"device": "cuda", "dtype": torch.bfloat16}
+    table(rows_at(64, {"triton": 1.0, "torch": 2.0}, dtype="float16"))
+    with FakeTensorMode():
+        query, key, value = (torch.empty(2, heads, 64, 16, **fused) for heads in (4, 2, 2))
+        factor = torch.empty(2, 64, device="cuda")
+        arguments = (query, key, value, factor)
+        choice = explain_backend(*arguments, causal=True)
+        assert (choice.backend, choice.kernel) == ("triton", "forward")
+        assert choice.reason.endswith(f"as of a call like this on {NAME}.")
+        reason = explain_backend(*arguments, softcap=2.0).reason
+        assert reason.endswith(
+            "where nothing was measured: calls with softcap are not in the table."
+        )
+        wide = [torch.empty(2, 2, 64, 320, **fused) for _ in range(3)]
+        choice = explain_backend(*wide)
+        assert (choice.backend, choice.kernel) == ("torch", "SDPA with a mask")
+        assert choice.reason.startswith("triton serves head dims up to 256, got 320, and torch is")
+        choice = explain_backend(*arguments, mode="min_shift_full")
+        assert (choice.backend, choice.kernel) == ("torch", "query blocks")
+        table(rows_at(64, {"triton": 1.0, "torch": 2.0}, dtype="bfloat16"))
+        choice = explain_backend(*arguments, causal=True)
+        assert choice.backend == "triton"
+        assert choice.reason.endswith("on a GPU, where nothing that serves measured faster.")
+        table(rows_at(64, {"triton": 3.0, "torch": 2.0}, dtype="bfloat16"))
+        choice = explain_backend(*arguments, causal=True)
+        assert (choice.backend, choice.kernel) == ("torch", "scaled keys + SDPA")
+        table()
+        choice = explain_backend(*arguments, causal=True)
+        assert choice.backend == "triton" and "nothing was measured, as on Made" in choice.reason
 
 
 def test_a_table_with_a_broken_line_is_refused(tmp_path):
