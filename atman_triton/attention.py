@@ -21,7 +21,7 @@ from .validation import MODES
 __all__ = ["BACKENDS", "MODES", "Backend", "Mode", "attention"]
 
 Mode = Literal["multiplicative", "min_shift", "min_shift_full", "log_additive"]
-Backend = Literal["auto", "triton", "torch", "reference"]
+Backend = Literal["auto", "triton", "hopper", "torch", "reference"]
 
 
 @overload

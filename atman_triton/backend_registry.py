@@ -24,6 +24,7 @@ from torch import Tensor
 from . import backend_table
 from .backend_table import Case
 from .kernels.configs import fused_kernel
+from .kernels.hopper_configs import why_not_hopper
 from .kernels.portable import attention_portable
 from .kernels.portable_paths import (
     QUERY_BLOCKS,
@@ -291,6 +292,10 @@ def _triton_kernel(call: Call) -> tuple[str, str]:
 
 
 def _run_triton(call: Call, seed: Tensor | None) -> Outputs:
+    return _run_fused(call, seed, hopper=False)
+
+
+def _run_fused(call: Call, seed: Tensor | None, hopper: bool) -> Outputs:
     mask, offset = call.mask, call.query_offset
     output, lse, *_ = attention_triton(
         call.query,
@@ -312,8 +317,55 @@ def _run_triton(call: Call, seed: Tensor | None) -> Outputs:
         call.softcap,
         call.dropout,
         call.needs_grad,
+        hopper,
     )
     return output, lse
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def _has_gluon() -> bool:
+    return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def _why_not_hopper(call: Call) -> str | None:
+    if not _is_hopper(call.query.device):
+        return f"needs a Hopper GPU (sm_90), got tensors on {call.query.device}"
+    reason = _why_not_triton(call)
+    if reason is not None:
+        return reason
+    if not _has_gluon():
+        return "needs triton with triton.experimental.gluon (pip install 'triton>=3.6')"
+    return why_not_hopper(
+        call.query,
+        call.key,
+        call.value,
+        mode=call.mode,
+        query_offset=call.query_offset,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        sinks=call.sinks,
+        position_bias=call.position_bias,
+        mask=call.mask,
+        prefix=call.prefix,
+        dropout=call.dropout,
+        needs_grad=call.needs_grad,
+    )
+
+
+def _hopper_kernel(_: Call) -> tuple[str, str]:
+    return "forward for sm_90", ""
+
+
+def _run_hopper(call: Call, seed: Tensor | None) -> Outputs:
+    return _run_fused(call, seed, hopper=True)
 
 
 # --- plain PyTorch --------------------------------------------------------------------------------
@@ -386,6 +438,7 @@ def _run_reference(call: Call, seed: Tensor | None) -> Outputs:
 # ``auto`` prefers by rule what stands first.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate("triton", _why_not_triton, _triton_kernel, _run_triton, unmeasured_on=("cuda",)),
+    Candidate("hopper", _why_not_hopper, _hopper_kernel, _run_hopper),
     Candidate("torch", _serves_all, _torch_kernel, _run_torch, unmeasured_on=None),
     Candidate("reference", _serves_all, _oracle, _run_reference, automatic=False),
 )

@@ -141,7 +141,8 @@ class Explainer:
         batch_size: Perturbations per forward pass. ``"auto"`` takes what memory holds and halves
             it when that was too much.
         progress: Show a progress bar on stderr, if that is a terminal.
-        backend: ``auto``, ``triton``, ``torch`` or ``reference`` (see ``atman_triton.attention``).
+        backend: ``auto``, ``triton``, ``hopper``, ``torch`` or ``reference`` (see
+            ``atman_triton.attention``).
         attention: Of a model with an encoder and a decoder, where the prompt is suppressed: in the
             ``encoder``'s self-attention, in ``cross``-attention, by which the decoder reads it, or
             in ``both`` (None). The method ``direct`` is about cross-attention whatever is given,

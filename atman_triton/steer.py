@@ -75,7 +75,7 @@ def steer(
             gentle where scores lie far apart, but 0 removes the token.
         layers: In these layers only; None is all.
         heads: In these query heads only; None is all.
-        backend: ``auto``, ``triton``, ``torch`` or ``reference``.
+        backend: ``auto``, ``triton``, ``hopper``, ``torch`` or ``reference``.
     Yields: the factors, ``[B, P]`` float32 on the CPU, 1 on padding.
     Raises:
         TypeError, ValueError: if an argument is not as above, a control stands on no token of its

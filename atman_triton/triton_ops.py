@@ -47,11 +47,13 @@ def attention_triton(
     softcap: float | None,
     dropout: float,
     differentiable: bool,
+    hopper: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention by the fused kernel that suits the call.
 
     Args:
         differentiable: save what a backward pass needs beyond the log-sum-exp.
+        hopper: take the kernel for sm_90, which is known to serve.
     Returns: output ``[B, Hq, Tq, Dv]``, log-sum-exp ``[B, Hq, Tq]`` and, of that shape where a
         backward pass needs them and else ``[0]``, what ``launch.RowNumbers`` holds.
     """
@@ -76,6 +78,20 @@ def attention_triton(
         "block_mask": block_mask,
     }
     numbers = _row_numbers(query, key_factor, mode, differentiable)
+    if hopper:
+        from .kernels.hopper import attention_fwd_hopper  # Gluon, which few triton versions have
+
+        output, lse = attention_fwd_hopper(
+            query,
+            key,
+            value,
+            key_factor,
+            mode=mode,
+            causal=causal,
+            query_offset=query_offset,
+            scale=scale,
+        )
+        return output, lse, *numbers
     training: dict[str, Any] = {
         "dropout": dropout,
         "dropout_seed": dropout_seed,
@@ -109,7 +125,7 @@ def _fake_fwd(
     # heads beside dims in memory, as the kernels write it and transformers wants it next
     output = query.new_empty(batch, query_tokens, query_heads, value.shape[-1]).transpose(1, 2)
     lse = query.new_empty(batch, query_heads, query_tokens, dtype=torch.float32)
-    return output, lse, *_row_numbers(query, rest[2], rest[10], rest[-1])
+    return output, lse, *_row_numbers(query, rest[2], rest[10], rest[-2])
 
 
 def _row_numbers(
@@ -215,7 +231,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
     tensors = inputs[: len(_TENSORS) + 4]
     ctx.save_for_backward(*output, *tensors)
-    ctx.options = inputs[len(tensors) : -1]
+    ctx.options = inputs[len(tensors) : -2]
 
 
 def _differentiate(

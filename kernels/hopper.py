@@ -65,6 +65,8 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
     What lies outside of the tensor is read as 0 and not written.
     """
+    if tensor.data_ptr() % 16:  # a view that starts within; where it starts is not seen before
+        tensor = tensor.clone()
     block = [1, 1, rows, tensor.shape[-1]]
     # a dimension of size 1 has no stride to keep, and any but a multiple of 16 bytes is refused
     strides = [

@@ -120,6 +120,4 @@ def _copied_by_tma(tensor: Tensor) -> bool:
     moving = [stride for size, stride in (*others[:2],) if size > 1]
     if batch[0] > 1 and batch[1] != 0:
         moving.append(batch[1])
-    if tensor.stride(-1) != 1 or tensor.data_ptr() % 16:
-        return False
-    return all(stride > 0 and stride % aligned == 0 for stride in moving)
+    return tensor.stride(-1) == 1 and all(stride > 0 and stride % aligned == 0 for stride in moving)

@@ -257,6 +257,7 @@ def test_opcheck(features):
         features.get("softcap"),
         0.0,
         False,
+        False,
     )
     torch.library.opcheck(torch.ops.atman_triton.attention_fwd.default, arguments)
 
@@ -265,7 +266,7 @@ def test_opcheck(features):
 def test_opcheck_of_a_prefix(queries):
     query, key, value, factor = inputs(query_tokens=queries)
     optional = (None, None, torch.ones(2, 14, dtype=torch.bool), None, torch.tensor(3), None, 0)
-    options = ("min_shift", True, 0.25, 4, None, 0.0, False)
+    options = ("min_shift", True, 0.25, 4, None, 0.0, False, False)
     torch.library.opcheck(
         torch.ops.atman_triton.attention_fwd.default,
         (query, key, value, *PREFIX, factor, *optional, *options),

@@ -101,7 +101,7 @@ BAD = {
     "backend": (
         {"backend": "cuda"},
         ValueError,
-        "backend must be one of auto, triton, torch, reference, got 'cuda'.",
+        "backend must be one of auto, triton, hopper, torch, reference, got 'cuda'.",
     ),
     "window": ({"window": 0}, ValueError, "window must be at least 1 token, got 0."),
     "softcap": ({"softcap": 0.0}, ValueError, "softcap must be greater than 0, got 0.0."),

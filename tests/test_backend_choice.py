@@ -32,6 +32,11 @@ def test_it_takes_what_attention_takes():
     assert list(ours.values()) == list(theirs.values())
 
 
+def report_of(choice, name):
+    """What is said of one backend."""
+    return {report.name: report for report in choice.candidates}[name]
+
+
 class Witness:
     """What ran of a call, from counts of the functions that compute."""
 
@@ -257,7 +262,7 @@ SLOW = {
 def test_what_keeps_torch_from_its_fastest_way_is_said(word):
     features, kernel = SLOW[word]
     choice = explain_backend(*on_a_device(), backend="torch", **features)
-    report = choice.candidates[1]
+    report = report_of(choice, "torch")
     assert choice.kernel == report.kernel == (kernel or "query blocks")
     assert word in report.slower_because
     assert report.slower_because.startswith("slow: ") == (report.kernel == "query blocks")
@@ -267,7 +272,7 @@ def test_what_keeps_torch_from_its_fastest_way_is_said(word):
 def test_full_attention_that_may_hold_all_scores_goes_in_rows():
     """In float32 off a CPU, and with head dims that no kernel without a score matrix takes."""
     for arguments in (on_a_device(dtype=torch.float32), on_a_device(dim=320)):
-        report = explain_backend(*arguments, backend="torch").candidates[1]
+        report = report_of(explain_backend(*arguments, backend="torch"), "torch")
         assert report.kernel == "scaled keys + SDPA with a mask"
         assert "whole score matrices" in str(report)
 
@@ -280,6 +285,7 @@ def test_a_choice_in_words(monkeypatch):
     assert str(explain_backend(QUERY, KEY, VALUE, FACTOR, mode="min_shift")).splitlines() == [
         "torch, score blocks: query is on cpu, where auto takes torch.",
         "  triton: needs a GPU or the interpreter (TRITON_INTERPRET=1), got tensors on cpu",
+        "  hopper: needs a Hopper GPU (sm_90), got tensors on cpu",
         "  torch: score blocks (they are faster on a CPU without gradients); not measured",
         "  reference: oracle (it is there to test the others); not measured",
     ]
@@ -313,7 +319,7 @@ def test_an_explicit_backend_is_explained_or_refused():
                 function(*tensors, FACTOR, **call)
             texts.append(str(raised.value))
         assert texts[0] == texts[1]
-    (report,) = [each for each in explain_backend(*doubles).candidates if each.name == "triton"]
+    report = report_of(explain_backend(*doubles), "triton")
     assert not report.serves and report.kernel is None and report.milliseconds is None
     assert report.why_not == "serves fp16, bf16 and fp32, got torch.float64"
 
@@ -345,7 +351,9 @@ def test_the_registry_takes_one_more(monkeypatch):
     other = inputs(dim=8)
     with pytest.raises(ValueError, match=r"^backend='made' serves D 16 only; use backend='torch'"):
         attention(*other, backend="made")
-    with pytest.raises(ValueError, match="one of auto, made, triton, torch, reference, got 'none'"):
+    with pytest.raises(
+        ValueError, match="one of auto, made, triton, hopper, torch, reference, got 'none'"
+    ):
         attention(*other, backend="none")
     # unmeasured, it is not what auto takes
     assert explain_backend(QUERY, KEY, VALUE, FACTOR).backend == "torch"
@@ -430,7 +438,7 @@ def test_auto_takes_what_measured_faster(monkeypatch, table):
     assert chosen(*call_of()) == "made"
     choice = explain_backend(*call_of(), causal=True)
     assert choice.reason == f"measured faster than torch at 64 keys on {NAME}."
-    assert [each.milliseconds for each in choice.candidates] == [1.0, None, 2.0, None]
+    assert [each.milliseconds for each in choice.candidates] == [1.0, None, None, 2.0, None]
     assert str(choice).splitlines()[1] == (
         "  made: sevens; 1 ms for B2-Hq4-Hk2-T64-D16 on 2026-01-02"
     )

@@ -316,10 +316,10 @@ def test_opcheck(name, flags):
     forward = torch.ops.atman_triton.attention_fwd.default
     checks = (*PLAIN, "test_autograd_registration")
     checks += ("test_aot_dispatch_dynamic",) * (name in DYNAMIC)
-    torch.library.opcheck(forward, (*tensors, *others, True), test_utils=checks)
+    torch.library.opcheck(forward, (*tensors, *others, True, False), test_utils=checks)
     tensors, others = operator_arguments(problem, problem.tensors)
     out_grad, lse_grad = problem.cotangents()
-    saved = forward(*tensors, *others, True)
+    saved = forward(*tensors, *others, True, False)
     wanted = [flag and tensor is not None for flag, tensor in zip(flags, tensors, strict=True)]
     arguments = (out_grad, lse_grad, *saved, *tensors, *others, wanted)
     derivative = torch.ops.atman_triton.attention_bwd.default

@@ -50,7 +50,6 @@ def test_it_holds_every_kernel_at_todays_tiles(rows):
         else:
             features, queries = "+".join(case.features) or "full", case.queries
             stage = case.stage
-        value_dim = case.value_dim or case.head_dim
         dims = (case.head_dim, case.value_dim or case.head_dim)
         variant = (kernel, stage, *dims, case.dtype, case.mode, features, queries)
         wanted.add(tuple(map(str, variant)))

@@ -331,7 +331,11 @@ def test_on_triton_with_launches_counted():
             "preset must be one of default, paper, released, aleph_alpha, got",
         ),
         ({"mode": "subtract"}, ValueError, "mode must be one of multiplicative, min_shift"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, reference"),
+        (
+            {"backend": "cuda"},
+            ValueError,
+            "backend must be one of auto, triton, hopper, torch, ref",
+        ),
         ({"factor": 1.0}, ValueError, r"factor must lie in \[0, 1\), got 1.0"),
         ({"factor": -0.1}, ValueError, r"factor must lie in \[0, 1\), got -0.1"),
         ({"factor": -1, "mode": "log_additive"}, ValueError, r"factor must lie in \[0, 1\)"),

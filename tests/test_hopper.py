@@ -243,8 +243,6 @@ def test_it_says_which_strides_it_cannot_copy():
     )
     turned = torch.zeros(1, 2, 128, 64, dtype=torch.bfloat16).transpose(2, 3)
     assert str(ask([good, good, turned])).startswith("needs value with its last dimension")
-    moved = torch.zeros(2 * 64 * 128 + 1, dtype=torch.bfloat16)[1:].view(1, 2, 64, 128)
-    assert str(ask([moved, good, good])).startswith("needs query with")
     # heads that share their keys by a stride of 0 would be one dimension without a step
     assert str(ask([good, good[:, :1].expand(-1, 2, -1, -1), good])).startswith("needs key with")
     shared = good.expand(3, -1, -1, -1)  # a batch row that all share is read in place
