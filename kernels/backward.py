@@ -24,9 +24,9 @@ from .backward_configs import backward_config
 from .backward_keys import _attention_bwd_dkv_kernel
 from .backward_queries import _attention_bwd_dq_kernel
 from .backward_rows import _attention_bwd_rows_kernel
-from .configs import TileConfig
 from .launch import RowNumbers, prepare, strides
 from .prepass import key_ranges
+from .tuned import TileConfig
 
 _SUM = torch.float32  # of what is added up
 DIFFERENTIABLE = (

@@ -1,6 +1,6 @@
 """Tile sizes of the backward kernels: data with reasons, no autotuning at run time.
 
-Found by compiling, like those of the forward kernels: no GPU has timed them yet.
+What was measured (``tuned.py``) comes first; the rules here were found by compiling.
 
 Legend: block_m query rows and block_n keys of one tile.
 """
@@ -11,12 +11,11 @@ from functools import lru_cache
 
 import torch
 
-from .configs import TileConfig
+from .tuned import TileConfig, tuned_config
 
 PARTS = ("rows", "queries", "keys", "bias")
 
 
-@lru_cache
 def backward_config(
     part: str,
     architecture: str,
@@ -26,18 +25,35 @@ def backward_config(
     mode: str,
     queries: int,
     load: int,
+    causal: bool = False,
+    length: str | None = None,
+    device: str = "",
 ) -> TileConfig:
-    """Tile sizes of one of the backward kernels for one kind of problem.
+    """Tile sizes of one of the backward kernels: measured ones, else the rule's.
+
+    Args:
+        part: of :data:`PARTS`; the others as in ``configs.forward_config``.
+    """
+    problem = (architecture, head_dim, value_dim, dtype, mode, queries, load)
+    measured = tuned_config(f"backward_{part}", *problem, causal, length, device)
+    return measured or backward_rule(part, *problem)
+
+
+@lru_cache
+def backward_rule(
+    part: str,
+    architecture: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mode: str,
+    queries: int,
+    load: int,
+) -> TileConfig:
+    """Tile sizes that compile well; arguments of :func:`backward_config`.
 
     ``queries`` holds the gradient of its rows, ``keys`` those of its keys and values in float32,
     beside two tiles of products; ``rows`` and ``bias`` hold little and run seldom.
-
-    Args:
-        part: of :data:`PARTS`.
-        architecture: see ``configs.device_architecture``.
-        mode: ``plain`` without factors, else the op's mode.
-        queries: query rows per head.
-        load: see ``configs.extra_load``.
     """
     if architecture == "interpreter":
         # Its cost is per operation, not per element: few large tiles, small enough to have edges.

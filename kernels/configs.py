@@ -1,4 +1,6 @@
-"""Tile sizes of the forward kernel: data with reasons, no autotuning at run time.
+"""Tile sizes of the forward kernels: data with reasons, no autotuning at run time.
+
+What was measured (``tuned.py``) comes first; the rules here were found by compiling.
 
 Legend: block_m query rows and block_n keys of one tile.
 """
@@ -6,28 +8,13 @@ Legend: block_m query rows and block_n keys of one tile.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from .tuned import TileConfig, tuned_config
+
 FORWARD, DECODE, SHARED, PACKED = "forward", "decode", "shared prefix", "packed shared prefix"
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How the work of one program is cut.
-
-    ``edge_stages`` is the pipeline depth of the masked tiles (diagonal, window, last keys).
-    ``skip_plain_tiles`` branches around the manipulation in tiles whose factors are all 1.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    edge_stages: int = 1
-    skip_plain_tiles: bool = False
 
 
 def split_head_dim(size: int) -> tuple[int, int]:
@@ -56,6 +43,12 @@ def device_architecture(device: torch.device, interpreted: bool) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
+@lru_cache
+def device_name(device: torch.device, interpreted: bool) -> str:
+    """Which of an architecture's devices it is, as measurements name it."""
+    return "interpreter" if interpreted else torch.cuda.get_device_name(device)
+
+
 def extra_load(
     mode: str, features: Collection[str], segments: int = 1, *, width: int = 0, saves: bool = False
 ) -> int:
@@ -77,7 +70,6 @@ def extra_load(
     return int(not costly.isdisjoint(features))
 
 
-@lru_cache
 def forward_config(
     architecture: str,
     head_dim: int,
@@ -86,17 +78,38 @@ def forward_config(
     mode: str,
     queries: int,
     load: int,
+    causal: bool = False,
+    length: str | None = None,
+    device: str = "",
 ) -> TileConfig:
-    """Tile sizes of the forward kernel for one kind of problem.
-
-    Registers decide: a thread holds ``block_m * value_dim`` of the output and
-    ``block_m * block_n`` scores, over 32 threads a warp (64 on AMD), of at most 255 (512).
+    """Tile sizes of the forward kernel for one kind of problem: measured ones, else the rule's.
 
     Args:
         architecture: see :func:`device_architecture`.
         mode: ``plain`` without factors, else the op's mode.
         queries: query rows per head.
         load: see :func:`extra_load`.
+        length: of the keys, see ``tuned.length_bucket``; ``None`` asks for the rule alone.
+        device: see :func:`device_name`.
+    """
+    problem = (architecture, head_dim, value_dim, dtype, mode, queries, load)
+    return tuned_config("attention", *problem, causal, length, device) or forward_rule(*problem)
+
+
+@lru_cache
+def forward_rule(
+    architecture: str,
+    head_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    mode: str,
+    queries: int,
+    load: int,
+) -> TileConfig:
+    """Tile sizes of the forward kernel that compile well; arguments of :func:`forward_config`.
+
+    Registers decide: a thread holds ``block_m * value_dim`` of the output and
+    ``block_m * block_n`` scores, over 32 threads a warp (64 on AMD), of at most 255 (512).
     """
     if architecture == "interpreter":
         # Its cost is per operation, not per element: few large tiles, small enough to have edges.
@@ -199,14 +212,20 @@ def shared_prefix_config(
     mode: str,
     queries: int,
     load: int,
+    causal: bool = False,
+    length: str | None = None,
+    device: str = "",
 ) -> TileConfig:
     """Tile sizes of the shared-prefix kernel; arguments as in :func:`forward_config`.
 
     Two walks hold the addresses of both segments, so that on NVIDIA some tiles are smaller.
     """
-    config = forward_config(architecture, head_dim, value_dim, dtype, mode, queries, load)
-    tuned = architecture.startswith("sm_") and dtype != torch.float32 and queries > 16
-    if not tuned:
+    problem = (architecture, head_dim, value_dim, dtype, mode, queries, load)
+    measured = tuned_config("shared_prefix", *problem, causal, length, device)
+    if measured is not None:
+        return measured
+    config = forward_rule(*problem)
+    if not architecture.startswith("sm_") or dtype == torch.float32 or queries <= 16:
         return config
     width, deferred = max(head_dim, value_dim), mode == "min_shift"
     if width > 128 and (load == 2 or (deferred and architecture == "sm_90")):

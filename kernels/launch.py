@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 
 from .configs import (
-    TileConfig,
     device_architecture,
+    device_name,
     extra_load,
     forward_config,
     split_head_dim,
@@ -24,6 +24,7 @@ from .configs import (
 from .dropout import dropout_threshold
 from .prepass import factor_tiles
 from .tiles import Variant
+from .tuned import TileConfig, length_bucket
 
 LOG2_E = math.log2(math.e)
 FAR = 1 << 30  # a window that hides nothing; position + window stays within int32
@@ -61,7 +62,8 @@ NO_NUMBERS = RowNumbers()
 class Call:
     """A kernel's arguments, brought into the form in which it takes them."""
 
-    problem: tuple[str, int, int, torch.dtype, str, int, int]  # what tiles are chosen by
+    # what tiles are chosen by: the arguments of configs.forward_config
+    problem: tuple[str, int, int, torch.dtype, str, int, int, bool, str, str]
     config: TileConfig
     spec: Variant
     key_factor: Tensor | None  # [B, Hq, Tk]; heads that share a row have a stride of 0
@@ -134,6 +136,7 @@ def make_variant(
         d_lse_apart=False,
         offset_in_memory=offset_in_memory,
         skip_plain=config.skip_plain_tiles,
+        persistent=config.persistent,
         # exp2's multiply-add applies a positive unit for nothing, where nothing is added before it
         scaled=has_bias or mode == "log_additive" or not positive_unit,
         wide=wide,
@@ -177,7 +180,7 @@ def prepare(
     Args:
         keys: Tk, which ``position_bias``, ``key_padding`` and ``block_mask`` span.
         matrices: every tensor of which the kernel reads or writes tiles.
-        choose_config: takes the numbers of ``forward_config``.
+        choose_config: takes the arguments of ``forward_config``.
         segments: see ``extra_load``.
     """
     batch, heads, rows, head_dim = query.shape
@@ -210,6 +213,9 @@ def prepare(
             width=max(head_dim, value_dim),
             saves=saves.minimum is not None,
         ),
+        causal,
+        length_bucket(keys),
+        device_name(query.device, triton.knobs.runtime.interpret),
     )
     config = choose_config(*problem)
     if key_factor is not None:

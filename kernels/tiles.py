@@ -47,6 +47,7 @@ class Variant:
     d_lse_apart: bool  # backward: the log-sum-exp's gradient is not part of δ
     offset_in_memory: bool  # query_offset is a pointer
     skip_plain: bool  # branch around the manipulation where all factors are 1
+    persistent: bool  # a program takes blocks in turns; the forward kernel without a prefix only
     scaled: bool  # scores become base-2 logits before, not within, the softmax's exp2
     wide: bool  # offsets within a tile exceed 32 bits
     block_m: int
