@@ -62,6 +62,7 @@ class Case:
     features: tuple[str, ...] = ("causal",)
     tiles: tuple[int, int, int, int, int] | None = None  # the configuration's numbers, in order
     skip_plain: bool | None = None
+    persistent: bool = False
 
 
 @dataclass
@@ -84,6 +85,7 @@ class Report:
     num_stages: int
     edge_stages: int
     skip_plain: bool
+    persistent: bool
     registers: int
     spills: int
     shared: int
@@ -154,6 +156,10 @@ def signature(
     )
     scalars = dict.fromkeys(counts.split(), "i32")
     scalars |= dict.fromkeys(("unit", "inner_scale", "keep_scale", "scale"), "fp32")
+    if getattr(spec, "persistent", False):
+        scalars |= dict.fromkeys(("lines", "section"), "i32")
+    else:
+        pointers["lines"] = pointers["section"] = None
     flags = {
         "STAGE": "minimum" if getattr(spec, "mode", "") == "min_shift" else "outputs",
         "HAS_D_LSE": False,
@@ -311,6 +317,8 @@ def build(case: Case) -> tuple[Any, Any, Any]:
         config = type(config)(*case.tiles)
     if case.skip_plain is not None:
         config = replace(config, skip_plain_tiles=case.skip_plain)
+    if case.persistent:
+        config = replace(config, persistent=True)
     stage: dict[str, Any] = {"stage": case.stage} if case.stage else {}
     if case.stage == "training":
         stage = {"save_minimum": case.mode == "min_shift"}
@@ -363,6 +371,7 @@ def compile_case(case: Case) -> Report:
         num_stages=config.num_stages,
         edge_stages=getattr(config, "edge_stages", config.num_stages),
         skip_plain=getattr(config, "skip_plain_tiles", False),
+        persistent=getattr(config, "persistent", False),
         registers=registers,
         spills=spills,
         shared=compiled.metadata.shared,
@@ -421,6 +430,7 @@ def _line(result: Report | str) -> str:
     tiles = (
         f"{r.block_m}x{r.block_n}x{r.num_warps}w{r.num_stages}s{r.edge_stages}"
         + "+skip" * r.skip_plain
+        + "+persistent" * r.persistent
     )
     return (
         f"{r.kernel:17}{r.stage:8}{r.architecture:7} {dims:8} {r.dtype:9} {r.mode:15} "

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import NO_NUMBERS, RowNumbers, prepare, strides
+from .persistent import programs_at_once, section_of
 from .prepass import key_ranges
-from .primitives import split_program
+from .primitives import block_of_turn, split_program
 from .tiles import (
     finite_minimum,
     initial_state,
@@ -25,51 +26,53 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["query_offset", "rows", "keys", "heads", "group", "window"])
-def _attention_fwd_kernel(
-    out_ptr,  # [B, Hq, Tq, Dv]
-    lse_ptr,  # [B, Hq, Tq], contiguous
-    minimum_ptr,  # [B, Hq, Tq], contiguous
-    argmin_ptr,  # [B, Hq, Tq], contiguous
-    rest_ptr,  # [B, Hq, Tq], contiguous
-    query_ptr,  # [B, Hq, Tq, D]
-    key_ptr,  # [B, Hk, Tk, D]
-    value_ptr,  # [B, Hk, Tk, Dv]
-    factor_ptr,  # [B, Hq, Tk]
-    before_ptr,  # [B, Hq, tiles + 1], see factor_tiles
-    flagged_ptr,  # [B, Hq, tiles]
-    bias_ptr,  # [B, Hq, Tq, Tk]
-    padding_ptr,  # [B, Tk]
-    range_ptr,  # [B, 3], see key_ranges
-    mask_ptr,  # [B, Hq, Tq, Tk]
-    sinks_ptr,  # [Hq]
-    seed_ptr,  # [1]
-    query_offset,  # a number or a pointer to one
+@triton.jit
+def _attend_block(
+    batch,
+    head,
+    start_m,
+    out_ptr,
+    lse_ptr,
+    minimum_ptr,
+    argmin_ptr,
+    rest_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    factor_ptr,
+    before_ptr,
+    flagged_ptr,
+    bias_ptr,
+    padding_ptr,
+    range_ptr,
+    mask_ptr,
+    sinks_ptr,
+    seed_ptr,
+    query_offset,
     rows,
     keys,
     heads,
-    group,  # query heads per key head
+    group,
     window,
-    unit,  # base-2 logits per raw score
-    inner_scale,  # of q·k inside the softcap's tanh
-    threshold,  # of dropout, see dropout.py
-    keep_scale,  # 1 / (1 - dropout)
+    unit,
+    inner_scale,
+    threshold,
+    keep_scale,
     stride_out,
     stride_query,
     stride_key,
     stride_value,
     stride_factor,
-    stride_tiles,  # (batch, head), in rows
+    stride_tiles,
     stride_bias,
     stride_padding,
     stride_mask,
     SPEC: tl.constexpr,
 ):
-    """Output and log-sum-exp of ``block_m`` query rows of one head."""
+    """Output and log-sum-exp of ``block_m`` query rows of one head, from row ``start_m`` on."""
     FIRST_VISIT: tl.constexpr = (
         "ones" if SPEC.has_key_factor and SPEC.mode == "min_shift" else "every"
     )
-    batch, head, start_m = split_program(tl.program_id(0), rows, heads, SPEC.block_m, SPEC.causal)
     if SPEC.offset_in_memory:
         query_offset = tl.load(query_offset).to(tl.int32)
     key_head = (head // group).to(tl.int64)
@@ -142,6 +145,94 @@ def _attention_fwd_kernel(
         state, out_ptr, (lse_ptr, minimum_ptr, argmin_ptr, rest_ptr), offs_m,
         (stride_out[2], stride_out[3]), rows_left, keep_scale, SPEC,
     )  # fmt: skip
+
+
+@triton.jit
+def _by_turn(stride, none):
+    """Strides, with the rows' made to depend on a number that is computed in each turn."""
+    return stride[0], stride[1], stride[2] + none, stride[3]
+
+
+@triton.jit(
+    do_not_specialize=[
+        "query_offset", "rows", "keys", "heads", "group", "window", "lines", "section",
+    ]
+)  # fmt: skip
+def _attention_fwd_kernel(
+    out_ptr,  # [B, Hq, Tq, Dv]
+    lse_ptr,  # [B, Hq, Tq], contiguous
+    minimum_ptr,  # [B, Hq, Tq], contiguous
+    argmin_ptr,  # [B, Hq, Tq], contiguous
+    rest_ptr,  # [B, Hq, Tq], contiguous
+    query_ptr,  # [B, Hq, Tq, D]
+    key_ptr,  # [B, Hk, Tk, D]
+    value_ptr,  # [B, Hk, Tk, Dv]
+    factor_ptr,  # [B, Hq, Tk]
+    before_ptr,  # [B, Hq, tiles + 1], see factor_tiles
+    flagged_ptr,  # [B, Hq, tiles]
+    bias_ptr,  # [B, Hq, Tq, Tk]
+    padding_ptr,  # [B, Tk]
+    range_ptr,  # [B, 3], see key_ranges
+    mask_ptr,  # [B, Hq, Tq, Tk]
+    sinks_ptr,  # [Hq]
+    seed_ptr,  # [1]
+    query_offset,  # a number or a pointer to one
+    rows,
+    keys,
+    heads,
+    group,  # query heads per key head
+    window,
+    unit,  # base-2 logits per raw score
+    inner_scale,  # of q·k inside the softcap's tanh
+    threshold,  # of dropout, see dropout.py
+    keep_scale,  # 1 / (1 - dropout)
+    stride_out,
+    stride_query,
+    stride_key,
+    stride_value,
+    stride_factor,
+    stride_tiles,  # (batch, head), in rows
+    stride_bias,
+    stride_padding,
+    stride_mask,
+    lines,  # of the persistent grid: B · Hq
+    section,  # and how many of them are walked together, see persistent.py
+    SPEC: tl.constexpr,
+):
+    """Blocks of query rows: one for a program or, where the grid is persistent, every so many."""
+    if SPEC.persistent:
+        turns = tl.cdiv(rows, SPEC.block_m) * lines
+        for turn in tl.range(
+            tl.program_id(0), turns, tl.num_programs(0), num_stages=1, disable_licm=True
+        ):  # fmt: skip
+            batch, head, start_m = block_of_turn(
+                turn, rows, lines, section, heads, group, stride_key[0] == 0, SPEC.block_m,
+                SPEC.causal,
+            )  # fmt: skip
+            # 0, which the compiler cannot know: the addresses of all loops, found before the turns,
+            # would take more registers than there are
+            none = batch // lines * 16
+            _attend_block(
+                batch, head, start_m, out_ptr, lse_ptr, minimum_ptr, argmin_ptr, rest_ptr,
+                query_ptr, key_ptr, value_ptr, factor_ptr, before_ptr, flagged_ptr, bias_ptr,
+                padding_ptr, range_ptr, mask_ptr, sinks_ptr, seed_ptr, query_offset, rows, keys,
+                heads, group, window, unit, inner_scale, threshold, keep_scale,
+                _by_turn(stride_out, none), _by_turn(stride_query, none),
+                _by_turn(stride_key, none), _by_turn(stride_value, none), stride_factor,
+                stride_tiles, stride_bias, stride_padding, stride_mask, SPEC,
+            )  # fmt: skip
+    else:
+        batch, head, start_m = split_program(
+            tl.program_id(0), rows, heads, SPEC.block_m, SPEC.causal
+        )
+        _attend_block(
+            batch, head, start_m, out_ptr, lse_ptr, minimum_ptr, argmin_ptr, rest_ptr, query_ptr,
+            key_ptr, value_ptr, factor_ptr, before_ptr, flagged_ptr, bias_ptr, padding_ptr,
+            range_ptr, mask_ptr, sinks_ptr, seed_ptr, query_offset, rows, keys, heads, group,
+            window, unit, inner_scale, threshold, keep_scale, stride_out, stride_query, stride_key,
+            stride_value, stride_factor, stride_tiles, stride_bias, stride_padding, stride_mask,
+            SPEC,
+        )  # fmt: skip
 
 
 def attention_fwd(
@@ -220,7 +311,7 @@ def attention_fwd(
     value = value.expand(batch, -1, -1, -1)
     tiles = call.factor_tiles(call.key_factor)
     ranges = None if call.key_padding is None else key_ranges(call.key_padding)
-    _attention_fwd_kernel[(triton.cdiv(rows, call.config.block_m) * batch * heads,)](
+    arguments = (
         out,
         lse,
         saves.minimum,
@@ -257,9 +348,22 @@ def attention_fwd(
         strides(call.position_bias, 4),
         strides(call.key_padding, 2),
         strides(call.block_mask, 4),
-        SPEC=call.spec,
-        num_warps=call.config.num_warps,
-        num_stages=call.config.num_stages,
-        enable_fp_fusion=True,
     )
+    options = {
+        "SPEC": call.spec,
+        "num_warps": call.config.num_warps,
+        "num_stages": call.config.num_stages,
+        "enable_fp_fusion": True,
+    }
+    lines, section = None, None
+    blocks = triton.cdiv(rows, call.config.block_m)
+    programs = blocks * batch * heads
+    if call.config.persistent:
+        lines = batch * heads
+        at_once = programs_at_once(
+            _attention_fwd_kernel, (*arguments, lines, lines), options, query
+        )
+        programs = min(programs, at_once)
+        section = section_of(key, value, heads, blocks, programs)
+    _attention_fwd_kernel[(programs,)](*arguments, lines, section, **options)
     return out, lse

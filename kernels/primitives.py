@@ -22,6 +22,46 @@ def split_program(program, rows, heads, BLOCK_M: tl.constexpr, REVERSED: tl.cons
 
 
 @triton.jit
+def block_of_turn(
+    turn,
+    rows,
+    lines,
+    section,
+    heads,
+    group,
+    keys_shared,
+    BLOCK_M: tl.constexpr,
+    REVERSED: tl.constexpr,
+):
+    """What :func:`split_program` gives, in the order of a persistent grid; see persistent.py.
+
+    REVERSED starts the last section with the last rows, which see most keys, the one before it
+    with the first, and so on by turns.
+
+    Args:
+        lines: batch rows times heads.
+        section: lines that are walked together; those whose keys are the same stand together.
+        keys_shared: all batch rows read the same keys.
+    """
+    blocks = tl.cdiv(rows, BLOCK_M)
+    number = turn // (section * blocks)
+    first_line = number * section
+    width = tl.minimum(section, lines - first_line)
+    inside = turn - first_line * blocks
+    block = inside // width
+    if REVERSED:
+        falls = (tl.cdiv(lines, section) - number) % 2 == 1
+        block = tl.where(falls, blocks - 1 - block, block)
+    line = first_line + inside % width
+    member, key_line = line % group, line // group
+    batches = lines // heads
+    key_heads = heads // group
+    batch = tl.where(keys_shared, key_line % batches, key_line // key_heads)
+    key_head = tl.where(keys_shared, key_line // batches, key_line % key_heads)
+    return batch, key_head * group + member, block * BLOCK_M
+
+
+@triton.jit
 def key_tiles(
     first_position,
     last_position,
