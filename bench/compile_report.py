@@ -60,7 +60,7 @@ class Case:
     value_dim: int | None = None
     queries: int = 4096  # rows per head; of the packed two, all rows that read the same keys
     features: tuple[str, ...] = ("causal",)
-    tiles: tuple[int, int, int, int, int] | None = None  # the configuration's numbers, in order
+    tiles: tuple[int, ...] | None = None  # the configuration's numbers, in order
     skip_plain: bool | None = None
     persistent: bool = False
 
