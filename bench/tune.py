@@ -31,7 +31,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from bench.kernel_cases import HEADS, Case, case_of, inputs_of
 from bench.rivals import OURS, atman
 from bench.tune_candidates import (
     DIRECTIONS,
+    QUERIES,
     Setting,
     clean,
     compiled,
@@ -370,20 +371,18 @@ def _sayer(prefix: str) -> Callable[[str], None]:
     return lambda text: print(f"{prefix}: {text}", file=sys.stderr, flush=True)
 
 
-def survivors(wanted: Sequence[Setting], architecture: str) -> str:
+def survivors(wanted: Sequence[Setting], architecture: str) -> Iterator[str]:
     """What would be timed, with registers of a thread and shared memory; compiles only."""
-    lines = []
     for setting in wanted:
-        rule = setting.rule(architecture, 4096, torch.bfloat16)
+        rule = setting.rule(architecture, QUERIES, torch.bfloat16)
         tried = list(dict.fromkeys([*shapes(setting, architecture, rule), *options(setting, rule)]))
+        _sayer(architecture)(f"{setting}: compiling {len(tried)} tiles ...")
         kept = list(clean(setting, architecture, tried))
-        lines.append(f"{setting}: {len(kept)} of {len(tried)} compile cleanly")
-        _sayer(architecture)(lines[-1])
+        yield f"{setting}: {len(kept)} of {len(tried)} compile cleanly"
         for tiles, report in kept:
             mark = " (the rule)" if tiles == rule else ""
             numbers = f"{report['registers']} registers, {report['shared']} bytes shared"
-            lines.append(f"  {_text(tiles)}: {numbers}{mark}")
-    return "\n".join(lines)
+            yield f"  {_text(tiles)}: {numbers}{mark}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -405,7 +404,10 @@ def main(arguments: list[str] | None = None) -> None:
         architecture = given.architecture or here
         if architecture is None:
             parser.error("no GPU is here: --architecture says what to compile for.")
-        print(survivors(settings(given.directions, given.head_dims, given.modes), architecture))
+        for line in survivors(
+            settings(given.directions, given.head_dims, given.modes), architecture
+        ):
+            print(line, flush=True)
         return
     if not cuda and not given.dry_run:
         parser.error("no GPU is here; --dry-run runs the same code on a CPU, in toy sizes.")

@@ -104,7 +104,7 @@ def test_what_a_row_serves_is_compiled():
     assert served_cases(backward, "sm_90", tiles)[1]["features"] == ["window", "padding"]
 
 
-def test_tiles_that_spill_are_dropped():
+def test_tiles_that_spill_are_dropped(monkeypatch):
     """By the real compiler."""
     good = TileConfig(64, 64, 4, 2)
     turns = replace(good, persistent=True)
@@ -114,6 +114,11 @@ def test_tiles_that_spill_are_dropped():
     assert list(found) == [good, turns]
     assert 32 < found[good]["registers"] <= 255 and found[good]["shared"] > 0
     assert found[turns]["persistent"]
+    few = [TileConfig(16, 32, 8, 1), TileConfig(16, 32, 4, 1), TileConfig(32, 32, 4, 1)]
+    monkeypatch.setattr(tune, "shapes", lambda *_: few)
+    (line, *tiles) = tune.survivors([replace(HOPPER, kernel="backward_rows", head_dim=64)], "sm_90")
+    assert line == "backward_rows D64 min_shift causal: 3 of 3 compile cleanly"
+    assert len(tiles) == 3 and tiles[0].startswith("  16x32 8 warps") and "(the rule)" in tiles[0]
     with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*, got 'sm_75'"):
         list(clean(setting, "sm_75", [good]))
 
