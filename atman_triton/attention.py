@@ -14,7 +14,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .backend_registry import BACKENDS, checked_call, choose
+from .backend_call import checked_call
+from .backend_registry import BACKENDS, choose
 from .kernels.dropout import draw_seed
 from .validation import MODES
 

@@ -11,14 +11,8 @@ import torch
 from torch import Tensor
 
 from . import backend_registry, backend_table
-from .backend_registry import (
-    Call,
-    Candidate,
-    by_rule,
-    checked_call,
-    choose,
-    measured_case,
-)
+from .backend_call import Call, checked_call
+from .backend_registry import Candidate, by_rule, choose, measured_case
 from .backend_table import Case, MeasuredRow
 
 
