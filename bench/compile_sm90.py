@@ -86,6 +86,8 @@ def compile_row(case: compile_report.Case | HopperCase) -> Row:
     """Compile one variant and read its figures; what breaks a rule goes to ``problems``."""
     import triton
 
+    own: dict[str, Any]
+    numbers: dict[str, Any]
     if isinstance(case, HopperCase):
         config = case.tiles
         numbers = figures(build_hopper(case), "_hopper_fwd_kernel")
@@ -130,8 +132,8 @@ def compile_row(case: compile_report.Case | HopperCase) -> Row:
 def problems(row: Row) -> list[str]:
     """Which of the rules a variant breaks.
 
-    Nothing is spilled, except that the Hopper kernel may keep what is read once in a block of rows
-    in local memory: what counts for it is that its loops over whole tiles are free of it.
+    Nothing is spilled, except that the Hopper kernel may keep in local memory what is read once in
+    a block of rows: its loops over tiles are free of it.
     """
     found = []
     if row.shared > compile_report.SHARED_LIMIT[ARCHITECTURE]:
@@ -139,6 +141,8 @@ def problems(row: Row) -> list[str]:
     if row.kernel == HOPPER:
         if not row.wgmma:
             found.append("no warpgroup products")
+        if row.local_in_loops:
+            found.append(f"{row.local_in_loops} accesses to local memory in loops over tiles")
         if row.late_exponentials:
             found.append(f"{row.late_exponentials} exponentials beside no product")
     elif row.stack:

@@ -5,7 +5,6 @@ Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,25 +17,10 @@ from .hopper_configs import ROWS_AT_ONCE, HopperConfig, hopper_config
 from .hopper_kernel import _hopper_fwd_kernel
 from .hopper_work import ROWS, HopperVariant
 from .launch import LOG2_E
+from .persistent import INTERPRETED_PROGRAMS, section_of
 from .prepass import factor_tiles
 
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the schedule is made for: multiprocessors, and bytes of second-level cache."""
-
-    processors: int
-    cache: int
-
-
-def machine_of(device: torch.device) -> Machine:
-    """The GPU's numbers; on a CPU (in tests) some that make programs take several turns."""
-    if device.type != "cuda":
-        return Machine(processors=3, cache=1 << 16)
-    properties = torch.cuda.get_device_properties(device)
-    return Machine(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def variant(
@@ -83,34 +67,11 @@ def _once(tensor: Tensor) -> Tensor:
     return tensor[:1] if tensor.stride(0) == 0 else tensor
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """In what order how many programs work, see ``hopper_work.piece_of_work``."""
-
-    programs: int
-    row_blocks: int
-    section: int
-    paired: bool
-
-
-def schedule(rows: int, heads: int, group: int, head_bytes: int, machine: Machine) -> Schedule:
-    """Keep keys and values in the second-level cache, and all programs as busy.
-
-    Where those of all heads fit in half of it, blocks of all heads are mixed, the longest first.
-    Else a section of heads at a time, in pairs of blocks that are all as long: the longest first
-    of each section alone left some programs with a fifth more than others.
-
-    Args:
-        heads: B * Hq.
-        group: query heads per key head.
-        head_bytes: keys and values of one head.
-    """
-    row_blocks = triton.cdiv(rows, ROWS_AT_ONCE)
-    section = min(heads, max(1, machine.cache // 2 // head_bytes) * group)
-    paired = section < heads
-    row_blocks += paired and row_blocks % 2
-    programs = min(machine.processors, row_blocks * heads // (2 if paired else 1))
-    return Schedule(programs, row_blocks, section, paired)
+def processors_of(device: torch.device) -> int:
+    """How many programs run at once: one on each multiprocessor, whose registers it takes."""
+    if device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attention_fwd_hopper(
@@ -156,10 +117,10 @@ def attention_fwd_hopper(
         before, flagged = factor_tiles(key_factor, config.block_n)
     if scale is None:
         scale = head_dim**-0.5
-    group = heads // key_heads
-    head_bytes = keys * (head_dim + value_dim) * query.element_size()
-    order = schedule(rows, batch * heads, group, head_bytes, machine_of(query.device))
-    _hopper_fwd_kernel[(order.programs,)](
+    blocks = triton.cdiv(rows, ROWS_AT_ONCE)
+    programs = min(processors_of(query.device), blocks * batch * heads)
+    section = section_of(key.expand(batch, -1, -1, -1), value, heads, blocks, programs)
+    _hopper_fwd_kernel[(programs,)](
         _descriptor(out, ROWS.value),
         _descriptor(query, ROWS.value),
         _descriptor(key, config.block_n),
@@ -171,12 +132,11 @@ def attention_fwd_hopper(
         rows,
         keys,
         keys - rows if query_offset is None else query_offset,
-        order.row_blocks,
         batch * heads,
+        section,
         heads,
-        group,
-        order.section,
-        int(order.paired),
+        heads // key_heads,
+        int(key.shape[0] == 1),
         int(key.shape[0] > 1),
         int(value.shape[0] > 1),
         factor_heads,

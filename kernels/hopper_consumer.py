@@ -26,7 +26,6 @@ from .hopper_work import (
     factor_row,
     piece_of_work,
     ring,
-    turns_of,
     visible_tiles,
 )
 from .primitives import in_band, manipulate, softmax_step
@@ -183,13 +182,14 @@ def consume(
     limits = (keys, unit)
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    for turn in range(turns_of(program, programs, order)):
-        batch, head, block = piece_of_work(turn, program, programs, order)
-        high, inner = visible_tiles(block, rows, keys, query_offset, SPEC)
+    pieces = 0  # of work so far
+    turns = gl.cdiv(rows, ROWS * CONSUMERS) * order[1]
+    for turn in range(gl.program_id(0), turns, gl.num_programs(0)):
+        batch, head, start = piece_of_work(turn, order, SPEC)
+        high, inner = visible_tiles(start, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
-        first_row = (block * CONSUMERS + CONSUMER) * ROWS
+        first_row = start + CONSUMER * ROWS
         first_position = query_offset + first_row
         factor = (0, 0)
         if SPEC.mode != "plain":
@@ -199,7 +199,8 @@ def consume(
         row_min = gl.full([ROWS], float("inf"), gl.float32, ROW)
         stats = (row_max, row_sum, row_min)
         acc = gl.full([ROWS, SPEC.value_dim], 0.0, gl.float32, OUTPUT)
-        mbarrier.wait(query_full.index(CONSUMER), turn & 1)
+        mbarrier.wait(query_full.index(CONSUMER), pieces & 1)
+        pieces += 1  # noqa: SIM113 - Gluon has no enumerate
         if high > 0:
             # the first tile has no product with values beside it
             flagged = _is_flagged(factor, high - 1, SPEC)
@@ -245,7 +246,7 @@ def consume(
             step += count
         if SPEC.own_output:
             mbarrier.arrive(query_empty.index(CONSUMER))
-        lse_row = lse_ptr + (batch * order[2] + head).to(gl.int64) * rows
+        lse_row = lse_ptr + (batch * order[3] + head).to(gl.int64) * rows
         _finish(acc, stats, lse_row, first_row, rows, output, SPEC)
         tma.async_copy_shared_to_global(output_tma, [batch, head, first_row, 0], output)
         if not SPEC.own_output:

@@ -27,8 +27,8 @@ def _barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=[
-        "rows", "keys", "query_offset", "row_blocks", "batch_heads", "heads", "group", "section",
-        "paired", "key_batches", "value_batches", "factor_heads",
+        "rows", "keys", "query_offset", "lines", "section", "heads", "group", "keys_shared",
+        "key_batches", "value_batches", "factor_heads",
     ]
 )  # fmt: skip
 def _hopper_fwd_kernel(
@@ -43,12 +43,11 @@ def _hopper_fwd_kernel(
     rows,
     keys,
     query_offset,
-    row_blocks,  # of ROWS * CONSUMERS rows; an even number if paired
-    batch_heads,  # B * Hq
+    lines,  # of the persistent grid: B · Hq
+    section,  # and how many of them are walked together, see persistent.py
     heads,
     group,  # query heads per key head
-    section,  # heads whose pieces of work are mixed, see piece_of_work
-    paired,  # 1 if a program takes two blocks of rows of a head, one from either end, else 0
+    keys_shared,  # 1 if all batch rows read the same keys, else 0
     key_batches,  # 1 if each batch row has its own keys, 0 if all share them
     value_batches,  # the same of the values
     factor_heads,  # heads with factors of their own, or 1
@@ -82,7 +81,7 @@ def _hopper_fwd_kernel(
     )
     buffers = (queries, key_ring, value_ring)
     lists = (before_ptr, flagged_ptr)
-    order = (row_blocks, batch_heads, heads, section, paired)
+    order = (rows, lines, section, heads, group, keys_shared)
     shape = (rows, keys, query_offset, factor_heads)
     outputs = (lse_ptr, factor_ptr, unit)
     own = (queries, key_ring, value_ring, output)
@@ -94,7 +93,7 @@ def _hopper_fwd_kernel(
                 produce,
                 (
                     (query_tma, key_tma, value_tma), buffers, barriers, lists, order, shape,
-                    (group, key_batches, value_batches), SPEC,
+                    (key_batches, value_batches), SPEC,
                 ),
             ),
         ],

@@ -16,7 +16,6 @@ from .hopper_work import (
     factor_row,
     piece_of_work,
     ring,
-    turns_of,
     visible_tiles,
 )
 
@@ -49,26 +48,28 @@ def produce(descriptors, buffers, barriers, lists, order, shape, sharing, SPEC: 
     query_full, query_empty, key_full, key_empty, value_full, value_empty = barriers
     before_ptr, flagged_base = lists
     rows, keys, query_offset, factor_heads = shape
-    group, key_batches, value_batches = sharing
+    key_batches, value_batches = sharing
     tiles = gl.cdiv(keys, SPEC.block_n)
     step = 0  # tiles so far
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    for turn in range(turns_of(program, programs, order)):
-        batch, head, block = piece_of_work(turn, program, programs, order)
+    pieces = 0  # of work so far
+    turns = gl.cdiv(rows, ROWS * CONSUMERS) * order[1]
+    for turn in range(gl.program_id(0), turns, gl.num_programs(0)):
+        batch, head, start = piece_of_work(turn, order, SPEC)
         for consumer in gl.static_range(CONSUMERS):
-            mbarrier.wait(query_empty.index(consumer), (turn & 1) ^ 1)
+            mbarrier.wait(query_empty.index(consumer), (pieces & 1) ^ 1)
             mbarrier.expect(query_full.index(consumer), query_tma.block_type.nbytes)
-            corner = [batch, head, (block * CONSUMERS + consumer) * ROWS, 0]
+            corner = [batch, head, start + consumer * ROWS, 0]
             tma.async_copy_global_to_shared(
                 query_tma, corner, query_full.index(consumer), queries.index(consumer)
             )
-        high, _ = visible_tiles(block, rows, keys, query_offset, SPEC)
+        pieces += 1  # noqa: SIM113 - Gluon has no enumerate
+        high, _ = visible_tiles(start, rows, keys, query_offset, SPEC)
         row = factor_row(batch, head, factor_heads)
         count = high + deferred_tiles(before_ptr, row, tiles, high, SPEC)
         flagged_ptr = flagged_base
         if SPEC.mode == "min_shift":
             flagged_ptr += row * tiles
-        key_head = head // group
+        key_head = head // order[4]
         # a tile's values are needed a step after its keys
         for index in range(0, count + 1):
             if index < count:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .primitives import key_tiles
+from .primitives import block_of_turn, key_tiles
 
 ROWS = gl.constexpr(64)  # of a consumer: what the matrix product of one warpgroup takes
 CONSUMERS = gl.constexpr(2)
@@ -31,65 +31,27 @@ class HopperVariant:
 
 
 @gluon.jit
-def place_of(turn, program, programs, paired):
-    """Which unit of work a program takes in a turn: a block of rows, or half of two if paired.
-
-    Single blocks become shorter and shorter: every other turn goes backwards, so that the program
-    with the longest of one turn has the shortest of the next. Pairs are all as long.
-    """
-    turn = turn >> paired
-    back = (turn & 1) * (1 - paired) * (programs - 1 - 2 * program)
-    return turn * programs + program + back
-
-
-@gluon.jit
-def turns_of(program, programs, order):
-    """How many blocks of rows a program takes; ``order`` is as in :func:`piece_of_work`."""
-    row_blocks, batch_heads, _, _, paired = order
-    units = (row_blocks >> paired) * batch_heads
-    full = units // programs
-    last = place_of(full << paired, program, programs, paired) < units
-    return (full + last.to(gl.int32)) << paired
-
-
-@gluon.jit
-def piece_of_work(turn, program, programs, order):
-    """Batch row, head and block of rows of a program's turn: section by section, the longest first.
-
-    A section is as many heads as have their keys and values in the second-level cache together.
-    With causality the first block is the shortest and the last the longest; a pair is one from
-    either end, the first of them in even turns.
+def piece_of_work(turn, order, SPEC: gl.constexpr):
+    """Batch row, head and first row of a turn, in the order of a persistent grid.
 
     Args:
-        order: ``row_blocks, batch_heads, heads, section, paired`` of the kernel.
+        order: ``rows, lines, section, heads, group, keys_shared`` of ``primitives.block_of_turn``.
     """
-    row_blocks, batch_heads, heads, section, paired = order
-    place = place_of(turn, program, programs, paired)
-    blocks = row_blocks >> paired
-    per_section = section * blocks
-    first = place // per_section * section
-    rest = place % per_section
-    width = gl.minimum(section, batch_heads - first)  # the last section may hold fewer heads
-    batch_head = first + rest % width
-    block = rest // width
-    if (turn & paired) == 0:
-        block = row_blocks - 1 - block
-    return batch_head // heads, batch_head % heads, block
+    BLOCK_M: gl.constexpr = ROWS * CONSUMERS
+    REVERSED: gl.constexpr = SPEC.causal
+    rows, lines, section, heads, group, keys_shared = order
+    return block_of_turn(turn, rows, lines, section, heads, group, keys_shared, BLOCK_M, REVERSED)
 
 
 @gluon.jit
-def visible_tiles(block, rows, keys, query_offset, SPEC: gl.constexpr):
-    """Tiles that some row of both consumers sees, ``[0, high)``; all rows see ``[0, inner)``.
-
-    Of a block after the last row, which completes a pair, nothing is seen.
-    """
-    start = block * ROWS * CONSUMERS
+def visible_tiles(start, rows, keys, query_offset, SPEC: gl.constexpr):
+    """Tiles that some row of both consumers sees, ``[0, high)``; all rows see ``[0, inner)``."""
     first_position = query_offset + start
     last_position = query_offset + gl.minimum(start + ROWS * CONSUMERS, rows) - 1
     _, high, _, inner = key_tiles(
         first_position, last_position, 0, keys, 0, SPEC.causal, False, SPEC.block_n
     )
-    return gl.where(start < rows, high, 0), inner
+    return high, inner
 
 
 @gluon.jit

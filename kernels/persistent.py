@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-_INTERPRETED_PROGRAMS = 3  # few, so that a program takes several blocks
+INTERPRETED_PROGRAMS = 3  # few, so that a program takes several blocks
 _INTERPRETED_CACHE = 1 << 16
 _CACHE_SHARE = 2  # of the second-level cache half is left to queries and outputs
 
@@ -69,7 +69,7 @@ def programs_at_once(
         arguments, options: of the launch; ``options`` name the variant as ``SPEC``.
     """
     if triton.knobs.runtime.interpret:
-        return _INTERPRETED_PROGRAMS
+        return INTERPRETED_PROGRAMS
     place = (query.device, query.dtype, *options.values())
     if place not in _known:
         compiled = kernel.warmup(*arguments, grid=(1,), **options)
@@ -111,7 +111,7 @@ def section_of(key: Tensor, value: Tensor, heads: int, blocks: int, programs: in
     sharing = heads // key_heads * (batch if key.stride(0) == 0 else 1)
     needed = keys * (key.shape[3] + value.shape[3]) * key.element_size()
     cache = _INTERPRETED_CACHE
-    if not triton.knobs.runtime.interpret:
+    if key.device.type == "cuda":
         cache = torch.cuda.get_device_properties(key.device).L2_cache_size
     fits = max(1, cache // _CACHE_SHARE // max(needed, 1))
     return even_sections(batch * heads // sharing, sharing, fits, blocks, programs)

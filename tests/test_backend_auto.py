@@ -80,7 +80,7 @@ def test_auto_takes_what_measured_faster(monkeypatch, table):
     assert chosen(*call_of()) == "made"
     choice = explain_backend(*call_of(), causal=True)
     assert choice.reason == f"measured faster than torch at 64 keys on {NAME}."
-    assert [each.milliseconds for each in choice.candidates] == [1.0, None, 2.0, None]
+    assert [each.milliseconds for each in choice.candidates] == [1.0, None, None, 2.0, None]
     assert str(choice).splitlines()[1] == (
         "  made: sevens; 1 ms for B2-Hq4-Hk2-T64-D16 on 2026-01-02"
     )

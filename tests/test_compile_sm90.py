@@ -22,7 +22,7 @@ import triton
 
 from atman_triton.kernels.hopper_configs import SHARED_LIMIT, hopper_config
 from bench import compile_sm90
-from bench.compile_hopper import hopper_cases
+from bench.compile_hopper import HopperCase, hopper_cases
 from bench.compile_report import table
 
 ROOT = Path(__file__).parent.parent
@@ -44,12 +44,12 @@ def key(row: dict) -> tuple:
 def test_it_holds_every_kernel_at_todays_tiles(rows):
     wanted = set()
     for case in compile_sm90.cases():
-        kernel = getattr(case, "kernel", compile_sm90.HOPPER)
-        if kernel == compile_sm90.HOPPER:
-            features, queries, stage = "causal" if case.causal else "full", 4096, ""
+        kernel, stage, queries = compile_sm90.HOPPER, "", 4096
+        if isinstance(case, HopperCase):
+            features = "causal" if case.causal else "full"
         else:
-            features, queries = "+".join(case.features) or "full", case.queries
-            stage = case.stage
+            kernel, stage, queries = case.kernel, case.stage, case.queries
+            features = "+".join(case.features) or "full"
         dims = (case.head_dim, case.value_dim or case.head_dim)
         variant = (kernel, stage, *dims, case.dtype, case.mode, features, queries)
         wanted.add(tuple(map(str, variant)))
@@ -74,6 +74,7 @@ def test_nothing_breaks_a_rule(rows):
         assert row["problems"] == "", row
         assert 0 < int(row["registers"]) <= 255, row
         assert int(row["shared"]) <= SHARED_LIMIT, row
+        assert int(row["local_in_loops"]) == 0, row
         if row["kernel"] == compile_sm90.HOPPER:
             assert int(row["late_exponentials"]) == 0, row
         else:
@@ -97,6 +98,9 @@ def test_its_rules_can_be_broken():
     assert compile_sm90.problems(replace(row, wgmma=0)) == ["no matrix instructions"]
     hopper = replace(row, kernel="hopper", stack=8, late_exponentials=3)
     assert compile_sm90.problems(hopper) == ["3 exponentials beside no product"]
+    hopper = replace(row, kernel="hopper", local_in_loops=2, late_exponentials=0)
+    spilled = "2 accesses to local memory in loops over tiles"
+    assert compile_sm90.problems(hopper) == [spilled]
     hopper = replace(row, kernel="hopper", wgmma=0, mma=8, late_exponentials=0)
     assert compile_sm90.problems(hopper) == ["no warpgroup products"]
 
@@ -118,8 +122,7 @@ def test_the_hopper_kernel_compiles_to_the_published_numbers(rows):
         assert row["problems"] == ""
         assert row["wgmma"] > 0
         assert row["late_exponentials"] == 0
-        if row["mode"] != "min_shift":  # whose diagonal tiles hold most
-            assert row["local_in_loops"] == 0, row
+        assert row["local_in_loops"] == 0, row
         listed = published[key(row)]
         if triton.__version__ == listed["triton"]:
             for name in NUMBERS:

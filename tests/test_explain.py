@@ -334,7 +334,7 @@ def test_on_triton_with_launches_counted():
         (
             {"backend": "cuda"},
             ValueError,
-            "backend must be one of auto, triton, hopper, torch, ref",
+            "backend must be one of auto, triton, hopper",
         ),
         ({"factor": 1.0}, ValueError, r"factor must lie in \[0, 1\), got 1.0"),
         ({"factor": -0.1}, ValueError, r"factor must lie in \[0, 1\), got -0.1"),

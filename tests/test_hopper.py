@@ -8,7 +8,6 @@ D head dim.
 from __future__ import annotations
 
 import importlib
-import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,14 +22,11 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
 from gluon_errors import DeadlockError, RaceError
-from gluon_interpreter import emulated, emulated_function
-from gluon_values import scalar
+from gluon_interpreter import emulated
 from kernel_cases import DEVICE, MODES, Case, covering, make_inputs, poison, worse
 
 from atman_triton.kernels import hopper
-from atman_triton.kernels.hopper import Machine, Schedule, schedule
 from atman_triton.kernels.hopper_configs import HopperConfig, hopper_config, why_not_hopper
-from atman_triton.kernels.hopper_work import piece_of_work, turns_of
 from atman_triton.kernels.reference import attention_reference
 
 __all__ = ["poison"]  # an autouse fixture
@@ -138,69 +134,6 @@ def test_rows_that_see_nothing():
         out, lse = launch(nothing, options, config)
         assert (out == 0).all()
         assert lse.isneginf().all()
-
-
-# --- the schedule ---------------------------------------------------------------------------------
-
-H100 = Machine(processors=132, cache=50 << 20)
-
-
-def pieces_of(order: Schedule, batch_heads: int, heads: int) -> list[list[tuple[int, ...]]]:
-    """Batch row, head and block of each turn of each program, as the kernel computes them."""
-    turns, piece = emulated_function(turns_of.fn), emulated_function(piece_of_work.fn)
-    rest = tuple(
-        scalar(int(number))
-        for number in (order.row_blocks, batch_heads, heads, order.section, order.paired)
-    )
-    taken = []
-    for each in map(scalar, range(order.programs)):
-        count = int(turns(each, order.programs, rest))
-        found = (piece(scalar(turn), each, order.programs, rest) for turn in range(count))
-        taken.append([tuple(map(int, each)) for each in found])
-    return taken
-
-
-@pytest.mark.parametrize("programs", [1, 3, 132])
-@pytest.mark.parametrize(
-    ("row_blocks", "batch_heads", "section", "paired"),
-    [(5, 12, 12, False), (6, 12, 5, True), (2, 7, 2, True), (1, 6, 6, False), (40, 66, 66, False)],
-)
-def test_each_block_of_rows_is_taken_once(programs, row_blocks, batch_heads, section, paired):
-    programs = min(programs, row_blocks * batch_heads // (2 if paired else 1))
-    order = Schedule(programs, row_blocks, section, paired)
-    heads = batch_heads // 3 if batch_heads % 3 == 0 else batch_heads
-    taken = pieces_of(order, batch_heads, heads)
-    assert all(taken)  # no program is launched for nothing
-    assert sorted(itertools.chain.from_iterable(taken)) == [
-        (each // heads, each % heads, block)
-        for each in range(batch_heads)
-        for block in range(row_blocks)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "batch_heads", "group", "paired"),
-    [(2048, 128, 1, True), (4096, 64, 8, False), (8192, 32, 1, True), (16384, 32, 4, True)],
-)
-def test_causal_work_is_balanced(tokens, batch_heads, group, paired):
-    """Tiles of 128 keys, D 128: no program has much more than the mean."""
-    order = schedule(tokens, batch_heads, group, tokens * 512, H100)
-    assert order.paired == paired
-    taken = pieces_of(order, batch_heads, batch_heads)
-    spent = [sum(block + 1 for _, _, block in each) for each in taken]
-    blocks = tokens // 128
-    assert sum(spent) == batch_heads * blocks * (blocks + 1) / 2
-    assert max(spent) <= 1.04 * sum(spent) / 132
-
-
-def test_sections_keep_keys_in_the_cache():
-    tokens, head_bytes = 16384, 16384 * 512  # 8 MB of keys and values
-    order = schedule(tokens, 64, 4, head_bytes, H100)
-    assert order.section == 12  # of three key heads: 24 of 50 MB
-    assert schedule(tokens, 8, 4, head_bytes, H100) == Schedule(132, 128, 8, False)
-    assert schedule(tokens, 64, 1, 100 << 20, H100).section == 1  # fits nowhere
-    assert schedule(130 * 128 + 1, 64, 1, head_bytes, H100).row_blocks == 132
-    assert schedule(1, 8, 1, 512, H100) == Schedule(8, 1, 8, False)
 
 
 # --- what it serves -------------------------------------------------------------------------------
