@@ -10,11 +10,12 @@
     python bench/gpu.py all --dry-run           # one after the other
 
 A short table is printed last, and rows are written to ``FOLDER/<device>.csv`` (``bench/results``
-where it is not given), those of ``memory`` to ``scaling.csv`` with a picture. It needs this
-repository, torch, triton and transformers; ``correctness`` also pytest. ``--tiny`` (``--dry-run``
-is the same) runs the same code in toy sizes on any machine, to see that it works: its times mean
-nothing, and its rows are written only where ``--out`` says so. Without a GPU the fused kernels run
-in it only where the environment has TRITON_INTERPRET=1.
+where it is not given), those of ``memory`` to ``scaling.csv`` with a picture. With ``--traces``,
+``explain`` keeps what the profiler saw in ``FOLDER/traces``. It needs this repository, torch,
+triton and transformers; ``correctness`` also pytest. ``--tiny`` (``--dry-run`` is the same) runs
+the same code in toy sizes on any machine, to see that it works: its times mean nothing, and its
+rows are written only where ``--out`` says so. Without a GPU the fused kernels run in it only where
+the environment has TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -43,17 +44,23 @@ class Set:
             each, what of ours failed.
         about: one line for the list of sets.
         write: puts the rows into a folder; the file.
+        traced: ``run`` also takes a folder for the profiler's traces.
     """
 
-    run: Callable[[torch.device, bool], tuple[list[Any], str, *tuple[str, ...]]]
+    run: Callable[..., tuple[list[Any], str, *tuple[str, ...]]]
     about: str
     write: Callable[[list[Any], Path], Path] = write_rows
+    traced: bool = False
 
 
 SETS = {
     "correctness": Set(gpu_correctness.run, "the tests that need a GPU, some under the sanitizer"),
     "kernels": Set(gpu_kernels.run, "one attention call in each mode, forward and backward"),
-    "explain": Set(gpu_explain.run, "explanations of 1024 tokens, every token, savings one by one"),
+    "explain": Set(
+        gpu_explain.run,
+        "explanations of 1024 tokens, every token, savings one by one; live citations",
+        traced=True,
+    ),
     "memory": Set(
         gpu_memory.run, "peak memory and time over model size and prompt length", gpu_memory.write
     ),
@@ -73,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tiny", "--dry-run", action="store_true", help="toy sizes, on a CPU where need be"
     )
+    parser.add_argument(
+        "--traces", action="store_true", help="keep the profiler's traces of explain, some MB"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("no GPU is here; --tiny runs the same code on a CPU, in toy sizes.")
@@ -80,9 +90,11 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or (None if options.tiny else RESULTS)
     failures: list[str] = []
     for name in SETS if options.set == "all" else [options.set]:
-        rows, table, *failed = SETS[name].run(device, options.tiny)
+        each = SETS[name]
+        folder = [out / "traces"] if out is not None and options.traces and each.traced else []
+        rows, table, *failed = each.run(device, options.tiny, *folder)
         if out is not None:
-            print(f"rows in {SETS[name].write(rows, out)}", file=sys.stderr)
+            print(f"rows in {each.write(rows, out)}", file=sys.stderr)
         toys = ", toy sizes: the times mean nothing" if options.tiny else ""
         print(f"{name} on {device_name(device)}{toys}\n{table}", flush=True)
         failures += [f"{name}: {line}" for line in failed]

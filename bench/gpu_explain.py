@@ -1,8 +1,10 @@
 """The set ``explain`` of ``bench/gpu.py``: explanations of random Llamas, every prompt token.
 
 For each size: exact and direct, exact with each saving left out, and the loop of eager forwards
-with full logits. What takes long is timed on evenly spread units and scaled, and is named so: our
-runs by the tokens that all batches would run, the loop by its forwards.
+with full logits; then live citations beside plain generation (``bench/gpu_live.py``), and what the
+device does meanwhile (``bench/gpu_profile.py``). What takes long is timed on evenly spread units
+and scaled, and is named so: our runs by the tokens that all batches would run, the loop by its
+forwards.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from atman_triton.engine import SAVINGS, Effect, Unit, undisturbed
+from bench import gpu_live
 from bench.explaining import (
     LOOP,
     MODE,
@@ -27,7 +31,9 @@ from bench.explaining import (
     planned_tokens,
     spread,
 )
-from bench.harness import Row, clock, summarise
+from bench.gpu_live import LiveSizes
+from bench.gpu_profile import under_profiler
+from bench.harness import Row, clock, seconds_of, summarise
 
 WHAT = f"explanation, {MODE}"
 SIZES = (
@@ -51,10 +57,12 @@ class Sizes:
     alone: int = 32  # the same, one row at a time
     loop: int = 10
     whole: float = 45.0  # seconds that an exact explanation may take; longer ones are scaled
+    live: LiveSizes = LiveSizes()  # noqa: RUF009
     minutes: float = 7.0  # after which no further model is begun
+    last: float = 8.5  # after which nothing more of a model is begun
 
 
-TOY = Sizes(prompt=24, target=2, some=6, alone=3, loop=3)
+TOY = Sizes(prompt=24, target=2, some=6, alone=3, loop=3, live=gpu_live.TOY)
 
 
 def checked(shape: LlamaShape, dtype: torch.dtype, device: torch.device, target: int) -> None:
@@ -101,17 +109,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
     )
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 def partly(task: Task, count: int, without: frozenset[str]) -> tuple[float, str]:
     """Seconds of an exact explanation, from some of its units, and how that is said."""
     prompt = len(task.prompt)
@@ -126,12 +123,9 @@ def partly(task: Task, count: int, without: frozenset[str]) -> tuple[float, str]
     return spent * scale, f" ({len(units)} of {prompt} units, scaled)"
 
 
-def measure(shape: LlamaShape, sizes: Sizes, dtype: torch.dtype, device: torch.device):
+def measure(task: Task, sizes: Sizes) -> dict[str, list[float]]:
     """Seconds of each provider, one or more times."""
-    checked(shape, dtype, device, sizes.target)
-    task = make_task(
-        shape.model(dtype, device, sizes.prompt + sizes.target), sizes.prompt, [sizes.target]
-    )
+    device = task.model.device
     found: dict[str, list[float]] = {}
     estimate, note = partly(task, sizes.some, frozenset())
     if estimate <= sizes.whole:
@@ -165,36 +159,92 @@ def fits(shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> bool:
     return shape.parameters * dtype.itemsize <= 0.9 * free
 
 
-def run(device: torch.device, tiny: bool) -> tuple[list[Row], str]:
-    """All sizes that memory and time allow: rows, and the table."""
-    began = time.perf_counter()
-    sizes = TOY if tiny else Sizes()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    peak = matmul_peak(device, dtype, 128 if tiny else 8192)
-    rows: list[Row] = []
-    lines = [f"matrix product: {peak / 1e12:.3g} TFLOP/s"]
-    for shape in TINY_SIZES if tiny else SIZES:
-        if not fits(shape, device, dtype):
-            lines.append(f"{shape.name}: left out, its weights do not fit")
-            continue
-        if time.perf_counter() - began > 60 * sizes.minutes:
-            lines.append(f"{shape.name}: left out, {sizes.minutes:g} minutes have passed")
-            continue
-        print(f"{shape.name} ...", file=sys.stderr, flush=True)
-        found = measure(shape, sizes, dtype, device)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+@dataclasses.dataclass
+class Findings:
+    """What was measured of all models.
+
+    Args:
+        peak: FLOP/s of a large matrix product.
+        ends: When nothing more may be begun, on the clock of ``time.perf_counter``.
+        traces: Folder of the profiler's traces, None keeps none.
+    """
+
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+    peak: float
+    ends: float
+    traces: Path | None = None
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    lines: list[str] = dataclasses.field(default_factory=list)
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, shape: LlamaShape) -> None:
+        """All of one model."""
+        sizes, dtype, device = self.sizes, self.dtype, self.device
+        checked(shape, dtype, device, sizes.target)
+        wrong = self._wrong_live(shape)  # before the whole model takes the memory
+        positions = sizes.prompt + max(sizes.target, sizes.live.new_tokens)
+        task = make_task(shape.model(dtype, device, positions), sizes.prompt, [sizes.target])
         label = f"{shape.name}-prompt{sizes.prompt}-target{sizes.target}"
+        found = measure(task, sizes)
         own = summarise(found, what=WHAT, shape=label, dtype=dtype, device=device, metric="s")
-        rows += own
+        self.rows += own
         flops = necessary_flops(shape, sizes.prompt, sizes.target)
-        share = flops / own[0].median / peak
-        lines.append(
+        share = flops / own[0].median / self.peak
+        self.lines.append(
             f"{label} {own[0].dtype}: exact uses {share:.1%} of the matrix product's rate on the "
             f"necessary work, {sizes.prompt / own[0].median:.1f} units/s"
         )
         for row in own:
             ratio = row.median / own[0].median
-            lines.append(f"  {row.provider:<62}{row.median:>10.3f} s{ratio:>9.2f}x exact")
-    return rows, "\n".join(lines)
+            self.lines.append(f"  {row.provider:<62}{row.median:>10.3f} s{ratio:>9.2f}x exact")
+        if wrong is None:
+            self._part("live citations", lambda: gpu_live.measure(task, shape.name, sizes.live))
+        else:
+            self.failures.append(f"live citations of {shape.name}: {wrong}")
+            self.lines.append("  live citations: wrong, so not timed")
+        steps = sizes.live.gate_tokens
+        self._part("profile", lambda: under_profiler(task, label, steps, self.traces))
+
+    def _wrong_live(self, shape: LlamaShape) -> str | None:
+        """What is wrong with live citations on two layers of this shape."""
+        try:
+            gpu_live.checked(shape, self.dtype, self.device, self.sizes.live)
+        except AssertionError as error:
+            return str(error)
+        return None
+
+    def _part(self, name: str, part: Callable[[], tuple[list[Row], list[str]]]) -> None:
+        """Add a part, if there is time."""
+        if time.perf_counter() > self.ends:
+            self.lines.append(f"  {name}: left out, {self.sizes.last:g} minutes have passed")
+            return
+        rows, lines = part()
+        self.rows += rows
+        self.lines += lines
+
+
+def run(
+    device: torch.device, tiny: bool, traces: Path | None = None
+) -> tuple[list[Row], str, *tuple[str, ...]]:
+    """All sizes that memory and time allow: rows, the table, and what was wrong."""
+    began = time.perf_counter()
+    sizes = TOY if tiny else Sizes()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    peak = matmul_peak(device, dtype, 128 if tiny else 8192)
+    found = Findings(sizes, dtype, device, peak, began + 60 * sizes.last, traces)
+    found.lines.append(f"matrix product: {peak / 1e12:.3g} TFLOP/s")
+    for shape in TINY_SIZES if tiny else SIZES:
+        if not fits(shape, device, dtype):
+            found.lines.append(f"{shape.name}: left out, its weights do not fit")
+            continue
+        if time.perf_counter() - began > 60 * sizes.minutes:
+            found.lines.append(f"{shape.name}: left out, {sizes.minutes:g} minutes have passed")
+            continue
+        print(f"{shape.name} ...", file=sys.stderr, flush=True)
+        found.add(shape)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found.rows, "\n".join(found.lines), *found.failures

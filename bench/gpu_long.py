@@ -28,8 +28,7 @@ from atman_triton.testing import assert_close_to_oracle
 from bench.allocations import peak_of
 from bench.eager import attention_eager, modifier_matrix
 from bench.explaining import FACTOR, MODE, LlamaShape, Task, check, make_task, spread
-from bench.gpu_explain import seconds_of
-from bench.harness import Row, clock, summarise
+from bench.harness import Row, clock, seconds_of, summarise
 from bench.memory import bytes_of, kept_by, spans
 
 MODES = ("multiplicative", "min_shift")

@@ -101,6 +101,17 @@ def clock(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def interleave(
     benchmark: Any,
     ours: str,

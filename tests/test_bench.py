@@ -341,18 +341,28 @@ def test_spans_cover_the_prompt() -> None:
 def test_gpu_sets_run_in_toy_sizes(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu.main([name, "--tiny", "--out", str(tmp_path)])
+    gpu.main([name, "--tiny", "--traces", "--out", str(tmp_path)])
     column = "method" if name == "memory" else "provider"
     providers = [row[column] for row in read(tmp_path)]
     expected = {
         "correctness": ["pytest -m gpu"],
         "memory": ["plain forward", "AtMan exact", "AtMan direct", "Chefer"],
         "kernels": ["torch.mm", "atman (triton)", "k·m + SDPA MATH", "FlexAttention"],
-        "explain": ["exact", "direct", "eager loop, full logits (3 of 24 units, scaled)"],
+        "explain": [
+            "exact",
+            "direct",
+            "eager loop, full logits (3 of 24 units, scaled)",
+            "generate",
+            "generate_explained",
+            "exact, 12 units from the middle on, 1 batch",
+            "generate_explained, 3 tokens",
+        ],
         "long": ["atman (auto)", "direct, 2 chunks in a batch, prefix copied"],
     }
     assert set(expected[name]) <= set(providers)
     assert f"{name} on" in capsys.readouterr().out
+    traces = {path.name for path in (tmp_path / "traces").glob("*")}
+    assert ("llama-toy-prompt24-target2-direct.json.gz" in traces) == (name == "explain")
 
 
 def test_a_wrong_long_call_is_refused() -> None:

@@ -1,0 +1,91 @@
+"""Live citations beside plain generation, for the set ``explain`` of ``bench/gpu.py``.
+
+The same prompt, the same number of new tokens, in turns. Before it, the shape with two layers must
+write the text of plain generation and the log-probabilities of a direct explanation of it, in
+float32 (in half precision the likeliest tokens are often equal to the last bit); and in the dtype
+that is timed, scores as close to float64 as a loop of eager forwards has them, for its own text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from atman_triton.live import EVERY
+from atman_triton.testing import assert_close_to_oracle
+from bench.explaining import FACTOR, MODE, LlamaShape, Task, make_task
+from bench.harness import Row, take_turns
+from bench.live import LIVE, PLAIN, Case, rows_of
+
+UNITS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveSizes:
+    """How much is generated."""
+
+    new_tokens: int = 64
+    gate_prompt: int = 96
+    gate_tokens: int = 8
+    seconds: float = 20.0  # about, of all rounds
+    rounds: int = 5
+
+
+TOY = LiveSizes(new_tokens=4, gate_prompt=40, gate_tokens=3, seconds=1.0, rounds=2)
+
+
+def case_of(model: Any, prompt: int, new_tokens: int) -> Case:
+    """20 units, scored as often as is the default on the model's device."""
+    return Case(model, prompt, UNITS, new_tokens, EVERY.get(model.device.type, 1))
+
+
+def checked(shape: LlamaShape, dtype: torch.dtype, device: torch.device, sizes: LiveSizes) -> None:
+    """Refuse to time another text or wrong scores.
+
+    Raises: AssertionError: if either is found.
+    """
+    small = dataclasses.replace(shape, layers=2)
+    positions = sizes.gate_prompt + sizes.gate_tokens
+    for each in dict.fromkeys((torch.float32, dtype)):
+        case = case_of(small.model(each, device, positions), sizes.gate_prompt, sizes.gate_tokens)
+        if each == torch.float32:
+            case.check()
+        check_scores(case)
+
+
+def check_scores(case: Case) -> None:
+    """Scores of the text that is written live, by the tolerance rule.
+
+    Raises: AssertionError: if they are wrong.
+    """
+    found = case.live()
+    rows = torch.stack([token.logprobs for token in found])  # [T, 1 + U]
+    task = make_task(case.model, len(case.ids), [1])
+    written = torch.tensor([token.token_id for token in found], device=case.model.device)
+    task = dataclasses.replace(task, prompt=case.ids.to(case.model.device), targets=(written,))
+    units: Any = [list(unit) for unit in case.units]
+    assert_close_to_oracle(
+        rows[:, :1] - rows[:, 1:],
+        task.loop(units, "direct").cpu(),
+        task.doubled().loop(units, "direct").cpu(),
+        name=f"live citations, {MODE}, factor {FACTOR:g}",
+    )
+
+
+def measure(task: Task, name: str, sizes: LiveSizes) -> tuple[list[Row], list[str]]:
+    """Tokens per second of both, and their ratio: rows, and lines of the table."""
+    case = case_of(task.model, len(task.prompt), sizes.new_tokens)
+    calls = {PLAIN: case.plain, LIVE: case.live}
+    for call in calls.values():
+        call()  # compiles, allocates
+    times = take_turns(calls, task.model.device, seconds=sizes.seconds, most=sizes.rounds)
+    rows = rows_of(case, name, times)
+    plain, live, share = rows
+    lines = [
+        f"  {PLAIN:<62}{plain.median:>10.4g} tokens/s",
+        f"  {f'{LIVE}, {UNITS} units, every {case.every}':<62}{live.median:>10.4g} tokens/s"
+        f"{share.median:>9.2f}x {PLAIN} [{share.p20:.2f}, {share.p80:.2f}]",
+    ]
+    return rows, lines
