@@ -8,21 +8,22 @@
     python bench/gpu.py memory --out FOLDER     # peak memory and time over size and length (Fig. 8)
     python bench/gpu.py long --out FOLDER       # a million tokens in a call; a document in chunks
     python bench/gpu.py all --dry-run           # one after the other
+    python bench/gpu.py plot --out FOLDER       # only draw the pictures again, from the rows
 
 A short table is printed last, and rows are written to ``FOLDER/<device>.csv`` (``bench/results``
-where it is not given), those of ``memory`` to ``scaling.csv`` with a picture. With ``--traces``,
-``explain`` keeps what the profiler saw in ``FOLDER/traces``. It needs this repository, torch,
-triton and transformers; ``correctness`` also pytest. ``--tiny`` (``--dry-run`` is the same) runs
-the same code in toy sizes on any machine, to see that it works: its times mean nothing, and its
-rows are written only where ``--out`` says so. Without a GPU the fused kernels run in it only where
-the environment has TRITON_INTERPRET=1.
+where it is not given), those of ``memory`` to ``scaling.csv``; pictures are drawn from these files,
+beside them, where matplotlib is installed. With ``--traces``, ``explain`` keeps what the profiler
+saw in ``FOLDER/traces``. It needs this repository, torch, triton and transformers; ``correctness``
+also pytest. ``--tiny`` (``--dry-run`` is the same) runs the same code in toy sizes on any machine,
+to see that it works: its times mean nothing, and its rows are written only where ``--out`` says so.
+Without a GPU the fused kernels run in it only where the environment has TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, not installed
 
-from bench import gpu_correctness, gpu_explain, gpu_kernels, gpu_long, gpu_memory
+from bench import gpu_correctness, gpu_explain, gpu_kernels, gpu_long, gpu_memory, gpu_plots
 from bench.harness import RESULTS, device_name, write_rows
 
 
@@ -68,6 +69,22 @@ SETS = {
 }
 
 
+def draw(folder: Path, files: Iterable[Path]) -> list[Path]:
+    """Pictures of the rows in some files; none where they cannot be drawn, which is said."""
+    drawn = []
+    try:
+        for path in files:
+            if path.name == "scaling.csv":
+                drawn += gpu_memory.draw(folder)
+            else:
+                drawn += gpu_plots.draw_all(gpu_plots.read_rows(path), folder)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "matplotlib":
+            raise
+        print("no pictures: matplotlib is not installed; the set plot draws them", file=sys.stderr)
+    return drawn
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Command line; exits 2 without a GPU, 1 where something of ours failed."""
     parser = argparse.ArgumentParser(
@@ -75,8 +92,8 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="\n".join(f"{name}: {each.about}" for name, each in SETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("set", choices=[*sorted(SETS), "all"], help="what to measure")
-    parser.add_argument("--out", type=Path, help="folder of the rows")
+    parser.add_argument("set", choices=[*sorted(SETS), "all", "plot"], help="what to measure")
+    parser.add_argument("--out", type=Path, help="folder of rows and pictures")
     parser.add_argument(
         "--tiny", "--dry-run", action="store_true", help="toy sizes, on a CPU where need be"
     )
@@ -84,6 +101,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--traces", action="store_true", help="keep the profiler's traces of explain, some MB"
     )
     options = parser.parse_args(arguments)
+    if options.set == "plot":
+        folder = options.out or RESULTS
+        pictures = draw(folder, sorted(folder.glob("*.csv")))
+        print("\n".join(str(path) for path in pictures) or f"no rows of these sets in {folder}")
+        return
     if not torch.cuda.is_available() and not options.tiny:
         parser.error("no GPU is here; --tiny runs the same code on a CPU, in toy sizes.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +116,9 @@ def main(arguments: list[str] | None = None) -> None:
         folder = [out / "traces"] if out is not None and options.traces and each.traced else []
         rows, table, *failed = each.run(device, options.tiny, *folder)
         if out is not None:
-            print(f"rows in {each.write(rows, out)}", file=sys.stderr)
+            path = each.write(rows, out)
+            print(f"rows in {path}", file=sys.stderr)
+            draw(out, [path])
         toys = ", toy sizes: the times mean nothing" if options.tiny else ""
         print(f"{name} on {device_name(device)}{toys}\n{table}", flush=True)
         failures += [f"{name}: {line}" for line in failed]

@@ -79,12 +79,20 @@ def attempt(job: Job, model: object, device: torch.device) -> Found:
 
 
 def write(rows: list[Row], folder: Path) -> Path:
-    """Rows to ``scaling.csv`` and the picture to ``scaling-<device>.png``."""
+    """Rows to ``scaling.csv``."""
     path = folder / "scaling.csv"
     scaling.write(rows, path)
-    chip = "".join(letter if letter.isalnum() else "-" for letter in rows[0].device.lower())
-    scaling.draw(rows, folder / f"scaling-{chip}.png")
     return path
+
+
+def draw(folder: Path) -> list[Path]:
+    """``scaling-<device>.png`` for each device of ``scaling.csv``."""
+    rows, drawn = scaling.read(folder / "scaling.csv"), []
+    for device in dict.fromkeys(row.device for row in rows):
+        chip = "".join(letter if letter.isalnum() else "-" for letter in device.lower())
+        drawn.append(folder / f"scaling-{chip}.png")
+        scaling.draw([row for row in rows if row.device == device], drawn[-1])
+    return drawn
 
 
 def _emptied(device: torch.device) -> None:
