@@ -219,7 +219,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in training:
             module.training = False
-        with torch.inference_mode(False), torch.no_grad(), fast_products():
+        with torch.inference_mode(False), torch.no_grad(), fast_products(model):
             yield
     finally:
         for module in training:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 BLOCKS = (1024, 128)
@@ -27,14 +27,18 @@ _entered = threading.local()
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_products(model: nn.Module | None = None) -> Iterator[None]:
     """Have oneDNN compute what it computes faster, in this thread; the model is not touched.
 
     The numbers are those of MKL but for the order of a sum. Nothing changes for what needs a
     gradient, for other dtypes and devices, under autocast, on other processors, or where oneDNN is
     switched off (``torch.backends.mkldnn.enabled = False``).
+
+    Args:
+        model: Nothing is done for one whose first weight oneDNN does not take: to see every call
+            of a function of PyTorch takes the host's time, for which a GPU would wait.
     """
-    if getattr(_entered, "yes", False) or not helps():
+    if getattr(_entered, "yes", False) or not helps() or not _may_serve(model):
         yield
         return
     _entered.yes = True
@@ -55,6 +59,12 @@ def helps() -> bool:
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and "AuthenticAMD" in _processor()
     )
+
+
+def _may_serve(model: nn.Module | None) -> bool:
+    """Whether a model's first weight, which stands for all, is one of those that are served."""
+    first = None if model is None else next(model.parameters(), None)
+    return first is None or _is_plain(first)
 
 
 def _processor() -> str:
@@ -96,7 +106,7 @@ def _serves(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (Tensor, nn.Parameter)
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided

@@ -86,6 +86,8 @@ class Runner:
         self.expect = expect
         self.advance = advance
         self.device = device_of(model)
+        self._stack = find_stack(model)[1]  # these two look through all modules
+        self._source = own_source(model)
         inputs = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
@@ -307,18 +309,18 @@ class Runner:
     @property
     def _alone(self) -> bool:
         """Whether no manipulation of the user's is around this run."""
-        return find_stack(self.model)[1].current.manipulation is None
+        return self._stack.current.manipulation is None
 
     @contextmanager
     def manipulated(self, factors: Tensor | None) -> Iterator[Manipulation]:
         """Run the model as "atman", its scores manipulated by factors ``[rows, S]``."""
         settings = self.settings
         if factors is not None and settings.heads is not None:
-            heads = find_stack(self.model)[1].heads
+            heads = self._stack.heads
             per_head = factors[:, None].expand(-1, heads, -1).clone()
             per_head[:, [head for head in range(heads) if head not in settings.heads]] = 1.0
             factors = per_head
-        given = None if factors is None else {own_source(self.model): factors}
+        given = None if factors is None else {self._source: factors}
         with run_as_atman(
             self.model, given, settings.mode, settings.layers, settings.backend, self.store
         ) as manipulation:

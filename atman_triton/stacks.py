@@ -359,7 +359,7 @@ def _tower(model: Any, modality: str) -> Any:
 def _writes(model: Any, module: nn.Module) -> bool:
     """Whether a text stack is a decoder; PaliGemma's looks both ways within its prompt."""
     generates = getattr(model, "can_generate", None)
-    return not looks_both_ways(module) or bool(generates and generates())
+    return bool(generates and generates()) or not looks_both_ways(module)
 
 
 def looks_both_ways(module: nn.Module) -> bool:
@@ -391,8 +391,8 @@ def stack_of(module: Any, role: Role, model: Any) -> Stack:
     if own.model_type not in adapters.CARRIES_IN_MASK and not (
         takes_kwargs
         and (
-            adapters.knows(module)
-            or getattr(module, "_can_set_attn_implementation", lambda: True)()
+            getattr(module, "_can_set_attn_implementation", lambda: True)()
+            or adapters.knows(module)
         )
     ):
         raise UnsupportedModelError(

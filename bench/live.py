@@ -40,7 +40,15 @@ _CLOSE = 1e-3  # nats; float32 sums of one row and of many differ by some 1e-5
 class Case:
     """A model, a prompt in equal units, how many tokens to write and to score at a time."""
 
-    def __init__(self, model: Any, prompt: int, units: int, new_tokens: int, every: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        prompt: int,
+        units: int,
+        new_tokens: int,
+        every: int,
+        backend: str = "auto",
+    ) -> None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = None
         self.model = model
@@ -48,6 +56,7 @@ class Case:
         self.ids = torch.randint(3, model.config.vocab_size, (prompt,), generator=generator)
         self.new_tokens = new_tokens
         self.every = every
+        self.settings = Settings(FACTOR, MODE, backend=backend)
         edges = [prompt * unit // units for unit in range(units + 1)]
         self.units = [tuple(range(*edge)) for edge in pairwise(edges)]
 
@@ -68,7 +77,7 @@ class Case:
             self.model,
             self.ids.tolist(),
             self.units,
-            Settings(FACTOR, MODE),
+            self.settings,
             self.every,
             {"max_new_tokens": self.new_tokens, "do_sample": False},
             None,
@@ -85,9 +94,9 @@ class Case:
         found = self.live()
         written = [token.token_id for token in found]
         assert written == self.plain(), "live generation writes another text"
-        settings, inputs = Settings(FACTOR, MODE), {"input_ids": self.ids[None]}
+        inputs = {"input_ids": self.ids[None]}
         with undisturbed(self.model):
-            engine = Engine(self.model, inputs, [written], settings)
+            engine = Engine(self.model, inputs, [written], self.settings)
             wanted = engine.perturb([Unit(unit) for unit in self.units], "direct")  # [U, T]
         rows = torch.stack([token.logprobs for token in found]).T  # [1 + U, T]
         for name, one, other in (

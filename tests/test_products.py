@@ -202,3 +202,11 @@ def test_explanations_are_the_same(served, monkeypatch, method):
     finally:
         model.float()
     assert_close_to_oracle(by_onednn, by_mkl, truth)
+
+
+def test_a_model_of_another_dtype_is_left_alone(monkeypatch):
+    """As one on a GPU: the host would see every call of a function for nothing."""
+    monkeypatch.setattr(products, "helps", lambda: True)
+    for dtype, modes in ((torch.float32, 1), (torch.bfloat16, 0)):
+        with undisturbed(nn.Linear(IN, OUT, dtype=dtype)):
+            assert len(torch.overrides._get_current_function_mode_stack()) == modes
