@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers.masking_utils import eager_mask
 from . import adapters
 from .attention import attention
 from .branches import TreeMask
+from .kernels.once import Once, kept_in
 from .masks import AttentionMask, cut_mask, dense_visibility, make_mask
 from .places import Places
 from .prefix import PrefixStore
@@ -44,6 +46,7 @@ class Manipulation:
         self.traced = False  # marks go to `mark_while_tracing`
         self.recomputed = False  # layers run again in the backward pass
         self.observe: Callable[[Tensor, Tensor, AttentionMask], None] | None = None
+        self.once = Once()  # what the layers of the latest forward pass have in common
 
     @property
     def named(self) -> list[int]:
@@ -162,11 +165,9 @@ def _attention_forward(
         factor = _factor_of(manipulation, module)
         if factor is not None and manipulation.observe is not None:
             manipulation.observe(query, key, mask)
-    if factor is not None:
-        factor = present_columns(factor, mask.key_offset, mask.key_tokens)
-        factor = _rows(factor, query.shape[0]).to(query.device)
-        if store is not None and store.own_factors_only:
-            factor = factor[..., before:]
+    if factor is not None and manipulation is not None:
+        columns = (mask.key_offset, mask.key_tokens, store is not None and store.own_factors_only)
+        factor = _factor_rows(manipulation, factor, query, before, *columns)
         if mode == "min_shift_full" and not crossing and query.shape[2] != mask.key_tokens:
             raise ValueError(
                 "mode='min_shift_full' looks at future keys, so it cannot use a cache; "
@@ -180,12 +181,15 @@ def _attention_forward(
         "dropout": dropout,
         "backend": backend,
     }
-    if store is None or store.tree is None:
-        output = _attend(query, key, value, factor, prefix, mask, position_bias, settings)
+    arguments = (query, key, value, factor, prefix, mask, position_bias, settings)
+    attend: Callable[..., Tensor] = _attend
+    if store is not None and store.tree is not None:
+        attend = partial(_attend_in_branches, store.tree)
+    if manipulation is None or torch.compiler.is_compiling():
+        output = attend(*arguments)
     else:
-        output = _attend_in_branches(
-            store.tree, query, key, value, factor, prefix, mask, position_bias, settings
-        )
+        with kept_in(manipulation.once):
+            output = attend(*arguments)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -335,6 +339,32 @@ def _factor_of(manipulation: Manipulation, module: nn.Module) -> Tensor | None:
     elif manipulation.reached is not None:
         manipulation.reached[place] = True
     return manipulation.factors[slot]
+
+
+def _factor_rows(
+    manipulation: Manipulation,
+    factor: Tensor,
+    query: Tensor,
+    before: int,
+    key_offset: int,
+    key_tokens: int,
+    own_only: bool,
+) -> Tensor:
+    """A factor for the keys that are present and the rows that run: the same in most layers.
+
+    Args:
+        before: Keys of the prefix, which ``own_only`` leaves out.
+    """
+
+    def make() -> Tensor:
+        rows = _rows(present_columns(factor, key_offset, key_tokens), query.shape[0])
+        rows = rows.to(query.device)
+        return rows[..., before:] if own_only else rows
+
+    if factor.requires_grad or torch.compiler.is_compiling():
+        return make()
+    how = (key_offset, key_tokens, query.shape[0], query.device, before if own_only else 0)
+    return manipulation.once.get(how, factor, make)
 
 
 def present_columns(factor: Tensor, key_offset: int, key_tokens: int) -> Tensor:

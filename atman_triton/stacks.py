@@ -119,6 +119,8 @@ class Stack:
             refuse_weights()
         _refuse_dense_mask(kwargs, self.carried)
         manipulation.reached = {}
+        if not torch.compiler.is_compiling():
+            manipulation.once.clear()
         manipulation.traced = bool(
             torch.compiler.is_compiling()
             and module.training

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from .configs import (
     split_head_dim,
 )
 from .dropout import dropout_threshold
+from .once import made_once
 from .prepass import factor_tiles
 from .tiles import Variant
 from .tuned import TileConfig, length_bucket
@@ -87,7 +89,9 @@ class Call:
             return FactorTiles()
         shared = key_factor.stride(1) == 0  # one row for all heads
         rows = key_factor[:, :1] if shared else key_factor
-        before, flagged = factor_tiles(rows, block_n or self.config.block_n)
+        size = block_n or self.config.block_n
+        make = partial(factor_tiles, rows, size)
+        before, flagged = made_once(("factor_tiles", size), rows, make)
         return FactorTiles(before, flagged, (rows.shape[1], int(rows.shape[1] > 1)))
 
 

@@ -6,6 +6,7 @@ keys of a row's own, D head dim, Dv value dim, m factor of a key.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import TypedDict
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .configs import device_architecture, extra_load, split_head_dim
 from .launch import FAR, LOG2_E, strides
+from .once import made_once
 from .packed_configs import PackedConfig, packed_config, split_count
 from .packed_kernel import _packed_fwd_kernel
 from .packed_prepass import packed_tiles
@@ -248,9 +250,10 @@ def launch_packed(
         per_head = key_factor.shape[1] > 1
         prefix_factor = key_factor.shape[2] > own_keys
         if prefix_factor and not one_batch:
-            before, tiles = packed_tiles(
-                key_factor[..., :prefix_keys], rows, heads, key_heads, config
-            )
+            spanned = key_factor[..., :prefix_keys]
+            how = (rows, heads, key_heads, config)
+            make = functools.partial(packed_tiles, spanned, *how)
+            before, tiles = made_once(("packed_tiles", *how), spanned, make)
         key_factor = key_factor.expand(batch, heads, -1)
     if position_bias is not None:
         position_bias = position_bias.expand(shape)
