@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu_explain import WHAT as EXPLAINED
+from bench.gpu_live import COMPILED
 from bench.harness import Row
 from bench.live import LIVE, PLAIN
 from bench.live import WHAT as LIVE_WHAT
@@ -165,11 +166,15 @@ def explain(rows: Sequence[Row]) -> Pictures:
             and row.shape.startswith(f"{model}-prompt")
         ]
         for place, row in enumerate(speeds):
-            _bar(right, place, row, BLUE if row.provider == PLAIN else BLACK, f"{row.median:.3g}")
+            _bar(right, place, row, BLACK if row.provider == LIVE else BLUE, f"{row.median:.3g}")
         right.set_xlabel("tokens/s")
         right.margins(x=0.2)
-        names = {PLAIN: "plain generation", LIVE: "live citations"}
-        _names(right, [names[row.provider] for row in speeds])
+        names = {
+            PLAIN: "plain generation",
+            LIVE: "live citations",
+            COMPILED: "plain, compiled",
+        }
+        _names(right, [names.get(row.provider, row.provider) for row in speeds])
     yield "explain", figure
 
 

@@ -354,6 +354,7 @@ def test_gpu_sets_run_in_toy_sizes(
             "eager loop, full logits (3 of 24 units, scaled)",
             "generate",
             "generate_explained",
+            "generate, static cache, compiled",
             "exact, 12 units from the middle on, 1 batch",
             "generate_explained, 3 tokens",
         ],
