@@ -5,7 +5,8 @@
     emulate(kernel, grid, *arguments, seed=0, CONSTANT=...)
 
 Every seed is another schedule: in a third each, copies land at once, as late as possible or at
-random, and partitions go on as long as they can, take turns or are switched now and then. Races,
+random, and partitions go on as long as they can, take turns or are switched now and then (nine
+seeds have each with each; more draw other orders and other partitions that hardly ever run). Races,
 missing fences, misused barriers, deadlocks, results used too early, accesses out of bounds and work
 left unfinished raise the errors of ``gluon_errors``. Races, fences and buffers released too early
 are known from vector clocks, so that nearly all are reported in every schedule.

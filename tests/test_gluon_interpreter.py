@@ -63,7 +63,7 @@ def test_attention(dtype: torch.dtype, seed: int) -> None:
 
 
 @pytest.mark.skipif(
-    triton.__version__ < "3.7", reason="Gluon of triton 3.6 compiles no TMA store of such a tile"
+    triton.__version__ < "3.7", reason="triton 3.6 stops at an assertion on the TMA store"
 )
 def test_what_is_emulated_compiles() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
