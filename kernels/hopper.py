@@ -5,6 +5,7 @@ Legend: B batch, Hq/Hk query/key heads, Tq/Tk query/key tokens, D head dim, Dv v
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .hopper_configs import ROWS_AT_ONCE, HopperConfig, hopper_config
 from .hopper_kernel import _hopper_fwd_kernel
 from .hopper_work import ROWS, HopperVariant
 from .launch import LOG2_E
+from .once import made_once
 from .persistent import INTERPRETED_PROGRAMS, section_of
 from .prepass import factor_tiles
 
@@ -114,7 +116,9 @@ def attention_fwd_hopper(
             key_factor = key_factor[:, None]  # [B, 1, Tk]
         key_factor = key_factor.expand(batch, -1, -1).contiguous()
         factor_heads = key_factor.shape[1]
-        before, flagged = factor_tiles(key_factor, config.block_n)
+        size = config.block_n
+        make = partial(factor_tiles, key_factor, size)
+        before, flagged = made_once(("factor_tiles", size), key_factor, make)
     if scale is None:
         scale = head_dim**-0.5
     blocks = triton.cdiv(rows, ROWS_AT_ONCE)
