@@ -105,7 +105,7 @@ def why_not_hopper(
     if needs_grad and mode == "min_shift":
         return "saves no row minima, which the backward pass of min_shift needs"
     for name, tensor in {"query": query, "key": key, "value": value}.items():
-        if not _copied_by_tma(tensor):
+        if not _copied_by_tma(tensor, shared=name != "query"):
             return (
                 f"needs {name} with its last dimension contiguous and the other strides multiples "
                 f"of 16 bytes, got strides {tuple(tensor.stride())} at {tensor.dtype}"
@@ -113,11 +113,15 @@ def why_not_hopper(
     return None
 
 
-def _copied_by_tma(tensor: Tensor) -> bool:
-    """Whether ``[B, H, T, D]`` can be copied tile by tile; a shared batch row has stride 0."""
+def _copied_by_tma(tensor: Tensor, shared: bool) -> bool:
+    """Whether ``[B, H, T, D]`` can be copied tile by tile.
+
+    Args:
+        shared: of a batch stride of 0 one row is taken, which all batch rows share.
+    """
     aligned = 16 // tensor.element_size()
     batch, *others = zip(tensor.shape, tensor.stride(), strict=True)
     moving = [stride for size, stride in (*others[:2],) if size > 1]
-    if batch[0] > 1 and batch[1] != 0:
+    if batch[0] > 1 and not (shared and batch[1] == 0):
         moving.append(batch[1])
     return tensor.stride(-1) == 1 and all(stride > 0 and stride % aligned == 0 for stride in moving)

@@ -180,6 +180,7 @@ def test_it_says_which_strides_it_cannot_copy():
     assert str(ask([good, good[:, :1].expand(-1, 2, -1, -1), good])).startswith("needs key with")
     shared = good.expand(3, -1, -1, -1)  # a batch row that all share is read in place
     assert ask([good.repeat(3, 1, 1, 1), shared, shared]) is None
+    assert str(ask([shared, shared, shared])).startswith("needs query with")
 
 
 @pytest.mark.parametrize("dims", [(d, v) for d in (64, 128, 256) for v in (64, 128, 256)], ids=str)
