@@ -46,6 +46,9 @@ def piece_of_work(turn, order, SPEC: gl.constexpr):
 @gluon.jit
 def visible_tiles(start, rows, keys, query_offset, SPEC: gl.constexpr):
     """Tiles that some row of both consumers sees, ``[0, high)``; all rows see ``[0, inner)``."""
+    # 0, which the compiler cannot know: what depends on the number of tiles alone, found once for
+    # all pieces of work where nothing is causal, would be held through the loops over tiles
+    keys += start >> 30
     first_position = query_offset + start
     last_position = query_offset + gl.minimum(start + ROWS * CONSUMERS, rows) - 1
     _, high, _, inner = key_tiles(
