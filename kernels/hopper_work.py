@@ -40,7 +40,8 @@ def piece_of_work(turn, order, SPEC: gl.constexpr):
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     REVERSED: gl.constexpr = SPEC.causal
     rows, lines, section, heads, group, keys_shared = order
-    return block_of_turn(turn, rows, lines, section, heads, group, keys_shared, BLOCK_M, REVERSED)
+    shared = keys_shared != 0
+    return block_of_turn(turn, rows, lines, section, heads, group, shared, BLOCK_M, REVERSED)
 
 
 @gluon.jit
