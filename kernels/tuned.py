@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-import triton
 
 FILE = Path(__file__).with_name("tuned.json")
 LENGTHS = {"1k": 1 << 10, "4k": 1 << 12, "above": None}
@@ -153,6 +152,8 @@ def tuned_config(
         return None
     kind = "float32" if dtype == torch.float32 else "half"
     problem = Problem(architecture, kernel, head_dim, value_dim, kind, mode, causal, length)
+    import triton  # optional, and configs.py is read without it
+
     return table().find(problem, release(triton.__version__), device)
 
 
