@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .hopper_consumer import consume
 from .hopper_producer import produce
@@ -79,6 +79,7 @@ def _hopper_fwd_kernel(
         _barriers(STAGES, 1),  # values are there
         _barriers(STAGES, CONSUMERS),  # and used
     )
+    fence_async_shared()  # the copies see the barriers initialised
     buffers = (queries, key_ring, value_ring)
     lists = (before_ptr, flagged_ptr)
     order = (rows, lines, section, heads, group, keys_shared)

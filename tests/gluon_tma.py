@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 from gluon_barriers import Barrier, barrier_of
-from gluon_errors import BoundsError, OperandError, UnsupportedError
+from gluon_errors import BoundsError, FenceError, OperandError, UnsupportedError
 from gluon_machine import Agent, join, machine, place
 from gluon_pointers import extent
 from gluon_shared import SharedMemory, use
@@ -119,6 +119,12 @@ def async_copy_global_to_shared(
     if not pred:
         return
     target = barrier_of(barrier, "a TMA copy to")
+    agent, time = target.initialised
+    if program.current.fenced.get(agent, 0) < time:
+        raise FenceError(
+            f"The TMA copy of {tensor_desc.argument} in {place()} signals {target}, without "
+            "fence_async_shared() after its init."
+        )
     copy = Copy(tensor_desc, start, result, target, target.agent, target.phase + 1, place())
     target.promise(tensor_desc.nbytes, copy.what)
     use(result, copy.what, writes=True, agent=target.agent, time=target.phase + 1)

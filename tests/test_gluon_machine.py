@@ -136,6 +136,8 @@ def _refill_kernel(desc, out_ptr, CASE: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=1)
+    if CASE != "no fence after init":
+        fence_async_shared()
     drained = (out_ptr, memory, bars, CASE)
     gl.warp_specialize([(_drain, drained), (_refill, (desc, memory, bars, CASE))], [1], [40])
 
@@ -148,6 +150,8 @@ def test_copy_over_loads(padding: str, seed: int) -> None:
     desc = descriptor(x, [64, 64], padding=padding)
     with pytest.raises(FenceError, match=r"TMA copy of desc to memory uses memory.*after a load"):
         emulate(_refill_kernel, 1, desc, out, "no fence", seed=seed)
+    with pytest.raises(FenceError, match=r"TMA copy of desc in _refill .* without .* its init"):
+        emulate(_refill_kernel, 1, desc, out, "no fence after init", seed=seed)
     emulate(_refill_kernel, 1, desc, out, "", seed=seed)
     filled = torch.full((128, 64), 0.0 if padding == "zero" else torch.nan, dtype=torch.float16)
     filled[:100, :48] = x
@@ -160,6 +164,7 @@ def _misuse_kernel(desc, CASE: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(bars.index(i), count=2 - i)
+    fence_async_shared()
     counted = bars.index(0)
     bar = bars.index(1)
     if CASE == "arrivals":
@@ -309,6 +314,7 @@ def _peeking_kernel(desc):
     memory = gl.allocate_shared_memory(desc.dtype, [64, 64], desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(bars.index(0), count=1)
+    fence_async_shared()
     for i in range(2):
         mbarrier.expect(bars.index(0), desc.block_type.nbytes)
         tma.async_copy_global_to_shared(desc, [0, 0], bars.index(0), memory)

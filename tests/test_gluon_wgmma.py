@@ -18,6 +18,7 @@ from gluon_interpreter import emulate
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -31,6 +32,7 @@ def _products_kernel(desc, out_ptr, CASE: gl.constexpr):
     memory = gl.allocate_shared_memory(desc.dtype, [64, 64], desc.layout)
     bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(bars.index(0), count=1)
+    fence_async_shared()
     mbarrier.expect(bars.index(0), desc.block_type.nbytes)
     tma.async_copy_global_to_shared(desc, [0, 0], bars.index(0), memory)
     mbarrier.wait(bars.index(0), 0)

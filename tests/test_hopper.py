@@ -21,7 +21,7 @@ from atman_triton.testing import assert_close_to_oracle
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
-from gluon_errors import DeadlockError, RaceError
+from gluon_errors import DeadlockError, FenceError, RaceError
 from gluon_interpreter import emulated
 from kernel_cases import DEVICE, MODES, Case, covering, make_inputs, poison, worse
 
@@ -220,6 +220,12 @@ MISTAKES = {
         "    mbarrier.wait(empty.index(slot), parity ^ 1)\n",
         "    mbarrier.wait(empty.index(slot), parity)\n",
         DeadlockError,
+    ),
+    "barriers that copies may not see": (
+        "hopper_kernel",
+        "    fence_async_shared()  # the copies see the barriers initialised\n",
+        "",
+        FenceError,
     ),
     "no wait for values": (
         "hopper_consumer",
