@@ -137,10 +137,12 @@ def _step(
     # Waiting for the keys here, not when they are needed, ends a basic block. Without it the
     # assembler moves the wait for the product up, before the softmax that should run beside it.
     mbarrier.wait(key_full.index(next_slot), next_parity, pred=goes_on)
+    # converted behind the wait, their halves would be swapped in each register, twice
+    new_weights = _as_operand(new_weights, queries.dtype, SPEC)
     acc, weights, new_weights = warpgroup_mma_wait(0, deps=[pending, weights, new_weights])
     mbarrier.arrive(value_empty.index(last_slot))
     acc = acc * gl.convert_layout(rescale, ROW)[:, None]
-    return acc, _as_operand(new_weights, queries.dtype, SPEC), stats
+    return acc, new_weights, stats
 
 
 @gluon.jit
