@@ -7,10 +7,14 @@ validated; an offset that lives on the device comes as ``offset_tensor``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 _TENSORS = (
     "query",
@@ -25,7 +29,19 @@ _TENSORS = (
 """The differentiable arguments, in the order in which both operators take them."""
 
 
+def _on_their_device(operator: F) -> F:
+    """Make the first tensor's device the current one, on which Triton launches whatever it gets."""
+
+    @wraps(operator)
+    def guarded(first: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return operator(first, *others)
+
+    return cast(Any, guarded)
+
+
 @torch.library.custom_op("atman_triton::attention_fwd", mutates_args=())
+@_on_their_device
 def attention_triton(
     query: Tensor,
     key: Tensor,
@@ -145,6 +161,7 @@ def _present(*numbers: Tensor) -> list[Tensor | None]:
 
 
 @torch.library.custom_op("atman_triton::attention_bwd", mutates_args=())
+@_on_their_device
 def _attention_bwd(
     d_output: Tensor,
     d_lse: Tensor | None,

@@ -1,5 +1,7 @@
 """The op: backend choice, registration, and what the fused path allocates."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -260,6 +262,32 @@ def test_opcheck(features):
         False,
     )
     torch.library.opcheck(torch.ops.atman_triton.attention_fwd.default, arguments)
+
+
+def test_kernels_are_launched_on_their_tensors_device(monkeypatch):
+    """Triton launches on the current device, which need not be that of a layer of a split model."""
+    from atman_triton import triton_ops
+
+    seen = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        seen.append(tensor.device)
+        yield
+        seen.append("left")
+
+    def operator(query, key):
+        seen.append("launched")
+        return query + key
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    guarded = triton_ops._on_their_device(operator)
+    assert guarded(torch.ones(1), torch.ones(1)) == 2
+    assert seen == [torch.device("cpu"), "launched", "left"]
+    seen.clear()
+    tensors = [t.requires_grad_() for t in inputs()[:3]]
+    attention(*tensors, backend="triton")[0].sum().backward()
+    assert len(seen) == 4
 
 
 @pytest.mark.parametrize("queries", PREFIX_KERNELS)
