@@ -56,8 +56,9 @@ def block_of_turn(
     member, key_line = line % group, line // group
     batches = lines // heads
     key_heads = heads // group
-    batch = tl.where(keys_shared, key_line % batches, key_line // key_heads)
-    key_head = tl.where(keys_shared, key_line // batches, key_line % key_heads)
+    shared = keys_shared != 0
+    batch = tl.where(shared, key_line % batches, key_line // key_heads)
+    key_head = tl.where(shared, key_line // batches, key_line % key_heads)
     return batch, key_head * group + member, block * BLOCK_M
 
 
