@@ -4,8 +4,11 @@ import importlib.util
 import os
 
 import torch
+from hopper_gated import hopper_gate_first
 from hypothesis.internal.conjecture import providers
 from hypothesis.internal.constants_ast import Constants
+
+__all__ = ["hopper_gate_first"]  # an autouse fixture
 
 if not torch.cuda.is_available():
     # Read by triton when a kernel is defined, so it must precede every import of our kernels.
