@@ -5,11 +5,11 @@
     python bench/gpu.py kernels --out bench/results
     python -m bench.backend_table bench/results/<device>.csv
 
-Takes the milliseconds of ``atman (triton)``, ``atman (torch)`` and whatever other backends were
-timed in the set ``kernels``; rivals and other measurements are passed over. Of a setup that was
-measured more than once the last run counts, and a setup with one backend only compares nothing, so
-that it is left out. In the table, rows of the same setups on the same device and versions are
-replaced; all others stay.
+Takes the milliseconds of ``atman (triton)``, ``atman (hopper)``, ``atman (torch)`` and whatever
+other backends were timed in the set ``kernels``; rivals and other measurements are passed over. Of
+a setup that was measured more than once the last run counts, and a setup with one backend only
+compares nothing, so that it is left out. In the table, rows of the same setups on the same device
+and versions are replaced, or go where one backend only could run this time; all others stay.
 
 Legend: B batch, Hq/Hk query/key heads, Tq/T query/key tokens, D head dim.
 """
@@ -20,6 +20,7 @@ import argparse
 import csv
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,7 +52,7 @@ _NOT_KNOWN = ("", "none", "unknown")
 
 
 def measured(path: Path) -> list[MeasuredRow]:
-    """The rows of a results file that compare backends: the last run of each setup.
+    """The rows of our backends in a results file: the last run of each setup.
 
     Raises: ValueError: naming the line, what a row must have and what came.
     """
@@ -78,8 +79,14 @@ def measured(path: Path) -> list[MeasuredRow]:
         for row in found
         if runs[place_of(row)] == (row.commit, row.date)
     }
-    places = [place for place, _ in last]
-    return [row for (place, _), row in last.items() if places.count(place) > 1]
+    return list(last.values())
+
+
+def compared(rows: Iterable[MeasuredRow]) -> list[MeasuredRow]:
+    """Those that compare backends: of setups in which more than one was timed."""
+    rows = list(rows)
+    counts = Counter(map(place_of, rows))
+    return [row for row in rows if counts[place_of(row)] > 1]
 
 
 def row_of(cells: dict[str, str]) -> MeasuredRow | None:
@@ -143,10 +150,10 @@ def place_of(row: MeasuredRow) -> MeasuredRow:
 
 
 def merged(old: Iterable[MeasuredRow], new: Iterable[MeasuredRow]) -> list[MeasuredRow]:
-    """The old rows, but for setups of which there are new ones, and the new."""
+    """The old rows, but for setups of which there are new ones, and the new that compare."""
     new = list(new)
     places = {place_of(row) for row in new}
-    return [*(row for row in old if place_of(row) not in places), *new]
+    return [*(row for row in old if place_of(row) not in places), *compared(new)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -156,13 +163,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table that is written")
     options = parser.parse_args(arguments)
     try:
-        new = measured(options.results)
+        found = measured(options.results)
         old = read_table(options.table)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    new = compared(found)
     if not new:
         parser.error(f"{options.results} has no setup in which two of our backends were timed.")
-    write_table(merged(old, new), options.table)
+    write_table(merged(old, found), options.table)
     setups: dict[MeasuredRow, dict[str, float]] = {}
     for row in new:
         setups.setdefault(place_of(row), {})[row.backend] = row.milliseconds

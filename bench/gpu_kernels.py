@@ -22,7 +22,8 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,12 +35,24 @@ from atman_triton.testing import assert_close_to_oracle
 from bench.eager import attention_eager
 from bench.gpu_explain import matmul_peak
 from bench.harness import Row, clock, summarise
-from bench.kernel_cases import TOY_CASES, Case, all_cases, inputs_of
+from bench.hopper_gate import on_hopper, verdict
+from bench.kernel_cases import MODES, TOY_CASES, Case, all_cases, inputs_of
+from bench.kernel_table import (
+    FUSED,
+    Findings,
+    Key,
+    cells_of,
+    hopper_gain,
+    left_out,
+    never_slower,
+    not_timed,
+    table_of,
+)
 from bench.rivals import (
     EAGER,
     FLEX,
     OURS,
-    OURS_PORTABLE,
+    OURS_HOPPER,
     Attention,
     UnservedError,
     forget_masks,
@@ -54,26 +67,13 @@ except ImportError:  # optional: without it ours cannot run, and says so
 else:
     _TRITON_ERRORS = (TritonError,)
 
-MODES = ("multiplicative", "min_shift", "log_additive")
 CANNOT = (RuntimeError, ValueError, MemoryError, UnservedError, AssertionError, *_TRITON_ERRORS)
 _NO_FLEX = "it compiles for long, so it is timed on some of the shapes only"
 _NO_TIME = "no time was left"
+_NOT_SERVED = "ValueError: backend='hopper'"  # how the op refuses what that kernel does not serve
 _ROWS = 16  # of the output that are compared at full size
 # Larger together than any second-level cache, and long enough for launches to queue up behind.
 _FLUSH_BYTES, _FLUSHES = 256 * 2**20, 12
-
-# Of the last word of a provider's name, for the table.
-LETTERS = {
-    "cuDNN": "c",
-    "FLASH": "f",
-    "EFFICIENT": "e",
-    "MATH": "t",
-    "FlashAttention-4": "4",
-    "FlexAttention": "x",
-    "matrix": "a",
-}
-
-Key = tuple[str, str]  # mode, provider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +124,26 @@ def require_close(
 
 
 class Gate:
-    """Whether a provider is right on the small shape of a case: decided once."""
+    """Whether a provider is right on the small shape of a case: decided once.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    Args:
+        refused: providers that must not even be tried, with the reason.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        refused: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._dtype, self._device, self._refused = dtype, device, refused
         self._verdicts: dict[tuple[Case, Key], str | None] = {}
         self._truths: dict[tuple[Case, str], tuple[Any, Any]] = {}
 
     def reason(self, case: Case, mode: str, name: str) -> str | None:
         """Why a provider must not be timed; ``None`` where it is right."""
+        if name in self._refused:
+            return self._refused[name]
         small = case.small()
         place = (small, (mode, name))
         if place not in self._verdicts:
@@ -207,22 +218,6 @@ def eager_bytes(case: Case) -> int:
     return case.batch * case.heads * case.rows * case.tokens * (24 if case.backward else 12)
 
 
-@dataclasses.dataclass
-class Findings:
-    """Milliseconds of a case by mode and provider, and the reasons of those not timed."""
-
-    times: dict[Key, list[float]]
-    reasons: dict[Key, str]
-
-    def medians(self, mode: str) -> dict[str, float]:
-        """By provider."""
-        return {
-            name: torch.tensor(spent).median().item()
-            for (of, name), spent in self.times.items()
-            if of == mode
-        }
-
-
 def measure(case: Case, sizes: Sizes, gate: Gate, inputs: list[Tensor], stop: float) -> Findings:
     """Every mode and provider of a case in turns.
 
@@ -282,11 +277,18 @@ def measure(case: Case, sizes: Sizes, gate: Gate, inputs: list[Tensor], stop: fl
 
 
 def rows_of(case: Case, found: Findings, dtype: torch.dtype, device: torch.device) -> Iterator[Row]:
-    """Milliseconds and TFLOP/s, or GB/s, of everything that was timed."""
+    """Milliseconds and TFLOP/s, or GB/s, of everything that was timed.
+
+    And where the Hopper kernel was, how many times as fast as our portable one it is.
+    """
     for mode in MODES:
         times = {name: spent for (of, name), spent in found.times.items() if of == mode}
         rates = {name: [case.rate(ms, dtype)[0] for ms in spent] for name, spent in times.items()}
-        for metric, numbers in (("ms", times), (case.rate(1, dtype)[1], rates)):
+        metrics = [("ms", times), (case.rate(1, dtype)[1], rates)]
+        gain = hopper_gain(found.medians(mode))
+        if gain is not None:
+            metrics.append((f"times as fast as {OURS}", {OURS_HOPPER: [gain]}))
+        for metric, numbers in metrics:
             yield from summarise(
                 numbers,
                 what=f"attention {case.kind}, {mode}",
@@ -295,71 +297,6 @@ def rows_of(case: Case, found: Findings, dtype: torch.dtype, device: torch.devic
                 device=device,
                 metric=metric,
             )
-
-
-def cells_of(
-    case: Case, found: Findings, peak: float, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, str]:
-    """By mode: our TFLOP/s and share of the peak, or GB/s, and the best rival's time over ours."""
-    cells: dict[str, str] = {}
-    for mode in MODES:
-        medians = found.medians(mode)
-        own = our_time(medians)
-        if own is None:
-            cells[mode] = "-"
-            continue
-        rate, unit = case.rate(own, dtype)
-        share = f" {1e12 * rate / peak:.0%}" if unit == "TFLOP/s" else unit
-        cells[mode] = f"{rate:.3g}{share}"
-        rivals = {name: ms for name, ms in medians.items() if not name.startswith("atman")}
-        if mode == "min_shift":
-            base = our_time(found.medians("multiplicative"))
-            cells[mode] += "" if base is None else f" {own / base:.2f}m"
-        elif rivals:
-            best = min(rivals, key=rivals.__getitem__)
-            cells[mode] += f" {rivals[best] / own:.2f}{LETTERS[best.split()[-1]]}"
-    return cells
-
-
-def our_time(medians: dict[str, float]) -> float | None:
-    """Of the fused kernels, or where they were not timed (on a CPU) of the portable backend."""
-    return next((medians[name] for name in (OURS, OURS_PORTABLE) if name in medians), None)
-
-
-def table_of(cells: dict[Case, dict[str, str]]) -> list[str]:
-    """Lengths side by side, a line for each mode of cases that share all else."""
-    lengths = sorted({case.tokens for case in cells})
-    lines = [
-        "TFLOP/s, % of torch.mm, and a ratio: the best rival's time over ours ("
-        + ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
-        + "), or our min_shift's time over our multiplicative's (m)",
-    ]
-    families: dict[str, dict[int, dict[str, str]]] = {}
-    for case, texts in cells.items():
-        families.setdefault(case.family, {})[case.tokens] = texts
-    for family, by_length in families.items():
-        lines.append(family)
-        lines.append(f"  {'':<15}" + "".join(f"{f'T{tokens}':>19}" for tokens in lengths))
-        for mode in MODES:
-            texts = (by_length.get(tokens, {}).get(mode, "") for tokens in lengths)
-            lines.append((f"  {mode:<15}" + "".join(f"{text:>19}" for text in texts)).rstrip())
-    return lines
-
-
-def left_out(cases: Sequence[Case]) -> list[str]:
-    """Cases that were not reached, lengths together."""
-    families: dict[str, list[str]] = {}
-    for case in cases:
-        families.setdefault(case.family, []).append(f"T{case.tokens}")
-    return [f"  {family}: {' '.join(lengths)}" for family, lengths in families.items()]
-
-
-def not_timed(reasons: dict[tuple[str, str], list[str]]) -> list[str]:
-    """Providers that could not run, each reason once with its number of cases and the first."""
-    return [
-        f"  {name}: {reason} [{len(places)}: {places[0]}{', ...' if len(places) > 1 else ''}]"
-        for (name, reason), places in sorted(reasons.items())
-    ]
 
 
 def run(
@@ -386,9 +323,17 @@ def run(
         device=device,
         metric="TFLOP/s",
     )
-    gate = Gate(dtype, device)
     cells: dict[Case, dict[str, str]] = {}
     failures: list[str] = []
+    refused: dict[str, str] = {}
+    gains: list[tuple[str, float]] = []
+    notes: list[str] = []
+    if not on_hopper(device):
+        notes.append(f"{OURS_HOPPER} is left out: it needs a Hopper GPU (sm_90)")
+    elif (reason := verdict()) is not None:
+        refused[OURS_HOPPER] = reason
+        failures.append(f"{OURS_HOPPER} {reason}")
+    gate = Gate(dtype, device, refused)
     reasons: dict[tuple[str, str], list[str]] = {}
     left = list(cases)
     while left and time.perf_counter() - began < 60 * sizes.minutes:
@@ -402,16 +347,30 @@ def run(
             break
         rows += rows_of(case, found, dtype, device)
         cells[case] = cells_of(case, found, peak, dtype)
+        for mode in MODES:
+            gain = hopper_gain(found.medians(mode))
+            gains += [] if gain is None else [(f"{case.shape} {case.kind}, {mode}", gain)]
         for (mode, name), reason in found.reasons.items():
             reasons.setdefault((name, reason), []).append(f"{case.shape} {case.kind}, {mode}")
-            ours = name == OURS and device.type == "cuda" and reason != _NO_TIME
-            if ours or (name.startswith("atman") and reason.startswith("wrong")):
+            if fails(name, reason, device, refused):
                 failures.append(f"{name} on {case.shape} {case.kind}, {mode}: {reason}")
     lines = ["not timed, with the number of cases:", *not_timed(reasons)] if reasons else []
+    lines += notes
     if left:
         lines += [f"not reached: {len(left)} of {len(cases)} cases", *left_out(left)]
-    lines += [f"torch.mm: {peak / 1e12:.3g} TFLOP/s", *table_of(cells)]
+    lines += [f"torch.mm: {peak / 1e12:.3g} TFLOP/s", *table_of(cells), *never_slower(gains)]
     return rows, "\n".join(lines), *failures
+
+
+def fails(name: str, reason: str, device: torch.device, refused: Mapping[str, str]) -> bool:
+    """Whether a provider that was not timed must have been: ours, where it serves."""
+    if name in refused or not name.startswith("atman"):
+        return False  # said once, and a rival's reason is no fault of ours
+    if reason.startswith("wrong"):
+        return True
+    by_design = name == OURS_HOPPER and reason.startswith(_NOT_SERVED)
+    must = name in FUSED and device.type == "cuda" and reason != _NO_TIME
+    return must and not by_design
 
 
 def measure_apart(

@@ -1,7 +1,8 @@
 """Pictures of the sets of ``bench/gpu.py``, drawn from their rows, so that a CSV is enough.
 
-Where a number was measured several times, the last row counts. Colours are those of Okabe and Ito,
-which colour-blind eyes can tell apart; every provider also has a marker of its own.
+Where a number was measured several times, the last row counts. Colours are those of Okabe and Ito
+and one of Tol's, which colour-blind eyes can tell apart; every provider also has a marker of its
+own.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from bench.gpu_live import COMPILED
 from bench.harness import Row
 from bench.live import LIVE, PLAIN
 from bench.live import WHAT as LIVE_WHAT
-from bench.rivals import EAGER, FLEX, OURS, OURS_PORTABLE
+from bench.rivals import EAGER, FLEX, OURS, OURS_HOPPER, OURS_PORTABLE
 
+WINE = "#882255"
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
     "#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7",
 )  # fmt: skip
 STYLES = {
     OURS: (BLACK, "o"),
+    OURS_HOPPER: (WINE, "*"),
     OURS_PORTABLE: ("0.5", "o"),
     "cuDNN": (BLUE, "s"),
     "FLASH": (GREEN, "^"),

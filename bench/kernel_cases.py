@@ -15,6 +15,7 @@ Factors = Literal["one key per row", "every key", "every key and head"]
 ONE: Factors = "one key per row"
 EACH: Factors = "every key"
 PER_HEAD: Factors = "every key and head"
+MODES = ("multiplicative", "min_shift", "log_additive")
 LENGTHS = (8192, 2048, 16384, 4096, 1024, 512)
 TOKENS = 16384  # of a batch
 # Hq, Hk, D, by width and head dim

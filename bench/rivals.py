@@ -22,11 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from atman_triton import attention
 from bench.eager import attention_eager, modifier_matrix
+from bench.hopper_gate import on_hopper
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """``[B, Hq, T, D]``, twice ``[B, Hk, T, D]``, float32 ``[B, T]`` or ``[B, Hq, T]``: the output."""
 
 OURS = "atman (triton)"
+OURS_HOPPER = "atman (hopper)"
 OURS_PORTABLE = "atman (torch)"
 EAGER = "eager, modifier matrix"
 FLEX = "FlexAttention"
@@ -204,9 +206,11 @@ def flex(mode: str, causal: bool) -> Attention:
 
 
 def providers(mode: str, causal: bool, device: torch.device) -> dict[str, Attention]:
-    """All that compute this mode, by name; ours come first."""
+    """All that compute this mode on a device, by name; ours come first."""
     on_cpu = device.type != "cuda"
     offer = {OURS: atman(mode, causal, "triton")}
+    if on_hopper(device):
+        offer[OURS_HOPPER] = atman(mode, causal, "hopper")
     # on a GPU, in half precision, only scaled keys are more than a way to be right
     if on_cpu or mode == "multiplicative":
         offer[OURS_PORTABLE] = atman(mode, causal, "torch")

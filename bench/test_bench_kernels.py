@@ -15,13 +15,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from atman_triton.kernels.reference import attention_reference
-from bench import gpu, gpu_kernels, rivals
+from bench import gpu, gpu_kernels, kernel_table, rivals
 from bench.gpu_kernels import MODES, TOY, Findings, Gate, Sizes, call_of, measure, require_close
 from bench.kernel_cases import (
     EACH,
     HEADS,
     LENGTHS,
     PER_HEAD,
+    TOY_CASES,
     Case,
     Factors,
     all_cases,
@@ -227,14 +228,127 @@ def test_the_table_sets_ours_beside_the_best_rival() -> None:
         ("min_shift", rivals.OURS): [3.0, 3.0, 3.0],
         ("min_shift", rivals.EAGER): [0.1, 0.1, 0.1],
     }
-    cells = gpu_kernels.cells_of(case, Findings(times, {}), peak=8.6e12)
+    cells = kernel_table.cells_of(case, Findings(times, {}), peak=8.6e12)
     assert cells == {
         "multiplicative": "2.15 25% 0.50c",
         "min_shift": "1.43 17% 1.50m",
         "log_additive": "-",
     }
     shorter = Case(2, 16, 16, 512, 128)
-    table = gpu_kernels.table_of({case: cells, shorter: {"multiplicative": "1 2% 3.00x"}})
+    table = kernel_table.table_of({case: cells, shorter: {"multiplicative": "1 2% 3.00x"}})
     assert table[1] == "Hq16-Hk16-D128 forward, causal, one key per row"
     assert table[2].split() == ["T512", "T1024"]
     assert table[3].split() == ["multiplicative", *"1 2% 3.00x".split(), *"2.15 25% 0.50c".split()]
+
+
+# --- the Hopper kernel ----------------------------------------------------------------------------
+
+
+def on_made_hopper(
+    monkeypatch: pytest.MonkeyPatch, verdict: str | None, hopper: rivals.Attention | None = None
+) -> None:
+    """As if this were a Hopper GPU, with a verdict of the gate and another kernel in its place."""
+    for module in (rivals, gpu_kernels):
+        monkeypatch.setattr(module, "on_hopper", lambda device: True)
+    monkeypatch.setattr(gpu_kernels, "verdict", lambda: verdict)
+
+    def change(mode: str, offer: Offer) -> Offer:
+        put = {} if hopper is None else {rivals.OURS_HOPPER: hopper}
+        kept = (rivals.OURS, rivals.EAGER, rivals.OURS_HOPPER)
+        return {name: attend for name, attend in (offer | put).items() if name in kept}
+
+    offering(monkeypatch, change)
+
+
+def test_the_hopper_kernel_is_offered_where_it_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rivals.OURS_HOPPER not in rivals.providers("min_shift", True, CPU)
+    monkeypatch.setattr(gpu_kernels, "on_hopper", lambda device: False)
+    _, table, *failures = gpu_kernels.run(CPU, True, sizes=Sizes(minutes=0))
+    assert "atman (hopper) is left out: it needs a Hopper GPU (sm_90)" in table and not failures
+    on_made_hopper(monkeypatch, None)
+    assert rivals.OURS_HOPPER in rivals.providers("min_shift", True, CPU)
+
+
+def test_a_hopper_kernel_that_hangs_fails_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def hangs(*_: Tensor) -> Tensor:
+        raise NotImplementedError("it must not be launched")
+
+    on_made_hopper(monkeypatch, "failed before: no answer within 90 s", hangs)
+    monkeypatch.setattr(gpu_kernels, "TOY_CASES", gpu_kernels.TOY_CASES[:2])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["kernels", "--tiny", "--out", str(tmp_path)])
+    told = "kernels: atman (hopper) failed before: no answer within 90 s"
+    assert ended.value.code == f"FAILED\n{told}"  # once, and nothing else
+    (path,) = tmp_path.glob("*.csv")
+    with path.open(newline="") as file:
+        timed = {row["provider"] for row in csv.DictReader(file)}
+    assert timed == {"torch.mm", rivals.OURS, rivals.EAGER}
+    written = capsys.readouterr().out
+    assert "  atman (hopper): failed before: no answer within 90 s [6: B1-Hq1" in written
+
+
+def test_what_the_hopper_kernel_refuses_is_no_failure() -> None:
+    gpu_device, refused = torch.device("cuda"), {}
+    saves = "ValueError: backend='hopper' saves no row minima; use backend='torch'."
+    fails = gpu_kernels.fails
+    assert not fails(rivals.OURS_HOPPER, saves, gpu_device, refused)
+    assert not fails(rivals.OURS_HOPPER, "no time was left", gpu_device, refused)
+    assert fails(rivals.OURS, saves, gpu_device, refused)
+    for reason in ("RuntimeError: PassManager::run failed", "wrong: output: error"):
+        assert fails(rivals.OURS_HOPPER, reason, gpu_device, refused)
+        assert not fails(rivals.OURS_HOPPER, reason, gpu_device, {rivals.OURS_HOPPER: "hangs"})
+        assert not fails(rivals.FLEX, reason, gpu_device, refused)
+    assert not fails(rivals.OURS, "RuntimeError: no triton", CPU, refused)
+
+
+def test_the_refused_direction_is_the_backend_s_own_reason() -> None:
+    """What is no failure begins as the op's refusals do."""
+    with pytest.raises(ValueError, match=r"^backend='hopper' ") as told:
+        rivals.atman("min_shift", True, "hopper")(*inputs_of(CASE, torch.float32, CPU)[:4])
+    assert f"ValueError: {told.value}".startswith(gpu_kernels._NOT_SERVED)
+
+
+def test_the_hopper_kernel_is_set_beside_the_portable_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = Case(1, 16, 16, 1024, 128)  # 4.29 GFLOP
+    times = {
+        ("multiplicative", rivals.OURS): [2.0],
+        ("multiplicative", rivals.OURS_HOPPER): [1.0],
+        ("multiplicative", "k·m + SDPA cuDNN"): [1.5],
+        ("min_shift", rivals.OURS): [2.0],
+        ("min_shift", rivals.OURS_HOPPER): [2.5],
+        ("log_additive", rivals.OURS_HOPPER): [4.0],
+    }
+    found = Findings(times, {})
+    cells = kernel_table.cells_of(case, found, peak=8.6e12)
+    assert cells["multiplicative"] == "4.29h 50% 1.50c"
+    assert cells["min_shift"] == "2.15 25% 2.00m"  # of each mode the faster of ours
+    assert cells["log_additive"] == "1.07h 12%"
+    table = kernel_table.table_of({case: cells})
+    beside = [line.split() for line in table if line.startswith("    triton/hopper")]
+    assert beside == [["triton/hopper", "2.00"], ["triton/hopper", "0.80", "SLOWER"]]
+    rows = list(gpu_kernels.rows_of(case, found, torch.bfloat16, CPU))
+    gains = [row for row in rows if row.metric == "times as fast as atman (triton)"]
+    assert [(row.provider, row.median) for row in gains] == [
+        (rivals.OURS_HOPPER, 2.0),
+        (rivals.OURS_HOPPER, 0.8),
+    ]
+    assert kernel_table.never_slower([]) == []
+    told = kernel_table.never_slower([("a", 2.0), ("b", 1.0)])
+    assert told == ["atman (hopper) is never slower than atman (triton): 2 cases"]
+    told = kernel_table.never_slower([("a", 2.0), ("b", 0.9), ("c", 0.8)])
+    title = "atman (hopper) is SLOWER than atman (triton) in 2 of 3 cases:"
+    assert told == [title, "  0.80 c", "  0.90 b"]
+
+
+def test_the_set_tells_where_the_hopper_kernel_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_made_hopper(monkeypatch, None, rivals.atman("multiplicative", True, "torch"))
+    monkeypatch.setattr(gpu_kernels, "hopper_gain", lambda medians: 0.5)
+    rows, table, *failures = gpu_kernels.run(CPU, True, cases=[TOY_CASES[0]])
+    assert {row.provider for row in rows} >= {rivals.OURS_HOPPER, rivals.OURS}
+    assert "is SLOWER than atman (triton) in 3 of 3 cases:\n  0.50 B1-Hq1-Hk1-T32-D16" in table
+    # the same kernel in every mode is wrong in two of them
+    assert len(failures) == 2 and all("wrong: output" in failure for failure in failures)

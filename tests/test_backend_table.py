@@ -109,6 +109,30 @@ def test_rows_of_our_backends_are_taken(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
+def test_rows_of_the_hopper_kernel_are_taken(tmp_path: Path) -> None:
+    """And go where a later run has none of it, as when it could not run."""
+    what = "attention forward, causal, one key per row, min_shift"
+    gain = row(rivals.OURS_HOPPER, metric="times as fast as atman (triton)", median=1.25)
+    shapes = {"shape": "B4-Hq16-Hk16-T4096-D128"}, {}
+    for changes in shapes:
+        some = [row(OURS, what=what, **changes), row(rivals.OURS_HOPPER, median=2.0, what=what)]
+        found = fill(tmp_path, some[0], dataclasses.replace(some[1], **changes), gain)
+    assert sorted((each.tokens, each.backend, each.milliseconds) for each in found) == [
+        (4096, "hopper", 2.0),
+        (4096, "triton", 2.5),
+        (8192, "hopper", 2.0),
+        (8192, "triton", 2.5),
+    ]
+    again = {"commit": "1123456789"}
+    found = fill(tmp_path, *pair(**again), row(OURS, what=what, **again))
+    assert {(each.mode, each.tokens, each.backend) for each in found} == {
+        ("min_shift", 4096, "hopper"),
+        ("min_shift", 4096, "triton"),
+        ("multiplicative", 8192, "torch"),
+        ("multiplicative", 8192, "triton"),
+    }
+
+
 def test_kinds_of_calls_are_told_apart(tmp_path: Path) -> None:
     what = "attention forward + backward, full, every key and head, multiplicative"
     step = "attention decode B16, every key, multiplicative"

@@ -16,6 +16,7 @@ from bench.gpu_explain import WHAT as EXPLAINED
 from bench.harness import Row, summarise, write_rows
 from bench.live import LIVE, PLAIN
 from bench.live import WHAT as LIVE_WHAT
+from bench.rivals import OURS_HOPPER
 from bench.scaling_run import Found
 
 CPU = torch.device("cpu")
@@ -100,6 +101,13 @@ def test_kernels_have_a_panel_per_head_dim_and_direction() -> None:
     figure.canvas.draw()
     box = legend.get_window_extent()
     assert not any(box.overlaps(axes.get_window_extent()) for axes in panels)
+
+
+def test_no_two_providers_look_alike() -> None:
+    styles = list(gpu_plots.STYLES.values())
+    assert len({marker for _, marker in styles if marker != "o"}) == len(styles) - 2
+    assert len({colour for colour, _ in styles}) == len(styles)
+    assert gpu_plots._style(OURS_HOPPER) == gpu_plots.STYLES[OURS_HOPPER]
 
 
 def test_explanations_have_a_logarithmic_axis_and_live_citations() -> None:
