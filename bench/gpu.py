@@ -14,9 +14,13 @@ A short table is printed last, and rows are written to ``FOLDER/<device>.csv`` (
 where it is not given), those of ``memory`` to ``scaling.csv``; pictures are drawn from these files,
 beside them, where matplotlib is installed. With ``--traces``, ``explain`` keeps what the profiler
 saw in ``FOLDER/traces``. It needs this repository, torch, triton and transformers; ``correctness``
-also pytest. ``--tiny`` (``--dry-run`` is the same) runs the same code in toy sizes on any machine,
-to see that it works: its times mean nothing, and its rows are written only where ``--out`` says so.
-Without a GPU the fused kernels run in it only where the environment has TRITON_INTERPRET=1.
+also pytest, and pytest-xdist to be quick. On a Hopper GPU a few small cases of the Hopper kernel
+are run in other processes first, see ``hopper_gate.py``: if it hangs or is wrong it fails, and all
+else goes on.
+
+``--tiny`` (``--dry-run`` is the same) runs the same code in toy sizes on any machine, to see that
+it works: its times mean nothing, and its rows are written only where ``--out`` says so. Without a
+GPU the fused kernels run in it only where the environment has TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -32,7 +36,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, not installed
 
-from bench import gpu_correctness, gpu_explain, gpu_kernels, gpu_long, gpu_memory, gpu_plots
+from bench import (
+    gpu_correctness,
+    gpu_explain,
+    gpu_kernels,
+    gpu_long,
+    gpu_memory,
+    gpu_plots,
+    hopper_gate,
+)
 from bench.harness import RESULTS, device_name, write_rows
 
 
@@ -110,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("no GPU is here; --tiny runs the same code on a CPU, in toy sizes.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = options.out or (None if options.tiny else RESULTS)
-    failures: list[str] = []
+    failures = hopper_gate.shut_out_of_auto(device)
     for name in SETS if options.set == "all" else [options.set]:
         each = SETS[name]
         folder = [out / "traces"] if out is not None and options.traces and each.traced else []
