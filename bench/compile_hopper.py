@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from atman_triton.kernels.hopper_configs import HEAD_DIMS, HopperConfig, hopper_config
+from atman_triton.kernels.hopper_configs import hopper_config
+from atman_triton.kernels.hopper_tiles import HEAD_DIMS, HopperConfig
 
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
 NUM_WARPS = 4  # of the first consumer; the other partitions have theirs on top

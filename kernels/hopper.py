@@ -14,13 +14,16 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_configs import ROWS_AT_ONCE, HopperConfig, hopper_config
+from .configs import device_architecture, device_name
+from .hopper_configs import hopper_config
 from .hopper_kernel import _hopper_fwd_kernel
+from .hopper_tiles import ROWS_AT_ONCE, HopperConfig
 from .hopper_work import ROWS, HopperVariant
 from .launch import LOG2_E
 from .once import made_once
 from .persistent import INTERPRETED_PROGRAMS, section_of
 from .prepass import factor_tiles
+from .tuned import length_bucket
 
 ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -95,7 +98,7 @@ def attention_fwd_hopper(
         key, value: ``[B|1, Hk, Tk, D]`` and ``[B|1, Hk, Tk, Dv]``, read in place.
         key_factor: ``[B, Tk]`` or ``[B, Hq, Tk]`` float32.
         mode, causal, query_offset, scale: as of ``forward.attention_fwd``.
-        config: tiles; ``None`` takes the table's.
+        config: tiles; ``None`` takes measured ones, else the rule's.
     Returns: as ``forward.attention_fwd``: output, laid out as ``[B, Tq, Hq, Dv]``, and log-sum-exp.
     """
     batch, heads, rows, head_dim = query.shape
@@ -106,8 +109,19 @@ def attention_fwd_hopper(
         return out, lse
     if keys == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    config = config or hopper_config(head_dim, value_dim)
-    spec = variant(config, head_dim, value_dim, "plain" if key_factor is None else mode, causal)
+    mode = "plain" if key_factor is None else mode
+    if config is None:
+        device, interpreted = query.device, query.device.type != "cuda"
+        config = hopper_config(
+            head_dim,
+            value_dim,
+            device_architecture(device, interpreted),
+            mode,
+            causal,
+            length_bucket(keys),
+            device_name(device, interpreted),
+        )
+    spec = variant(config, head_dim, value_dim, mode, causal)
     key, value = _once(key), _once(value)
     before = flagged = None
     factor_heads = 1

@@ -5,40 +5,40 @@ Legend: D head dim, Dv value dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from .configs import decodes
-
-SHARED_LIMIT = 227 << 10  # bytes that one program can have on sm_90
-ROWS_AT_ONCE = 128  # query rows of a program: two consumers of 64
-HEAD_DIMS = (64, 128, 256)
+from .hopper_tiles import HEAD_DIMS, HopperConfig
+from .tuned import Problem, tuned_tiles
 
 
-@dataclass(frozen=True)
-class HopperConfig:
-    """How the work of one program is cut.
+def hopper_config(
+    head_dim: int,
+    value_dim: int,
+    architecture: str = "sm_90",
+    mode: str = "plain",
+    causal: bool = False,
+    length: str | None = None,
+    device: str = "",
+) -> HopperConfig:
+    """Tiles for one kind of problem: measured ones, else the rule's.
 
-    ``stages`` tiles of ``block_n`` keys, and as many of values, are in shared memory at once.
-    ``own_output`` gives the output shared memory of its own, so that the queries of the next
-    piece of work are loaded while this one's output is written.
+    Args:
+        architecture, length, device: as of ``configs.forward_config``.
+        mode: ``plain`` without factors.
     """
-
-    block_n: int
-    stages: int
-    own_output: bool
-
-    def shared_bytes(self, head_dim: int, value_dim: int) -> int:
-        """Shared memory of the tiles, 16 bit an element; the barriers come on top."""
-        output = ROWS_AT_ONCE * value_dim if self.own_output else 0
-        ring = self.stages * self.block_n * (head_dim + value_dim)
-        return 2 * (ROWS_AT_ONCE * max(head_dim, value_dim) + ring + output)
+    found = None
+    if length is not None:
+        dims = (head_dim, value_dim)
+        found = tuned_tiles(
+            Problem(architecture, "hopper", *dims, "half", mode, causal, length), device
+        )
+    return found if isinstance(found, HopperConfig) else hopper_rule(head_dim, value_dim)
 
 
-def hopper_config(head_dim: int, value_dim: int) -> HopperConfig:
-    """Tiles for one kind of problem.
+def hopper_rule(head_dim: int, value_dim: int) -> HopperConfig:
+    """Tiles that compile well.
 
     Registers decide: a thread of a consumer has 240, for a row's share of the output (Dv / 2), of
     the scores (block_n / 2) and of the weights in half precision (block_n / 4). Wider tiles take

@@ -17,11 +17,21 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
+from .hopper_tiles import HopperConfig
+
 FILE = Path(__file__).with_name("tuned.json")
 LENGTHS = {"1k": 1 << 10, "4k": 1 << 12, "above": None}
 """Buckets of key tokens and the most that each holds: a growing cache changes tiles twice."""
 
-KERNELS = ("attention", "shared_prefix", "backward_queries", "backward_keys", "backward_rows")
+HOPPER = "hopper"  # whose tiles are a HopperConfig
+KERNELS = (
+    "attention",
+    "shared_prefix",
+    "backward_queries",
+    "backward_keys",
+    "backward_rows",
+    HOPPER,
+)
 MODES = ("plain", "multiplicative", "min_shift", "log_additive")
 DTYPES = ("half", "float32")
 _T = TypeVar("_T")
@@ -44,6 +54,9 @@ class TileConfig:
     edge_stages: int = 1
     skip_plain_tiles: bool = False
     persistent: bool = False
+
+
+Tiles = TileConfig | HopperConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,7 @@ class Row:
     """One line of the file."""
 
     problem: Problem
-    tiles: TileConfig
+    tiles: Tiles
     measured: Measurement
 
     @property
@@ -97,8 +110,8 @@ class Table:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = tuple(rows)
-        self._exact: dict[tuple[Problem, str, str], TileConfig] = {}
-        self._related: dict[tuple[Problem, str], TileConfig] = {}
+        self._exact: dict[tuple[Problem, str, str], Tiles] = {}
+        self._related: dict[tuple[Problem, str], Tiles] = {}
         for index, row in enumerate(self.rows):
             problem, version, device = row.place
             if trouble := _trouble(row):
@@ -111,7 +124,7 @@ class Table:
         for row in sorted(self.rows, key=lambda row: row.measured.date):  # the newest comes last
             self._related[row.place[:2]] = row.tiles
 
-    def find(self, problem: Problem, version: str, device: str) -> TileConfig | None:
+    def find(self, problem: Problem, version: str, device: str) -> Tiles | None:
         """Tiles of this device, else of another one of its architecture."""
         exact = self._exact.get((problem, version, device))
         return exact or self._related.get((problem, version))
@@ -152,6 +165,14 @@ def tuned_config(
         return None
     kind = "float32" if dtype == torch.float32 else "half"
     problem = Problem(architecture, kernel, head_dim, value_dim, kind, mode, causal, length)
+    found = tuned_tiles(problem, device)
+    return found if isinstance(found, TileConfig) else None
+
+
+def tuned_tiles(problem: Problem, device: str) -> Tiles | None:
+    """Measured tiles of a problem, ``None`` where there are none."""
+    if not table().rows:
+        return None
     import triton  # optional, and configs.py is read without it
 
     return table().find(problem, release(triton.__version__), device)
@@ -204,11 +225,18 @@ def save(rows: Sequence[Row], path: Path) -> None:
 
 
 def _row(index: int, found: Any) -> Row:
-    parts = {"problem": Problem, "tiles": TileConfig, "measured": Measurement}
-    _require_names(f"row {index}", found, tuple(parts))
+    _require_names(f"row {index}", found, ("problem", "tiles", "measured"))
+    problem = _fill(f"row {index}, problem", Problem, found["problem"])
     return Row(
-        **{name: _fill(f"row {index}, {name}", kind, found[name]) for name, kind in parts.items()}
+        problem,
+        _fill(f"row {index}, tiles", _kind_of(problem), found["tiles"]),
+        _fill(f"row {index}, measured", Measurement, found["measured"]),
     )
+
+
+def _kind_of(problem: Problem) -> type[Tiles]:
+    """What the tiles of a kernel are."""
+    return HopperConfig if problem.kernel == HOPPER else TileConfig
 
 
 def _require_names(where: str, found: Any, names: tuple[str, ...]) -> None:
@@ -244,6 +272,14 @@ def _trouble(row: Row) -> str | None:
     for name in ("head_dim", "value_dim"):
         if not 1 <= getattr(problem, name) <= 256:
             return f"{name} must lie between 1 and 256, got {getattr(problem, name)}."
+    if not 0 < measured.ms < measured.rule_ms:
+        return f"ms must lie between 0 and rule_ms = {measured.rule_ms}, got {measured.ms}."
+    if not isinstance(tiles, _kind_of(problem)):
+        return f"tiles of {problem.kernel} must be a {_kind_of(problem).__name__}, got {tiles}."
+    if isinstance(tiles, HopperConfig):
+        if problem.dtype != "half":
+            return f"dtype must be half for {HOPPER}, got {problem.dtype!r}."
+        return tiles.trouble(problem.head_dim, problem.value_dim)
     for name, least, most in (("block_m", 16, 256), ("block_n", 16, 256), ("num_warps", 1, 16)):
         size = getattr(tiles, name)
         if not least <= size <= most or size & (size - 1):
@@ -256,6 +292,4 @@ def _trouble(row: Row) -> str | None:
         return f"skip_plain_tiles is not taken by {problem.kernel} in mode {problem.mode}."
     if tiles.persistent and problem.kernel != "attention":
         return f"persistent is taken by attention only, got it for {problem.kernel}."
-    if not 0 < measured.ms < measured.rule_ms:
-        return f"ms must lie between 0 and rule_ms = {measured.rule_ms}, got {measured.ms}."
     return None

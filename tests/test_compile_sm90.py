@@ -20,7 +20,8 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 
 import triton
 
-from atman_triton.kernels.hopper_configs import SHARED_LIMIT, hopper_config
+from atman_triton.kernels.hopper_configs import hopper_config
+from atman_triton.kernels.hopper_tiles import SHARED_LIMIT
 from bench import compile_sm90
 from bench.compile_hopper import HopperCase, hopper_cases
 from bench.compile_report import table

@@ -26,12 +26,8 @@ from gluon_interpreter import emulated
 from kernel_cases import DEVICE, MODES, Case, covering, make_inputs, poison, worse
 
 from atman_triton.kernels import hopper
-from atman_triton.kernels.hopper_configs import (
-    SHARED_LIMIT,
-    HopperConfig,
-    hopper_config,
-    why_not_hopper,
-)
+from atman_triton.kernels.hopper_configs import hopper_config, why_not_hopper
+from atman_triton.kernels.hopper_tiles import SHARED_LIMIT, HopperConfig
 from atman_triton.kernels.reference import attention_reference
 
 __all__ = ["poison"]  # an autouse fixture

@@ -5,19 +5,25 @@ On a Hopper GPU as it is; elsewhere with the kernel emulated and the device's ch
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
+import triton
 from gluon_interpreter import emulated
 from kernel_cases import DEVICE, Case, make_inputs, poison, worse
 from test_hopper import ON_HOPPER
 
 from atman_triton import attention, backend_registry, backend_table, explain_backend
 from atman_triton.backend_table import MeasuredRow, write_table
-from atman_triton.kernels import hopper
+from atman_triton.kernels import hopper, tuned
+from atman_triton.kernels.configs import device_architecture, device_name
+from atman_triton.kernels.hopper_configs import hopper_rule
+from atman_triton.kernels.hopper_tiles import HopperConfig
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
@@ -154,3 +160,76 @@ def test_views_that_start_within_are_copied(on_hopper):
         assert moved.data_ptr() % 16
         given = [moved if i == place else tensor for i, tensor in enumerate(tensors)]
         assert torch.equal(attention(*given, **options, backend="hopper"), plain)
+
+
+def tuned_row(**changes) -> tuned.Row:
+    """Tiles of the calls above for this device, another than the rule's."""
+    device = torch.device(DEVICE)
+    problem = tuned.Problem(
+        device_architecture(device, DEVICE == "cpu"), "hopper", 64, 64, "half", "multiplicative",
+        True, "1k",
+    )  # fmt: skip
+    name = device_name(device, DEVICE == "cpu")
+    spent = (1.0, 2.0, 0.1, "a shape", name, triton.__version__, "2.13.0", "2026-01-31", "0" * 10)
+    parts = [problem, HopperConfig(64, 3, False), tuned.Measurement(*spent)]
+    parts = [
+        replace(part, **{name: new for name, new in changes.items() if hasattr(part, name)})
+        for part in parts
+    ]
+    return tuned.Row(*parts)
+
+
+def test_measured_tiles_come_first(on_hopper, monkeypatch, tmp_path):
+    """And are read from the file as they were written; other problems take the rule."""
+    seen = []
+    variant = hopper.variant
+
+    def kept(config, *given):
+        seen.append(config)
+        return variant(config, *given)
+
+    monkeypatch.setattr(hopper, "variant", kept)
+    path = tmp_path / "tuned.json"
+    others = [{"mode": "min_shift"}, {"causal": False}, {"length": "4k"}, {"head_dim": 128}]
+    others += [{"triton": "3.0.0"}]
+    more = [tuned_row(**{"own_output": True, "block_n": 32}, **change) for change in others]
+    tuned.save([tuned_row(), *more], path)
+    tensors, options = inputs_of()
+    plain = attention(*tensors, **options, backend="hopper")
+    with tuned.in_use(tuned.load(path)):
+        found = attention(*tensors, **options, backend="hopper")
+    with tuned.in_use(tuned.Table(more)):
+        attention(*tensors, **options, backend="hopper")
+    rule = hopper_rule(64, 64)
+    assert seen == [rule, HopperConfig(64, 3, False), rule]
+    torch.testing.assert_close(found, plain, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_n": 48}, r"block_n must be one of 32, 64, 128, got 48\."),
+        ({"stages": 1}, r"stages must lie between 2 and 8, got 1\."),
+        ({"head_dim": 96}, r"head_dim must be one of 64, 128, 256, got 96\."),
+        ({"value_dim": 128}, r"own_output must be true where values are of another size"),
+        (
+            {"head_dim": 128, "value_dim": 128, "block_n": 128, "own_output": True},
+            r"must fit 232448 bytes of shared memory, got 263168",
+        ),
+        ({"dtype": "float32"}, r"dtype must be half for hopper, got 'float32'\."),
+        ({"kernel": "attention"}, r"tiles of attention must be a TileConfig, got HopperConfig"),
+        ({"ms": 3.0}, r"ms must lie between 0 and rule_ms = 2\.0, got 3\.0\."),
+    ],
+)
+def test_tiles_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match="row 0: .*" + message):
+        tuned.Table([tuned_row(**change)])
+
+
+def test_a_row_of_the_hopper_kernel_has_its_own_fields(tmp_path):
+    path = tmp_path / "tuned.json"
+    tuned.save([tuned_row()], path)
+    path.write_text(path.read_text().replace("own_output", "num_warps"))
+    needed = "row 0, tiles: unknown field 'num_warps'; required are block_n, stages, own_output"
+    with pytest.raises(ValueError, match=needed):
+        tuned.load(path)
