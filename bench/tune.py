@@ -15,6 +15,9 @@ medians is low by luck: a row is written only if its median in these last turns 
 rule's by more than the spread, which is the larger of the two distances between 20% and 80%
 quantiles. It must also compile cleanly with the hardest features that a row serves.
 
+The direction ``hopper`` is the Hopper kernel's (sm_90). Its tiles are checked in other processes,
+as ``hopper_gate.py`` does first of all, since wrong ones can hang.
+
 An existing file is merged with: rows of other devices and Triton versions stay, and of what is
 timed anew the old row goes, whether or not there is a new one. What time does not allow is named.
 
@@ -47,12 +50,24 @@ import triton
 
 from atman_triton.kernels import tuned
 from atman_triton.kernels.configs import device_architecture, device_name
-from atman_triton.kernels.tuned import Measurement, Problem, Row, Table, TileConfig, in_use
+from atman_triton.kernels.hopper_tiles import HopperConfig
+from atman_triton.kernels.tuned import (
+    HOPPER,
+    Measurement,
+    Problem,
+    Row,
+    Table,
+    TileConfig,
+    Tiles,
+    in_use,
+)
 from bench.compile_report import ARCHITECTURES
 from bench.gpu_kernels import MODES, Gate, attempt, call_of, check_rows, milliseconds
 from bench.harness import commit, summarise
+from bench.hopper_gate import on_hopper
+from bench.hopper_gate import verdict as verdict_of_gate
 from bench.kernel_cases import HEADS, Case, case_of, inputs_of
-from bench.rivals import OURS, atman
+from bench.rivals import OURS, OURS_HOPPER, atman
 from bench.tune_candidates import (
     DIRECTIONS,
     QUERIES,
@@ -64,9 +79,11 @@ from bench.tune_candidates import (
     settings,
     shapes,
 )
+from bench.tune_hopper import text_of, verdicts_apart
 
 TOKENS = {"above": 8192, "4k": 4096, "1k": 1024}  # what stands for each bucket of lengths
 HEAD_DIMS = (128, 64, 256)
+SM_90 = "sm_90"  # where there is a Hopper kernel
 TOY = 16  # the head dim of a dry run
 
 
@@ -93,7 +110,7 @@ class Machine:
     toy: bool = False
 
 
-def table_of(setting: Setting, architecture: str, dtype: torch.dtype, tiles: TileConfig) -> Table:
+def table_of(setting: Setting, architecture: str, dtype: torch.dtype, tiles: Tiles) -> Table:
     """A table that gives a setting these tiles, whatever the length."""
     kind = "float32" if dtype == torch.float32 else "half"
     tried = Measurement(1.0, 2.0, 0.0, "", "", triton.__version__, "", "", "")
@@ -130,7 +147,7 @@ def call_to_time(
     setting: Setting, inputs: Sequence[Tensor], table: Table
 ) -> Callable[[], tuple[Tensor, ...]]:
     """The call under a table; of a backward kernel the backward pass alone."""
-    attend = atman(setting.mode, setting.causal, "triton")
+    attend = atman(setting.mode, setting.causal, _backend(setting))
     if setting.backward:
         *tensors, gradient = inputs
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
@@ -149,10 +166,10 @@ def call_to_time(
 
 
 def in_turns(
-    calls: dict[TileConfig, Callable[[], Any]], turns: int, device: torch.device
-) -> dict[TileConfig, list[float]]:
+    calls: dict[Tiles, Callable[[], Any]], turns: int, device: torch.device
+) -> dict[Tiles, list[float]]:
     """Milliseconds of calls that have run before, in a new random order each round."""
-    times: dict[TileConfig, list[float]] = {tiles: [] for tiles in calls}
+    times: dict[Tiles, list[float]] = {tiles: [] for tiles in calls}
     order, names = random.Random(0), list(calls)
     for _ in range(turns):
         order.shuffle(names)
@@ -166,7 +183,7 @@ def median(times: Sequence[float]) -> float:
 
 
 def confirmed(
-    times: dict[TileConfig, list[float]], rule: TileConfig, best: TileConfig, **about: Any
+    times: dict[Tiles, list[float]], rule: Tiles, best: Tiles, **about: Any
 ) -> Measurement | None:
     """The measurement of the best beside the rule, if it is faster by more than the spread."""
     device, dtype, shape = about["device"], about["dtype"], about["shape"]
@@ -190,18 +207,23 @@ def confirmed(
     )
 
 
-def verdict(setting: Setting, machine: Machine, tiles: TileConfig, case: Case) -> str | None:
+def verdict(setting: Setting, machine: Machine, tiles: Tiles, case: Case) -> str | None:
     """Why tiles must not be timed: what the gate says of the small shape.
 
     Compiles them as they are launched, and leaves that in Triton's cache for other processes.
     """
     with in_use(table_of(setting, machine.architecture, machine.dtype, tiles)):
         try:
-            return Gate(machine.dtype, machine.device).reason(case, setting.mode, OURS)
+            provider = OURS_HOPPER if setting.kernel == HOPPER else OURS
+            return Gate(machine.dtype, machine.device).reason(case, setting.mode, provider)
         except torch.AcceleratorError as error:
             if not machine.workers:
                 raise
             return f"the device was lost: {str(error).splitlines()[0]}"
+
+
+def _backend(setting: Setting) -> str:
+    return HOPPER if setting.kernel == HOPPER else "triton"
 
 
 class Tuner:
@@ -217,35 +239,40 @@ class Tuner:
         self.setting, self.machine, self.say, self._pool = setting, machine, say, pool
         tokens = timed_case(setting, "above", machine.toy).tokens
         self.rule = setting.rule(machine.architecture, tokens, machine.dtype)
-        self._verdicts: dict[TileConfig, str | None] = {}
+        self._verdicts: dict[Tiles, str | None] = {}
 
-    def tried(self) -> list[TileConfig]:
+    def tried(self) -> list[Tiles]:
         """The rule's tiles and the others that compile."""
         every = shapes(self.setting, self.machine.compiled_for, self.rule)
-        if self.machine.toy:
+        if self.machine.toy and isinstance(self.rule, TileConfig):
             smaller = dataclasses.replace(self.rule, block_m=32, block_n=32)
             every = list(dict.fromkeys([self.rule, smaller]))
         return list(dict.fromkeys([self.rule, *self._that_compile(every)]))
 
-    def _that_compile(self, every: Sequence[TileConfig]) -> list[TileConfig]:
+    def _that_compile(self, every: Sequence[Tiles]) -> list[Tiles]:
         found = [tiles for tiles, _ in clean(self.setting, self.machine.compiled_for, every)]
         self.say(f"{len(found)} of {len(every)} tiles compile cleanly")
         return found
 
-    def check(self, tried: Sequence[TileConfig], case: Case) -> None:
+    def check(self, tried: Sequence[Tiles], case: Case) -> None:
         """Ask the gate about tiles, each once, in other processes where there are some."""
         new = [tiles for tiles in tried if tiles not in self._verdicts]
+        if self.setting.kernel == HOPPER:
+            own = [tiles for tiles in new if isinstance(tiles, HopperConfig)]
+            found = verdicts_apart(self.setting, self.machine, own, case)
+            self._verdicts |= dict(zip(own, found, strict=True))
+            return
         asked = ([self.setting] * len(new), [self.machine] * len(new), new, [case] * len(new))
         found = self._pool.map(verdict, *asked) if self._pool else map(verdict, *asked)
         self._verdicts |= dict(zip(new, found, strict=True))
 
-    def _table(self, tiles: TileConfig) -> Table:
+    def _table(self, tiles: Tiles) -> Table:
         machine = self.machine
         return table_of(self.setting, machine.architecture, machine.dtype, tiles)
 
     def calls(
-        self, tried: Sequence[TileConfig], case: Case, inputs: list[Tensor]
-    ) -> dict[TileConfig, Callable[[], Any]]:
+        self, tried: Sequence[Tiles], case: Case, inputs: list[Tensor]
+    ) -> dict[Tiles, Callable[[], Any]]:
         """The calls of all tiles that are right, each run once; those that are not are named."""
         self.check(tried, case)
         right = None
@@ -265,7 +292,7 @@ class Tuner:
                 self.say(f"not timed: {_text(tiles)}: {reason}")
         return ready
 
-    def tune(self, tried: Sequence[TileConfig], length: str) -> Row | None:
+    def tune(self, tried: Sequence[Tiles], length: str) -> Row | None:
         """The best tiles for a bucket of lengths, where they beat the rule's."""
         machine = self.machine
         case = timed_case(self.setting, length, machine.toy)
@@ -298,12 +325,14 @@ class Tuner:
             break  # those that follow were slower still
         return None
 
-    def _medians(self, calls: dict[TileConfig, Callable[[], Any]]) -> dict[TileConfig, float]:
+    def _medians(self, calls: dict[Tiles, Callable[[], Any]]) -> dict[Tiles, float]:
         times = in_turns(calls, self.machine.screening, self.machine.device)
         return {tiles: median(spent) for tiles, spent in times.items()}
 
 
-def _text(tiles: TileConfig) -> str:
+def _text(tiles: Tiles) -> str:
+    if isinstance(tiles, HopperConfig):
+        return text_of(tiles)
     switched = "+skip" * tiles.skip_plain_tiles + "+persistent" * tiles.persistent
     return (
         f"{tiles.block_m}x{tiles.block_n} {tiles.num_warps} warps {tiles.num_stages} stages "
@@ -404,9 +433,8 @@ def main(arguments: list[str] | None = None) -> None:
         architecture = given.architecture or here
         if architecture is None:
             parser.error("no GPU is here: --architecture says what to compile for.")
-        for line in survivors(
-            settings(given.directions, given.head_dims, given.modes), architecture
-        ):
+        directions = [each for each in given.directions if each != HOPPER or architecture == SM_90]
+        for line in survivors(settings(directions, given.head_dims, given.modes), architecture):
             print(line, flush=True)
         return
     if not cuda and not given.dry_run:
@@ -426,7 +454,14 @@ def main(arguments: list[str] | None = None) -> None:
         workers=min(8, os.cpu_count() or 1) if cuda else 0,
         toy=toy,
     )
-    wanted = settings(given.directions, (TOY,) if toy else given.head_dims, given.modes)
+    directions, trouble = list(given.directions), None
+    if HOPPER in directions:
+        trouble = verdict_of_gate() if on_hopper(device) else None
+        if trouble is not None or not on_hopper(device):
+            directions.remove(HOPPER)
+            reason = trouble or "needs a Hopper GPU (sm_90)"
+            print(f"the direction {HOPPER} is left out: it {reason}", file=sys.stderr)
+    wanted = settings(directions, (TOY,) if toy else given.head_dims, given.modes)
     with contextlib.ExitStack() as opened:
         pool = None
         if machine.workers:
@@ -438,6 +473,8 @@ def main(arguments: list[str] | None = None) -> None:
         print("toy sizes: the times mean nothing")
     if given.out is not None:
         print(f"{len(rows)} rows written to {given.out}")
+    if trouble is not None:
+        sys.exit(f"FAILED\n{OURS_HOPPER} {trouble}")
 
 
 if __name__ == "__main__":

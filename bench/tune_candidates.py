@@ -19,12 +19,19 @@ import torch
 
 from atman_triton.kernels.backward_configs import backward_rule
 from atman_triton.kernels.configs import extra_load, forward_rule
-from atman_triton.kernels.tuned import TileConfig
+from atman_triton.kernels.hopper_configs import hopper_rule
+from atman_triton.kernels.hopper_tiles import HopperConfig
+from atman_triton.kernels.tuned import HOPPER, TileConfig, Tiles
 from bench.compile_report import ARCHITECTURES
 from bench.harness import ROOT
+from bench.tune_hopper import compiled_hopper, hopper_shapes
 
 QUERIES = 4096  # rows per head of what is compiled: any number that fills tiles
-DIRECTIONS = {"forward": ("attention",), "backward": ("backward_keys", "backward_queries")}
+DIRECTIONS = {
+    "forward": ("attention",),
+    "hopper": (HOPPER,),
+    "backward": ("backward_keys", "backward_queries"),
+}
 PRUNED = 240  # registers of a thread that accumulators may take where they are held in registers
 
 
@@ -45,8 +52,10 @@ class Setting:
     def backward(self) -> bool:
         return self.kernel.startswith("backward")
 
-    def rule(self, architecture: str, queries: int, dtype: torch.dtype) -> TileConfig:
+    def rule(self, architecture: str, queries: int, dtype: torch.dtype) -> Tiles:
         """The tiles that the rule gives, against which all others are timed."""
+        if self.kernel == HOPPER:
+            return hopper_rule(self.head_dim, self.head_dim)
         problem = (architecture, self.head_dim, self.head_dim, dtype, self.mode, queries, 0)
         if self.backward:
             return backward_rule(self.kernel.removeprefix("backward_"), *problem)
@@ -68,8 +77,10 @@ def settings(
     return found
 
 
-def shapes(setting: Setting, architecture: str, rule: TileConfig) -> list[TileConfig]:
+def shapes(setting: Setting, architecture: str, rule: Tiles) -> list[Tiles]:
     """Tiles of another size, other warps and stages than the rule's, which comes first."""
+    if isinstance(rule, HopperConfig):
+        return [*hopper_shapes(setting.head_dim, rule)]
     wide = setting.head_dim > 128
     if setting.kernel == "attention":
         rows, keys = ((32, 64, 128), (16, 32, 64)) if wide else ((64, 128), (32, 64, 128))
@@ -105,8 +116,10 @@ def _may_fit(setting: Setting, architecture: str, tiles: TileConfig) -> bool:
     return numbers <= PRUNED * 32 * tiles.num_warps
 
 
-def options(setting: Setting, tiles: TileConfig) -> list[TileConfig]:
+def options(setting: Setting, tiles: Tiles) -> list[Tiles]:
     """The same tiles with what can be switched, switched: edges, plain tiles, a persistent grid."""
+    if isinstance(tiles, HopperConfig):
+        return [tiles]
     edges = (1,) if setting.kernel in ("backward_keys", "backward_rows") else (1, tiles.num_stages)
     forward = setting.kernel == "attention"
     skips = (False, True) if forward and setting.mode != "plain" else (False,)
@@ -120,7 +133,7 @@ def options(setting: Setting, tiles: TileConfig) -> list[TileConfig]:
 # --- compiling ------------------------------------------------------------------------------------
 
 
-def case_of(setting: Setting, architecture: str, tiles: TileConfig, **change: Any) -> dict:
+def case_of(setting: Setting, architecture: str, tiles: Tiles, **change: Any) -> dict:
     """A case of ``bench/compile_report.py``: what is timed, or with ``change`` what is served."""
     case = {
         "architecture": architecture,
@@ -134,8 +147,10 @@ def case_of(setting: Setting, architecture: str, tiles: TileConfig, **change: An
     return case | change
 
 
-def served_cases(setting: Setting, architecture: str, tiles: TileConfig) -> list[dict]:
+def served_cases(setting: Setting, architecture: str, tiles: Tiles) -> list[dict]:
     """The hardest that a row would serve beyond what is timed: ``extra_load`` is 0 for it, too."""
+    if setting.kernel == HOPPER:
+        return [case_of(setting, architecture, tiles, dtype="float16")]
     band = ("causal",) if setting.causal else ()
     features = [*band, "window", "padding", *(() if setting.backward else ("sinks",))]
     if extra_load(setting.mode, features):
@@ -152,6 +167,8 @@ def served_cases(setting: Setting, architecture: str, tiles: TileConfig) -> list
 def compiled(cases: Iterable[dict], workers: int | None = None) -> list[dict]:
     """The report of each case, ``problems`` telling why it cannot be taken (``""`` if it can).
 
+    Cases of the Hopper kernel do not stand beside others.
+
     Raises: RuntimeError: the compiling process said nothing that can be read.
     """
     cases = list(cases)
@@ -163,6 +180,8 @@ def compiled(cases: Iterable[dict], workers: int | None = None) -> list[dict]:
             f"architecture must be one of {', '.join(ARCHITECTURES)}, got {min(unknown)!r}."
         )
     workers = workers or min(len(cases), os.cpu_count() or 1)
+    if cases[0]["kernel"] == HOPPER:
+        return compiled_hopper(cases, workers)
     command = [sys.executable, "-m", "bench.compile_report", "--json", "--cases", "-"]
     environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -196,8 +215,8 @@ def _place(found: dict) -> tuple[Any, ...]:
 
 
 def clean(
-    setting: Setting, architecture: str, tried: Sequence[TileConfig]
-) -> Iterator[tuple[TileConfig, dict]]:
+    setting: Setting, architecture: str, tried: Sequence[Tiles]
+) -> Iterator[tuple[Tiles, dict]]:
     """Those of the tiles that compile without spills into memory that can be launched."""
     reports = compiled(case_of(setting, architecture, tiles) for tiles in tried)
     for tiles, report in zip(tried, reports, strict=True):
