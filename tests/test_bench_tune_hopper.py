@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
-from gluon_interpreter import emulated
+from gluon_emulator.interpreter import emulated
 
 from atman_triton import backend_registry
 from atman_triton.kernels import hopper, tuned

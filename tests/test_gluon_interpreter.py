@@ -13,10 +13,9 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates Triton's Gluon")
 
-import gluon_attention
-import gluon_gemm
 import triton
-from gluon_cases import GLUON, attend, multiply
+from gluon_emulator import attention, gemm
+from gluon_emulator.cases import GLUON, attend, multiply
 
 HERE = Path(__file__).parent
 
@@ -26,7 +25,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("seed", range(9))
 def test_gemm(dtype: torch.dtype, tma_store: bool, seed: int) -> None:
     a, b, c = multiply(
-        gluon_gemm,
+        gemm,
         (300, 136, 256),
         dtype=dtype,
         seed=seed,
@@ -47,7 +46,7 @@ def test_gemm(dtype: torch.dtype, tma_store: bool, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(9))
 def test_attention(dtype: torch.dtype, seed: int) -> None:
     query, key, value, factor, out = attend(
-        gluon_attention, (2, 100, 300), dtype=dtype, seed=seed, stages=2 + seed % 2
+        attention, (2, 100, 300), dtype=dtype, seed=seed, stages=2 + seed % 2
     )
     scores = query.double() @ key.double().mT * factor.double() * 0.125
     weights = scores.softmax(-1)
@@ -68,8 +67,8 @@ def test_attention(dtype: torch.dtype, seed: int) -> None:
 def test_what_is_emulated_compiles() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(HERE / "gluon_compile.py"), "gemm", "attention"],
-        env=environment,
+        [sys.executable, "-m", "gluon_emulator.compile", "gemm", "attention"],
+        env=environment | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"},
         capture_output=True,
         text=True,
         check=False,

@@ -11,9 +11,9 @@ pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates T
 
 import triton
 import triton.language as tl
-from gluon_errors import BoundsError, EmulationError, OperandError, UnsupportedError
-from gluon_interpreter import emulate, emulated
-from gluon_values import scalar
+from gluon_emulator.errors import BoundsError, EmulationError, OperandError, UnsupportedError
+from gluon_emulator.interpreter import emulate, emulated
+from gluon_emulator.values import scalar
 from triton import knobs
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates Triton's Gluon")
 
-from gluon_cases import descriptor
-from gluon_errors import (
+from gluon_emulator.cases import descriptor
+from gluon_emulator.errors import (
     BarrierError,
     BoundsError,
     DeadlockError,
@@ -22,8 +22,8 @@ from gluon_errors import (
     RaceError,
     UnfinishedError,
 )
-from gluon_interpreter import emulate
-from gluon_shared import Region, SharedMemory
+from gluon_emulator.interpreter import emulate
+from gluon_emulator.shared import Region, SharedMemory
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

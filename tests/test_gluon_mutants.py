@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates Triton's Gluon")
 
-import gluon_attention
-import gluon_gemm
-from gluon_cases import attend, multiply, mutant
-from gluon_errors import (
+from gluon_emulator import attention, gemm
+from gluon_emulator.cases import attend, multiply, mutant
+from gluon_emulator.errors import (
     AccumulatorError,
     BarrierError,
     BoundsError,
@@ -201,17 +200,17 @@ def check(run: Any, module: Any, error: Any, message: str, *sizes: Any, **option
 @pytest.mark.parametrize("name", GEMM)
 def test_gemm(name: str, tmp_path: Path) -> None:
     replaced, error, message = GEMM[name]
-    module = mutant(gluon_gemm, tmp_path, replaced)
+    module = mutant(gemm, tmp_path, replaced)
     check(multiply, module, error, message, (300, 136, 320), tma_store=error is not BoundsError)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str, tmp_path: Path) -> None:
     replaced, error, message = ATTENTION[name]
-    check(attend, mutant(gluon_attention, tmp_path, replaced), error, message, (1, 64, 300))
+    check(attend, mutant(attention, tmp_path, replaced), error, message, (1, 64, 300))
 
 
 def test_store_without_a_wait(tmp_path: Path) -> None:
-    module = mutant(gluon_gemm, tmp_path, ("tma.store_wait(0)", "pass"))
+    module = mutant(gemm, tmp_path, ("tma.store_wait(0)", "pass"))
     with pytest.raises(UnfinishedError, match="store_wait is missing"):
         multiply(module, (128, 64, 64))

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon", reason="the emulator emulates Triton's Gluon")
 
-from gluon_cases import descriptor
-from gluon_errors import AccumulatorError, OperandError, RaceError, UnfinishedError
-from gluon_interpreter import emulate
+from gluon_emulator.cases import descriptor
+from gluon_emulator.errors import AccumulatorError, OperandError, RaceError, UnfinishedError
+from gluon_emulator.interpreter import emulate
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (

@@ -1,6 +1,6 @@
 """The Hopper kernel against the oracle: on a Hopper GPU compiled, elsewhere emulated.
 
-The emulator runs the partitions under many schedules and refuses races, see gluon_interpreter.py;
+The emulator runs the partitions under many schedules and refuses races, see gluon_emulator;
 that it compiles and what of is in test_compile_sm90.py. Legend: B batch, Hq/Hk heads, Tq/Tk tokens,
 D head dim.
 """
@@ -21,8 +21,8 @@ from atman_triton.testing import assert_close_to_oracle
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
-from gluon_errors import DeadlockError, FenceError, RaceError
-from gluon_interpreter import emulated
+from gluon_emulator.errors import DeadlockError, FenceError, RaceError
+from gluon_emulator.interpreter import emulated
 from kernel_cases import DEVICE, MODES, Case, covering, make_inputs, poison, worse
 
 from atman_triton.kernels import hopper

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
 import triton
-from gluon_interpreter import emulated
+from gluon_emulator.interpreter import emulated
 from kernel_cases import DEVICE, Case, make_inputs, poison, worse
 from test_hopper import ON_HOPPER
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="the fused kernels need triton")
 pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs Gluon")
 
-from gluon_interpreter import emulated
+from gluon_emulator.interpreter import emulated
 
 from atman_triton import backend_registry, backend_table
 from atman_triton.kernels import hopper

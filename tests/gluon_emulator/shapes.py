@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gluon_errors import OperandError
-from gluon_pointers import Pointer
-from gluon_values import Tensor, as_tensor, broadcast_shape, together
+
+from gluon_emulator.errors import OperandError
+from gluon_emulator.pointers import Pointer
+from gluon_emulator.values import Tensor, as_tensor, broadcast_shape, together
 
 
 def expand_dims(input: Any, axis: int) -> Any:

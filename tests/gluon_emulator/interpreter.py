@@ -8,7 +8,7 @@ Every seed is another schedule: in a third each, copies land at once, as late as
 random, and partitions go on as long as they can, take turns or are switched now and then (nine
 seeds have each with each; more draw other orders and other partitions that hardly ever run). Races,
 missing fences, misused barriers, deadlocks, results used too early, accesses out of bounds and work
-left unfinished raise the errors of ``gluon_errors``. Races, fences and buffers released too early
+left unfinished raise the errors of ``errors``. Races, fences and buffers released too early
 are known from vector clocks, so that nearly all are reported in every schedule.
 
 Not emulated: layouts and all else that compiling checks, so compile a kernel too; clusters; the
@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import OperandError
-from gluon_machine import Machine, running
-from gluon_pointers import Pointer
-from gluon_rebuild import constant_parameters, emulated_function, emulated_value
-from gluon_tma import Descriptor
-from gluon_values import scalar
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon_emulator.errors import OperandError
+from gluon_emulator.machine import Machine, running
+from gluon_emulator.pointers import Pointer
+from gluon_emulator.rebuild import constant_parameters, emulated_function, emulated_value
+from gluon_emulator.tma import Descriptor
+from gluon_emulator.values import scalar
 
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")  # of a launch
 

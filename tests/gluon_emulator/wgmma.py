@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import AccumulatorError, OperandError, UnsupportedError
-from gluon_machine import Partition, machine, place
-from gluon_shared import SharedMemory, use
-from gluon_values import Tensor, as_tensor
+
+from gluon_emulator.errors import AccumulatorError, OperandError, UnsupportedError
+from gluon_emulator.machine import Partition, machine, place
+from gluon_emulator.shared import SharedMemory, use
+from gluon_emulator.values import Tensor, as_tensor
 
 
 class Accumulator:

@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/gluon_compile.py gemm attention
+    PYTHONPATH=.:tests python -m gluon_emulator.compile gemm attention
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,7 +35,7 @@ def signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> 
 
 def gemm_sources() -> Iterator[GluonASTSource]:
     """Both ways of the matrix product to store, in a dtype each."""
-    from gluon_gemm import gemm_kernel
+    from gluon_emulator.gemm import gemm_kernel
 
     for name, tma_store in (("bf16", True), ("fp16", False)):
         types = dict.fromkeys(("a_desc", "b_desc", "c_desc"), described(name, [64, 64]))
@@ -48,7 +45,7 @@ def gemm_sources() -> Iterator[GluonASTSource]:
 
 def attention_sources() -> Iterator[GluonASTSource]:
     """Attention with a factor."""
-    from gluon_attention import attention_kernel
+    from gluon_emulator.attention import attention_kernel
 
     blocks = ("query_desc", "key_desc", "value_desc", "out_desc")
     types = dict.fromkeys(blocks, described("bf16", [1, 1, 64, 64]))

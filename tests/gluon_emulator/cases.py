@@ -8,9 +8,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from gluon_interpreter import emulate
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon_emulator.interpreter import emulate
 
 GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 LOG2_E = 1.4426950408889634

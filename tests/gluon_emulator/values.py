@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import OperandError, UnsupportedError
 from triton.experimental.gluon.language import AutoLayout
 from triton.language.semantic import TritonSemantic
+
+from gluon_emulator.errors import OperandError, UnsupportedError
 
 TORCH = {
     tl.int1: torch.bool,

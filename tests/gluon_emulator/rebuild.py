@@ -13,18 +13,16 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import gluon_barriers
-import gluon_language
-import gluon_tma
-import gluon_wgmma
 import triton.language as tl
-from gluon_errors import OperandError, UnsupportedError
-from gluon_shared import SharedMemory
-from gluon_values import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from gluon_emulator import barriers, language, tma, wgmma
+from gluon_emulator.errors import OperandError, UnsupportedError
+from gluon_emulator.shared import SharedMemory
+from gluon_emulator.values import Tensor
 
 
 class _Constexpr:
@@ -38,7 +36,7 @@ def _replacements() -> dict[int, Any]:
     """What the emulator has instead of each object of the language, by identity."""
     table: dict[int, Any] = {}
     languages: tuple[Any, ...] = (tl, gl)
-    for name, function in gluon_language.FUNCTIONS.items():
+    for name, function in language.FUNCTIONS.items():
         for module in languages:
             if hasattr(module, name):
                 table[id(getattr(module, name))] = function
@@ -46,12 +44,12 @@ def _replacements() -> dict[int, Any]:
     table[id(gl.shared_memory_descriptor)] = SharedMemory
     for name in "allocate_mbarrier init invalidate expect arrive wait".split():
         if hasattr(hopper.mbarrier, name):
-            table[id(getattr(hopper.mbarrier, name))] = getattr(gluon_barriers, name)
+            table[id(getattr(hopper.mbarrier, name))] = getattr(barriers, name)
     for name in "async_copy_global_to_shared async_copy_shared_to_global store_wait".split():
-        table[id(getattr(hopper.tma, name))] = getattr(gluon_tma, name)
-    table[id(hopper.fence_async_shared)] = gluon_tma.fence_async_shared
+        table[id(getattr(hopper.tma, name))] = getattr(tma, name)
+    table[id(hopper.fence_async_shared)] = tma.fence_async_shared
     for name in "warpgroup_mma warpgroup_mma_init warpgroup_mma_wait".split():
-        table[id(getattr(hopper, name))] = getattr(gluon_wgmma, name)
+        table[id(getattr(hopper, name))] = getattr(wgmma, name)
     return table
 
 
@@ -113,9 +111,9 @@ def emulated_function(function: Callable[..., Any]) -> Callable[..., Any]:
         "__builtins__": builtins,
         "__emulated__": True,
         "__name__": function.__module__,
-        "range": gluon_language.runtime_range,
-        "max": gluon_language.larger,
-        "min": gluon_language.smaller,
+        "range": language.runtime_range,
+        "max": language.larger,
+        "min": language.smaller,
     }
     cells = tuple(types.CellType() for _ in code.co_freevars)
     copy = types.FunctionType(code, scope, function.__name__, function.__defaults__, cells)

@@ -9,13 +9,22 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import EmulationError, OperandError
-from gluon_machine import machine
-from gluon_pointers import atomic_add, load, store
-from gluon_reductions import argmax, argmin, max, min, reduce, sum
-from gluon_shapes import broadcast, broadcast_to, expand_dims, join, permute, reshape, split
-from gluon_shared import allocate_shared_memory
-from gluon_values import (
+
+from gluon_emulator.errors import EmulationError, OperandError
+from gluon_emulator.machine import machine
+from gluon_emulator.pointers import atomic_add, load, store
+from gluon_emulator.reductions import argmax, argmin, max, min, reduce, sum
+from gluon_emulator.shapes import (
+    broadcast,
+    broadcast_to,
+    expand_dims,
+    join,
+    permute,
+    reshape,
+    split,
+)
+from gluon_emulator.shared import allocate_shared_memory
+from gluon_emulator.values import (
     OPERATORS,
     Tensor,
     as_tensor,

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gluon_errors import BoundsError, FenceError, OperandError, RaceError, UnsupportedError
-from gluon_machine import Agent, machine, place
-from gluon_values import Tensor, poison, torch_dtype
+
+from gluon_emulator.errors import BoundsError, FenceError, OperandError, RaceError, UnsupportedError
+from gluon_emulator.machine import Agent, machine, place
+from gluon_emulator.values import Tensor, poison, torch_dtype
 
 
 class Region:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_barriers import Barrier, barrier_of
-from gluon_errors import BoundsError, FenceError, OperandError, UnsupportedError
-from gluon_machine import Agent, join, machine, place
-from gluon_pointers import extent
-from gluon_shared import SharedMemory, use
-from gluon_values import TRITON, poison, scalar
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from gluon_emulator.barriers import Barrier, barrier_of
+from gluon_emulator.errors import BoundsError, FenceError, OperandError, UnsupportedError
+from gluon_emulator.machine import Agent, join, machine, place
+from gluon_emulator.pointers import extent
+from gluon_emulator.shared import SharedMemory, use
+from gluon_emulator.values import TRITON, poison, scalar
 
 
 class Descriptor:

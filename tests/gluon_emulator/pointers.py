@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import BoundsError, OperandError, UnsupportedError
-from gluon_values import (
+
+from gluon_emulator.errors import BoundsError, OperandError, UnsupportedError
+from gluon_emulator.values import (
     TRITON,
     Addresses,
     Tensor,

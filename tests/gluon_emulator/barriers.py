@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import triton.language as tl
-from gluon_errors import BarrierError, OperandError
-from gluon_machine import Agent, Clock, join, machine, place
-from gluon_shared import SharedMemory, allocate_shared_memory
+
+from gluon_emulator.errors import BarrierError, OperandError
+from gluon_emulator.machine import Agent, Clock, join, machine, place
+from gluon_emulator.shared import SharedMemory, allocate_shared_memory
 
 
 class Barrier:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from gluon_errors import OperandError
-from gluon_values import Tensor, as_tensor
+
+from gluon_emulator.errors import OperandError
+from gluon_emulator.values import Tensor, as_tensor
 
 
 def _widened(input: Any, bfloat16_only: bool) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gluon_errors import DeadlockError, EmulationError, UnfinishedError, UnsupportedError
+from gluon_emulator.errors import DeadlockError, EmulationError, UnfinishedError, UnsupportedError
 
 Agent = tuple[str, int]
 Clock = dict[Agent, int]
