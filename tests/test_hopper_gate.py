@@ -77,7 +77,7 @@ def test_what_hangs_is_ended_and_named():
             break
         time.sleep(0.1)
     assert not running(pid)
-    late = ask([python("import time; time.sleep(600)"), GOOD], 0.05)
+    late = ask([python("import time; time.sleep(600)")] * 2, 0.05)
     assert late is not None and "no answer within 0.05 s, at its start (and 1 more)" in late
 
 
