@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parent.parent
+# A shell lets what it starts in the background ignore interrupts, and so all that this starts.
+_HEARS_INTERRUPTS = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])",
+)
 _UNWILLING = 10.0  # seconds after which a process that cannot even be killed is left alone
 
 
@@ -55,7 +63,7 @@ def run_apart(
             for command in commands:
                 written.append(opened.enter_context(tempfile.TemporaryFile()))
                 process = subprocess.Popen(
-                    command,
+                    [*_HEARS_INTERRUPTS, *command] if grace else command,
                     cwd=folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,

@@ -25,7 +25,7 @@ def test_failed_gpu_tests_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert (found.passed, found.skipped) == (1, 1)
     assert found.failed == ("tests.test_some::test_bad",)
     late = gpu_correctness.outcome(files, [], 0.01)
-    assert late.failed == ("was stopped after 0 s",) and late.passed == 0
+    assert late.failed[-1] == "was stopped after 0 s"  # whatever it had done by then
     (tmp_path / "tests" / "test_some.py").write_text("# pytest.mark.gpu\nimport nowhere\n")
     assert gpu_correctness.outcome(files, [], 60.0).failed
 

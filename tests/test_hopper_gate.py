@@ -4,6 +4,7 @@ checks, and what tests and ``auto`` make of its verdict. Without a GPU."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -89,12 +90,17 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_an_interrupt_lets_it_write_what_it_has():
+@pytest.mark.parametrize("hearing", [signal.SIG_DFL, signal.SIG_IGN], ids=["front", "background"])
+def test_an_interrupt_lets_it_write_what_it_has(hearing):
     patient = (
         "import time\ntry:\n    print('at work', flush=True); time.sleep(600)\n"
         "finally:\n    print('written')"
     )
-    (ended,) = run_apart([python(patient)], 5.0, grace=20.0)
+    before = signal.signal(signal.SIGINT, hearing)
+    try:
+        (ended,) = run_apart([python(patient)], 5.0, grace=20.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.code is None and "written" in ended.lines
 
 
