@@ -421,7 +421,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-dims", type=int, nargs="+", choices=HEAD_DIMS, default=HEAD_DIMS)
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=tuple(DIRECTIONS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--minutes", type=float, default=8.0, help="nothing is begun after that")
+    parser.add_argument(
+        "--minutes", type=float, help="nothing is begun after that; 8, or 1 in a dry run"
+    )
     parser.add_argument("--architecture", choices=ARCHITECTURES, help="with --compile-only")
     parser.add_argument("--compile-only", action="store_true", help="print what would be timed")
     parser.add_argument("--dry-run", action="store_true", help="toy sizes; times mean nothing")
@@ -443,6 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--out says where rows go, for example kernels/tuned.json.")
     began = time.perf_counter()
     toy = given.dry_run
+    minutes = given.minutes or (1.0 if toy else 8.0)
     machine = Machine(
         device=device,
         dtype=torch.bfloat16 if cuda else torch.float32,
@@ -450,7 +453,7 @@ def main(arguments: list[str] | None = None) -> None:
         compiled_for=given.architecture or here or "sm_90",
         screening=1 if toy else 7,
         confirming=3 if toy else 40,
-        stop=began + 60 * given.minutes,
+        stop=began + 60 * minutes,
         workers=min(8, os.cpu_count() or 1) if cuda else 0,
         toy=toy,
     )
