@@ -445,7 +445,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--out says where rows go, for example kernels/tuned.json.")
     began = time.perf_counter()
     toy = given.dry_run
-    minutes = given.minutes or (1.0 if toy else 8.0)
+    minutes = (1.0 if toy else 8.0) if given.minutes is None else given.minutes
     machine = Machine(
         device=device,
         dtype=torch.bfloat16 if cuda else torch.float32,
