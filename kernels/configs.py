@@ -228,6 +228,8 @@ def shared_prefix_config(
     if not architecture.startswith("sm_") or dtype == torch.float32 or queries <= 16:
         return config
     width, deferred = max(head_dim, value_dim), mode == "min_shift"
+    if width > 128 and deferred and architecture == "sm_90" and not load:
+        return TileConfig(128, 16, num_warps=8, num_stages=2)  # a warpgroup's product needs 64 rows
     if width > 128 and (load == 2 or (deferred and architecture == "sm_90")):
         return TileConfig(32, 32, num_warps=8, num_stages=2)
     if load == 2:
