@@ -60,6 +60,7 @@ class Candidate:
         unmeasured_on: device types on which ``auto`` takes it without rows that say so; of several
             the first that serves. ``None`` is all of them.
         automatic: whether ``auto`` ever takes it.
+        instead: what to ask for where it cannot serve.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Candidate:
     run: Callable[[Call, Tensor | None], Outputs]
     unmeasured_on: tuple[str, ...] | None = ()
     automatic: bool = True
+    instead: str = "torch"
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ def choose(call: Call, backend: str) -> Candidate:
         named = find_candidate(backend)
         reason = named.why_not(call)
         if reason is not None:
-            raise ValueError(f"backend='{backend}' {reason}; use backend='torch'.")
+            raise ValueError(f"backend='{backend}' {reason}; use backend='{named.instead}'.")
         return named
     ruled = by_rule(call)
     if not backend_table.has_rows(call.query.device):
@@ -338,7 +340,7 @@ def _run_reference(call: Call, seed: Tensor | None) -> Outputs:
 # ``auto`` prefers by rule what stands first.
 CANDIDATES: tuple[Candidate, ...] = (
     Candidate("triton", _why_not_triton, _triton_kernel, _run_triton, unmeasured_on=("cuda",)),
-    Candidate("hopper", _why_not_hopper, _hopper_kernel, _run_hopper),
+    Candidate("hopper", _why_not_hopper, _hopper_kernel, _run_hopper, instead="auto"),
     Candidate("torch", _serves_all, _torch_kernel, _run_torch, unmeasured_on=None),
     Candidate("reference", _serves_all, _oracle, _run_reference, automatic=False),
 )

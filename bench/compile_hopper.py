@@ -7,8 +7,8 @@ from typing import Any
 
 from atman_triton.kernels.hopper_configs import hopper_config
 from atman_triton.kernels.hopper_tiles import HEAD_DIMS, HopperConfig
+from bench.compile_report import MODES
 
-MODES = ("plain", "multiplicative", "min_shift", "log_additive")
 NUM_WARPS = 4  # of the first consumer; the other partitions have theirs on top
 
 

@@ -120,8 +120,9 @@ def _copied_by_tma(tensor: Tensor, shared: bool) -> bool:
         shared: of a batch stride of 0 one row is taken, which all batch rows share.
     """
     aligned = 16 // tensor.element_size()
-    batch, *others = zip(tensor.shape, tensor.stride(), strict=True)
-    moving = [stride for size, stride in (*others[:2],) if size > 1]
-    if batch[0] > 1 and not (shared and batch[1] == 0):
-        moving.append(batch[1])
-    return tensor.stride(-1) == 1 and all(stride > 0 and stride % aligned == 0 for stride in moving)
+    *strides, last = tensor.stride()
+    for place, stride in enumerate(strides):
+        stays = tensor.shape[place] == 1 or (place == 0 and shared and stride == 0)
+        if not stays and (stride <= 0 or stride % aligned):
+            return False
+    return last == 1

@@ -16,7 +16,7 @@ pytest.importorskip("triton.experimental.gluon", reason="the Hopper kernel needs
 import triton
 from gluon_emulator.interpreter import emulated
 from kernel_cases import DEVICE, Case, make_inputs, poison, worse
-from test_hopper import ON_HOPPER
+from test_hopper import ON_HOPPER, pytestmark
 
 from atman_triton import attention, backend_registry, backend_table, explain_backend
 from atman_triton.backend_table import MeasuredRow, write_table
@@ -27,7 +27,7 @@ from atman_triton.kernels.hopper_tiles import HopperConfig
 from atman_triton.kernels.reference import attention_reference
 from atman_triton.testing import assert_close_to_oracle
 
-__all__ = ["poison"]  # an autouse fixture
+__all__ = ["poison", "pytestmark"]  # an autouse fixture, and where it is skipped
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_it_needs_a_hopper_gpu():
 
 def test_it_refuses_what_it_does_not_serve(on_hopper):
     tensors, options = inputs_of()
-    refused = "^backend='hopper' does not serve window; use backend='torch'.$"
+    refused = "^backend='hopper' does not serve window; use backend='auto'.$"
     with pytest.raises(ValueError, match=refused):
         attention(*tensors, **options, window=5, backend="hopper")
     assert on_hopper == []
@@ -195,14 +195,15 @@ def test_measured_tiles_come_first(on_hopper, monkeypatch, tmp_path):
     more = [tuned_row(**{"own_output": True, "block_n": 32}, **change) for change in others]
     tuned.save([tuned_row(), *more], path)
     tensors, options = inputs_of()
-    plain = attention(*tensors, **options, backend="hopper")
+    attention(*tensors, **options, backend="hopper")
     with tuned.in_use(tuned.load(path)):
         found = attention(*tensors, **options, backend="hopper")
     with tuned.in_use(tuned.Table(more)):
         attention(*tensors, **options, backend="hopper")
     rule = hopper_rule(64, 64)
     assert seen == [rule, HopperConfig(64, 3, False), rule]
-    torch.testing.assert_close(found, plain, rtol=0, atol=2e-3)
+    oracle = attention_reference(*(tensor.double() for tensor in tensors), **options)[0]
+    assert_close_to_oracle(found, attention_reference(*tensors, **options)[0], oracle)
 
 
 @pytest.mark.parametrize(
